@@ -1,0 +1,279 @@
+"""The schema: every field of a run with its type, default and meaning, and what makes a value valid.
+
+A config file returns `base()` with some fields assigned. `build` turns it, once and at the door, into
+frozen dataclasses. Nothing here touches jax.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any, get_type_hints
+
+from ml_collections import ConfigDict
+
+
+def field(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def section(cls: type) -> Any:
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    n_vocab: int = field(259, "token ids; bytes need 259 (three special ids, then the byte values)")
+    n_layer: int = field(24, "layers; each is two gated attention units")
+    n_head: int = field(1, "heads")
+    d_model: int = field(768, "width of the residual stream")
+    d_k: int = field(128, "key width of a head")
+    d_v: int = field(1536, "value width of a head")
+    n_code: int = field(512, "codewords of a head")
+    block_len: int = field(512, "tokens of one attention block")
+    mem_len: int = field(512, "tokens before a block that are attended to exactly")
+    agg_cache: bool = field(True, "attend to the tokens before the window through the compressive cache")
+    grad_thru_cache: bool = field(True, "let gradients pass from block to block within an update")
+    pe_abs: bool = field(False, "add absolute sinusoidal positions to the embedding")
+    pe_lam: float = field(100_000.0, "longest wavelength of the sinusoids, over 2 pi")
+    e_tie: bool = field(False, "use the embedding table as output projection")
+    e_preln: bool = field(False, "normalise before the output projection")
+    e_scale: float = field(1.0, "factor on the logits")
+    p_dropemb: float = field(0.0, "dropout on the embedding")
+    p_dropsin: float = field(0.0, "dropout on the sinusoids of relative positions")
+    p_dropres: float = field(0.0, "dropout on the output of each gated unit")
+    p_droplyr: float = field(0.0, "probability to skip a gated unit, a sequence")
+    c_gamma: float = field(0.99, "decay of the codebook's moving average")
+    c_beta: float = field(1e-4, "weight of the commitment loss")
+    dtype: str = field("float32", "dtype of activations: float32, bfloat16 or float64")
+    param_dtype: str = field("float32", "dtype of parameters")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    source: str = field("stdlib", "stdlib (the running Python's library, nothing to download) or text")
+    path: str = field("", "file or folder of text, for source=text")
+    cache: str = field("", "folder for tokens made from the source; empty: the user's cache folder")
+    workers: int = field(0, "processes that read ahead; 0 reads in threads of this one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    name: str = field("adamw", "adamw, lion or adafactor")
+    lr_max: float = field(4e-4, "learning rate at the end of warm-up")
+    schedule: str = field("cosine", "cosine, linear or inv_sqrt, after linear warm-up")
+    n_warmup_step: int = field(10_000, "updates of warm-up")
+    n_max_step: int = field(125_000, "update at which the schedule reaches its floor of a tenth")
+    grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip")
+    wd_lam: float = field(2e-4, "weight decay an update, independent of the learning rate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    devices: int = field(-1, "data-parallel devices; -1 takes all there are")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = field(125_000, "parameter updates of the run")
+    global_batch_size: int = field(128, "sequences of a batch, over all devices")
+    sequence_len: int = field(8192, "tokens of a training sequence")
+    update_len: int = field(2048, "tokens of a sequence that one parameter update sees")
+    seed: int = field(0, "decides initial parameters, data order and dropout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    every: int = field(1000, "updates between evaluations while training; 0 evaluates never")
+    split: str = field("validation", "train, validation or test")
+    batch_size: int = field(0, "sequences of an evaluation batch; 0 takes train.global_batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    prompt: str = field("", "text to continue")
+    n_sample: int = field(1, "continuations to draw")
+    length: int = field(256, "tokens to draw for each")
+    temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token")
+    nucleus: float = field(0.9, "draw from the likeliest tokens that hold this much probability")
+    seed: int = field(0, "decides the draws")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = field(1000, "updates between checkpoints")
+    keep: int = field(3, "latest checkpoints kept")
+    keep_every: int = field(10_000, "checkpoints at multiples of this update are kept for good; 0: none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    every: int = field(100, "updates between rows of metrics.jsonl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Model = section(Model)
+    data: Data = section(Data)
+    optimizer: Optimizer = section(Optimizer)
+    mesh: Mesh = section(Mesh)
+    train: Train = section(Train)
+    evaluate: Evaluate = section(Evaluate)
+    sample: Sample = section(Sample)
+    checkpoint: Checkpoint = section(Checkpoint)
+    log: Log = section(Log)
+
+
+# What may differ between a run and its resumption: everything else decides the numbers.
+CHANGEABLE = frozenset(
+    {"train.steps", "data.cache", "data.workers"}
+    | {
+        f"{name}.{f.name}"
+        for name, cls in get_type_hints(Config).items()
+        for f in dataclasses.fields(cls)
+        if name in ("mesh", "evaluate", "sample", "checkpoint", "log")
+    }
+)
+
+
+def base() -> ConfigDict:
+    """Every field at its default."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def flatten(config: ConfigDict | dict | Config) -> dict[str, Any]:
+    """`{"section.field": value}` in the schema's order; unknown names come last."""
+    sections = dataclasses.asdict(config) if isinstance(config, Config) else config
+    flat = {}
+    for name, values in sections.items():
+        if hasattr(values, "items"):
+            flat.update({f"{name}.{key}": value for key, value in values.items()})
+        else:
+            flat[name] = values
+    return flat
+
+
+def docs() -> dict[str, str]:
+    """`{"section.field": meaning}`."""
+    return {
+        f"{name}.{f.name}": f.metadata["doc"]
+        for name, cls in get_type_hints(Config).items()
+        for f in dataclasses.fields(cls)
+    }
+
+
+def nearest(name: str) -> str:
+    """` (did you mean ...?)` for a mistyped field, or nothing."""
+    close = difflib.get_close_matches(name, list(docs()), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def build(config: ConfigDict | dict) -> Config:
+    """The validated, frozen form. ValueError names each unknown, missing, mistyped or impossible field."""
+    flat, known = flatten(config), docs()
+    errors = [f"config.{name} is not a field{nearest(name)}" for name in flat if name not in known]
+    errors += [f"config.{name} is missing ({doc})" for name, doc in known.items() if name not in flat]
+    if errors:
+        raise ValueError("\n".join(errors))
+    sections = {}
+    for section_name, cls in get_type_hints(Config).items():
+        types, values = get_type_hints(cls), {}
+        for f in dataclasses.fields(cls):
+            name, value, wanted = f"{section_name}.{f.name}", flat[f"{section_name}.{f.name}"], types[f.name]
+            if wanted is float and type(value) is int:
+                value = float(value)
+            if type(value) is not wanted:
+                errors.append(f"config.{name} must be {wanted.__name__}, not {value!r}")
+            values[f.name] = value
+        sections[section_name] = cls(**values)
+    if errors:
+        raise ValueError("\n".join(errors))
+    built = Config(**sections)
+    validate(built)
+    return built
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """One line for each field whose value differs and decides the numbers of a run."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    names = [name for name in old_flat | new_flat if name not in CHANGEABLE]
+    return [
+        f"config.{name}: {old_flat.get(name, 'absent')!r} in the run, {new_flat.get(name, 'absent')!r} now"
+        for name in names
+        if old_flat.get(name) != new_flat.get(name)
+    ]
+
+
+def validate(config: Config) -> None:
+    """Ranges and divisibility that need no device. ValueError holds one line for each broken rule."""
+    errors: list[str] = []
+    for name, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            errors.append(f"config.{name} must be finite, not {value}")
+
+    def at_least(low: float, *names: str) -> None:
+        flat = flatten(config)
+        errors.extend(
+            f"config.{n} must be at least {low}, not {flat[n]}" for n in names if not flat[n] >= low
+        )
+
+    def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            close = difflib.get_close_matches(value, allowed, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            errors.append(f"config.{name} must be one of {', '.join(allowed)}, not {value!r}{hint}")
+
+    def divides(name: str, value: int, by_name: str, by: int) -> None:
+        if by > 0 and value > 0 and value % by:
+            down, up = value // by * by, -(-value // by) * by
+            options = f"{down} or {up}" if down else str(up)
+            errors.append(f"config.{name} {value} is not a multiple of config.{by_name} {by}; use {options}")
+
+    def probability(*names: str) -> None:
+        flat = flatten(config)
+        errors.extend(f"config.{n} must be in [0, 1), not {flat[n]}" for n in names if not 0 <= flat[n] < 1)
+
+    m, t, o = config.model, config.train, config.optimizer
+    at_least(
+        1, *(f"model.{n}" for n in ("n_layer", "n_head", "d_model", "d_k", "d_v", "n_code", "block_len"))
+    )
+    at_least(1, "model.mem_len", "train.steps", "train.global_batch_size", "train.sequence_len")
+    at_least(1, "train.update_len", "log.every", "checkpoint.every", "checkpoint.keep")
+    at_least(1, "sample.n_sample", "sample.length", "optimizer.n_max_step")
+    at_least(0, "optimizer.lr_max", "optimizer.grad_clip", "optimizer.wd_lam", "optimizer.n_warmup_step")
+    at_least(0, "data.workers", "evaluate.every", "evaluate.batch_size", "checkpoint.keep_every")
+    at_least(0, "train.seed", "sample.seed", "sample.temperature", "model.c_beta")
+    at_least(4, "model.n_vocab")
+    probability(*(f"model.{n}" for n in ("p_dropemb", "p_dropsin", "p_dropres", "p_droplyr", "c_gamma")))
+    if not 0 <= config.sample.nucleus <= 1:
+        errors.append(f"config.sample.nucleus must be in [0, 1], not {config.sample.nucleus}")
+    if m.d_model % 2:
+        errors.append(f"config.model.d_model must be even (sine and cosine halves), not {m.d_model}")
+    if m.pe_lam <= 0:
+        errors.append(f"config.model.pe_lam must be positive, not {m.pe_lam}")
+    if o.n_warmup_step >= o.n_max_step:
+        errors.append(
+            f"config.optimizer.n_warmup_step {o.n_warmup_step} must be below n_max_step {o.n_max_step}"
+        )
+    one_of("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
+    one_of("model.param_dtype", m.param_dtype, ("float32", "float64"))
+    one_of("optimizer.name", o.name, ("adamw", "lion", "adafactor"))
+    one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))
+    one_of("data.source", config.data.source, ("stdlib", "text"))
+    one_of("evaluate.split", config.evaluate.split, ("train", "validation", "test"))
+    if config.data.source == "text" and not config.data.path:
+        errors.append("config.data.source=text needs config.data.path, a file or folder of text")
+    divides("train.sequence_len", t.sequence_len, "train.update_len", t.update_len)
+    divides("train.update_len", t.update_len, "model.block_len", m.block_len)
+    if t.update_len > 0 and not t.sequence_len % t.update_len and t.steps > 0:
+        n_update = t.sequence_len // t.update_len
+        if t.steps % n_update:
+            errors.append(
+                f"config.train.steps {t.steps} is not a multiple of {n_update}, the updates of one sequence"
+                f" (sequence_len / update_len); use {-(-t.steps // n_update) * n_update}"
+            )
+    if config.mesh.devices == 0 or config.mesh.devices < -1:
+        errors.append(f"config.mesh.devices must be positive, or -1 for all, not {config.mesh.devices}")
+    elif config.mesh.devices > 0:
+        divides("train.global_batch_size", t.global_batch_size, "mesh.devices", config.mesh.devices)
+    if errors:
+        raise ValueError("\n".join(errors))
