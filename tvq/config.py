@@ -16,10 +16,6 @@ def field(default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
-def section(cls: type) -> Any:
-    return dataclasses.field(default_factory=cls)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     n_vocab: int = field(259, "token ids; bytes need 259 (three special ids, then the byte values)")
@@ -112,15 +108,15 @@ class Log:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Model = section(Model)
-    data: Data = section(Data)
-    optimizer: Optimizer = section(Optimizer)
-    mesh: Mesh = section(Mesh)
-    train: Train = section(Train)
-    evaluate: Evaluate = section(Evaluate)
-    sample: Sample = section(Sample)
-    checkpoint: Checkpoint = section(Checkpoint)
-    log: Log = section(Log)
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    sample: Sample = Sample()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
 
 
 # What may differ between a run and its resumption: everything else decides the numbers.

@@ -1,0 +1,10 @@
+"""One runtime for all tests: eight CPU devices, and an implicit rank promotion is an error."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
