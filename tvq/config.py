@@ -46,8 +46,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    source: str = field("stdlib", "stdlib (the running Python's library, nothing to download) or text")
-    path: str = field("", "file or folder of text, for source=text")
+    source: str = field(
+        "stdlib", "stdlib (the running Python's library, nothing to download), text, or tokens"
+    )
+    path: str = field("", "file or folder of text, for source=text; prepared folder, for source=tokens")
     cache: str = field("", "folder for tokens made from the source; empty: the user's cache folder")
     workers: int = field(0, "processes that read ahead; 0 reads in threads of this one")
 
@@ -107,6 +109,18 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    coordinator: str = field("", "HOST:PORT of process 0 (PORT + 1 is used too); empty: the scheduler tells")
+    n_process: int = field(0, "processes of the run; 0: the scheduler tells, or there is one")
+    process_id: int = field(-1, "number of this process; -1: the scheduler tells")
+    local_devices: int = field(0, "devices that each process must find; 0: what the scheduler granted")
+    start_timeout: float = field(300.0, "seconds to wait until all processes have come")
+    step_timeout: float = field(600.0, "seconds without progress until the watchdog ends the process")
+    compile_timeout: float = field(3600.0, "the same for the first step, which compiles, and for restoring")
+    silence_timeout: float = field(60.0, "seconds without a sign of life until a process counts as lost")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     model: Model = Model()
     data: Data = Data()
@@ -117,6 +131,7 @@ class Config:
     sample: Sample = Sample()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    cluster: Cluster = Cluster()
 
 
 # What may differ between a run and its resumption: everything else decides the numbers.
@@ -126,9 +141,11 @@ CHANGEABLE = frozenset(
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
         for f in dataclasses.fields(cls)
-        if name in ("mesh", "evaluate", "sample", "checkpoint", "log")
+        if name in ("mesh", "evaluate", "sample", "checkpoint", "log", "cluster")
     }
 )
+# What may differ between the processes of one run.
+LOCAL = frozenset({"cluster.coordinator", "cluster.process_id", "data.cache"})
 
 
 def base() -> ConfigDict:
@@ -146,6 +163,11 @@ def flatten(config: ConfigDict | dict | Config) -> dict[str, Any]:
         else:
             flat[name] = values
     return flat
+
+
+def common(config: Config) -> dict[str, Any]:
+    """The fields on which all processes of a run must agree."""
+    return {f"config.{name}": value for name, value in flatten(config).items() if name not in LOCAL}
 
 
 def docs() -> dict[str, str]:
@@ -239,6 +261,9 @@ def validate(config: Config) -> None:
     at_least(0, "data.workers", "evaluate.every", "evaluate.batch_size", "checkpoint.keep_every")
     at_least(0, "train.seed", "sample.seed", "sample.temperature", "model.c_beta")
     at_least(4, "model.n_vocab")
+    at_least(0, "cluster.n_process", "cluster.local_devices")
+    at_least(-1, "cluster.process_id")
+    at_least(1, *(f"cluster.{n}_timeout" for n in ("start", "step", "compile", "silence")))
     probability(*(f"model.{n}" for n in ("p_dropemb", "p_dropsin", "p_dropres", "p_droplyr", "c_gamma")))
     if not 0 <= config.sample.nucleus <= 1:
         errors.append(f"config.sample.nucleus must be in [0, 1], not {config.sample.nucleus}")
@@ -254,10 +279,17 @@ def validate(config: Config) -> None:
     one_of("model.param_dtype", m.param_dtype, ("float32", "float64"))
     one_of("optimizer.name", o.name, ("adamw", "lion", "adafactor"))
     one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))
-    one_of("data.source", config.data.source, ("stdlib", "text"))
+    one_of("data.source", config.data.source, ("stdlib", "text", "tokens"))
     one_of("evaluate.split", config.evaluate.split, ("train", "validation", "test"))
     if config.data.source == "text" and not config.data.path:
         errors.append("config.data.source=text needs config.data.path, a file or folder of text")
+    if config.data.source == "tokens" and not config.data.path:
+        errors.append("config.data.source=tokens needs config.data.path, a prepared folder")
+    if config.data.source == "stdlib" and config.data.path:
+        errors.append(
+            f"config.data.source=stdlib does not read config.data.path {config.data.path!r};"
+            " use config.data.source=text, or leave the path empty"
+        )
     divides("train.sequence_len", t.sequence_len, "train.update_len", t.update_len)
     divides("train.update_len", t.update_len, "model.block_len", m.block_len)
     if t.update_len > 0 and not t.sequence_len % t.update_len and t.steps > 0:

@@ -1,0 +1,111 @@
+"""A small run in the place of `tvq train`: meets, sums over all devices, saves, stops, resumes.
+
+    python -m tests.fakes.worker --workdir=DIR [--steps=N] [--every=N] [--pause=S] [--config.cluster.F=V ...]
+
+TVQ_TEST_FAULT, a JSON object, makes one process misbehave: {"process": 1, "kind": "data", "step": 3}.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tvq import cluster, config
+
+
+def misbehave(fault: dict[str, Any], process: int, kind: str, step: int) -> None:
+    if (fault.get("process"), fault.get("kind"), fault.get("step", step)) != (process, kind, step):
+        return
+    if kind == "raise":
+        raise RuntimeError("a bug on one host")
+    time.sleep(3600)
+
+
+def work(
+    arguments: argparse.Namespace, section: config.Cluster, place: cluster.Place, log: cluster.Log
+) -> int:
+    fault = json.loads(os.environ.get("TVQ_TEST_FAULT", "{}"))
+    items = json.loads(os.environ.get("TVQ_TEST_ITEMS", "{}"))
+    workdir, me = Path(arguments.workdir), place.process_id
+    processes = cluster.start(place, section, items, log.say)
+    with cluster.Watchdog(processes, section, log) as watchdog:
+        saved = workdir / "state.json"
+        state = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "sum": 0.0}
+        processes.agree(
+            "start", {"checkpoint step": state["step"], **json.loads(os.environ.get("TVQ_TEST_LATE", "{}"))}
+        )
+        mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+        spec = PartitionSpec("devices")
+        total = jax.jit(
+            jax.shard_map(
+                lambda x: jax.lax.psum(x.sum(), "devices"),
+                mesh=mesh,
+                in_specs=spec,
+                out_specs=PartitionSpec(),
+            )
+        )
+        stopped = False
+        for step in range(state["step"], arguments.steps):
+            watchdog.beat("data", step)
+            misbehave(fault, me, "data", step)
+            batch = np.full((jax.local_device_count(), 2), step, np.float32)
+            watchdog.beat("ready", step)
+            processes.batch_ready(step)
+            watchdog.beat("step", step, section.compile_timeout if step == state["step"] else None)
+            misbehave(fault, me, "raise", step)
+            x = jax.make_array_from_process_local_data(
+                NamedSharding(mesh, spec), batch, (jax.device_count(), 2)
+            )
+            state = {"step": step + 1, "sum": state["sum"] + float(total(x))}
+            time.sleep(arguments.pause)
+            stopped = processes.stop_requested(step)
+            if stopped or state["step"] == arguments.steps or state["step"] % arguments.every == 0:
+                watchdog.beat("save", step)
+                misbehave(fault, me, "save", step)
+                if processes.is_main:
+                    part = saved.with_suffix(".part")
+                    part.write_text(json.dumps(state))
+                    part.rename(saved)
+                processes.barrier("save")
+            if stopped:
+                log.say(f"stopped and saved at step {state['step']}")
+                break
+        if not stopped:
+            (workdir / f"done_{me}.json").write_text(
+                json.dumps(state | {"devices": jax.device_count(), "processes": jax.process_count()})
+            )
+    processes.finish()
+    return cluster.EXIT_STOPPED if stopped else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=0.0)
+    arguments, rest = parser.parse_known_args()
+    c = config.base()
+    for option in rest:
+        name, _, value = option.removeprefix("--config.cluster.").partition("=")
+        c.cluster[name] = type(c.cluster[name])(value)
+    section = config.build(c).cluster
+    place = cluster.find(section, os.environ, cluster.tpu_metadata(os.environ))
+    log = cluster.Log(cluster.log_folder(arguments.workdir), place)
+    with cluster.guard(place, log.say):
+        try:
+            sys.exit(work(arguments, section, place, log))
+        except ValueError as error:
+            log.say(str(error))
+            sys.exit(cluster.EXIT_INPUT)
+
+
+if __name__ == "__main__":
+    main()
