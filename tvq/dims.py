@@ -5,14 +5,14 @@ A tensor carries its shape in its name, `q_BHLK`, and an einsum uses the same le
     B sequences      T tokens of the call      R blocks             L block length
     M memory length  W window, M + L           E distances, M + 1   D model width
     H heads          K key width               V value width        S codes
-    C vocabulary     U update length           N gated units
+    C vocabulary     U update length           N gated units       X any other
 
 Inside `jax.shard_map` B counts the sequences of one device; every other letter is global.
 """
 
 from typing import Any
 
-ALPHABET = frozenset("BTRLMWEDHKVSCUN")
+ALPHABET = frozenset("BTRLMWEDHKVSCUNX")
 
 
 def check(**tensors: Any) -> dict[str, int]:

@@ -1,0 +1,464 @@
+"""Every golden file in the folder TVQ_GOLDEN (default tests/golden) against ours.
+
+The files were recorded from the original program; tests/golden/README.md says what each group holds. A new
+file of a known group is picked up by itself. An array agrees if its largest deviation is below 1e-5 of its
+largest entry.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tvq import config, evaluate, interop, mesh, optimizer, sample, train_step
+from tvq.model import attention, layers, transformer, vq
+from tvq.state import TrainState
+
+GOLDEN = Path(os.environ.get("TVQ_GOLDEN", Path(__file__).parent / "golden"))
+FILES = sorted(GOLDEN.glob("*.npz"))
+TOLERANCE = 1e-5
+# (1 - gamma) (c - f n) is a difference of near numbers: float32 loses what cancels (golden README: 3e-6).
+CANCELLING = 3e-5
+BFLOAT16 = 3e-2
+
+
+def load(path: Path) -> tuple[dict, dict]:
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    return json.loads(str(arrays.pop("config_json"))), arrays
+
+
+def under(arrays: dict, prefix: str) -> dict:
+    return {k.removeprefix(prefix + "/"): v for k, v in arrays.items() if k.startswith(prefix + "/")}
+
+
+def close(name: str, got: object, want: object, tolerance: float = TOLERANCE) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, golden {want.shape}"
+    assert np.isfinite(got.astype(np.float64)).all(), f"{name} is not finite"
+    scale = max(np.abs(want).max(initial=0.0), 1e-30)
+    error = np.abs(got.astype(np.float64) - want).max(initial=0.0) / scale
+    # Where the golden array is all zeros ours must be so too, to rounding.
+    assert error <= tolerance or (scale == 1e-30 and np.abs(got).max() < 1e-9), f"{name}: off by {error:.2e}"
+
+
+def trees_close(name: str, got: object, want: object, tolerance: float = TOLERANCE) -> None:
+    got, want = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want)
+    assert [path for path, _ in got] == [path for path, _ in want], name
+    for (path, a), (_, b) in zip(got, want, strict=True):
+        close(name + jax.tree_util.keystr(path), a, b, tolerance)
+
+
+def model_config(original: dict) -> config.Model:
+    names = {field.name for field in dataclasses.fields(config.Model)}
+    known = {name: value for name, value in original.items() if name in names}
+    return config.Model(**known | {"pe_lam": float(original["pe_lam"])})
+
+
+def on_device(tree: object) -> object:
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def parameters(arrays: dict) -> tuple[dict, dict]:
+    return on_device(interop.parameters_from_original(arrays))
+
+
+def state_close(name: str, got: transformer.State, arrays: dict, tolerance: float = TOLERANCE) -> None:
+    want = interop.state_from_original(arrays)
+    assert int(got.position) == int(want.position)
+    got_units, want_units = jax.tree.map(np.asarray, (got.units, want.units))
+    same_z = got_units.z_BHM == want_units.z_BHM
+    same_count = got_units.count_BHS == want_units.count_BHS
+    if tolerance == TOLERANCE:
+        assert same_z.all(), f"{name}: codes differ"
+        close(f"{name}.count", got_units.count_BHS, want_units.count_BHS)
+    else:
+        # Rounded activations may move a key to another code: at most one in a hundred here.
+        flips = np.abs(got_units.count_BHS - want_units.count_BHS).sum() / 2
+        assert flips <= 0.01 * want_units.count_BHS.sum(), f"{name}: {flips} codes of the cache differ"
+        assert same_z.mean() >= 0.99, f"{name}: {(~same_z).sum()} codes of the memory differ"
+    pairs = {"k_BHMK": same_z, "v_BHMV": np.ones_like(same_z), "sum_BHSV": same_count}
+    for field, same in pairs.items():
+        a, b = (np.where(same[..., None], getattr(x, field), 0.0) for x in (got_units, want_units))
+        close(f"{name}.{field}", a, b, tolerance)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "state_only"))
+def forward(params, codebooks, tokens, mask, state, *, model, state_only=False):
+    x, state, stats = transformer.forward(params, codebooks, tokens, mask, state, model)
+    metrics = jax.tree.map(jnp.mean, stats["metrics"]) | transformer.codebook_metrics(codebooks)
+    return transformer.log_probs(params, x, model), state, stats, metrics
+
+
+def check_forward(spec: dict, arrays: dict) -> None:
+    model = model_config(spec["transformer_config"])
+    # Ours and the original's bfloat16 differ in which tensors are rounded: counts, means and scores are
+    # float32 here.
+    tolerance = BFLOAT16 if model.dtype == "bfloat16" else TOLERANCE
+    params, codebooks = parameters(under(arrays, "params"))
+    batch = under(arrays, "batch")
+    state = transformer.initial_state(model, batch["inputs"].shape[0])
+    log_probs, start = [], 0
+    for call, n_block in enumerate(spec["call_blocks"]):
+        piece = slice(start, start + n_block * model.block_len)
+        start = piece.stop
+        got, state, stats, metrics = forward(
+            params, codebooks, batch["inputs"][:, piece], batch["loss_mask"][:, piece], state, model=model
+        )
+        log_probs.append(got)
+        if call == 0:
+            state_close("state_after_call0", state, under(arrays, "out/state_after_call0"), tolerance)
+        if spec["transformer_config"]["is_train"]:
+            want = under(arrays, f"out/call{call}")
+            close("l_commit", stats["commit"].sum(), want["l_commit"], tolerance)
+            assert want["l_codebook"] == pytest.approx(0.0, abs=1e-6)
+            metrics_close(metrics, under(want, "metrics"), tolerance)
+    close("logprobs", np.concatenate(log_probs, 1), arrays["out/logprobs"], tolerance)
+    state_close("final_state", state, under(arrays, "out/final_state"), tolerance)
+
+
+def metrics_close(got: dict, want: dict, tolerance: float = TOLERANCE) -> None:
+    assert set(want) <= set(got), set(want) - set(got)
+    for name, value in want.items():
+        # Cosines of both signs cancel in their mean, so they are measured against 1, not against it.
+        scale = 1.0 / max(abs(float(value)), 1e-30) if name.startswith("c_sim") else 1.0
+        close(name, got[name], value, tolerance * max(scale, 1.0))
+
+
+def check_lossgrad(spec: dict, arrays: dict) -> None:
+    model = model_config(spec["transformer_config"])
+    params, codebooks = parameters(under(arrays, "params"))
+    batch = on_device(under(arrays, "batch"))
+    state = on_device(interop.state_from_original(under(arrays, "state_in")))
+
+    @jax.jit
+    def gradient(params, codebooks, batch, state):
+        return jax.value_and_grad(train_step.loss_fn, has_aux=True)(
+            params, codebooks, batch, state, None, model
+        )
+
+    (loss, (state_out, stats, metrics)), grads = gradient(params, codebooks, batch, state)
+    log_probs, _, _, _ = forward(params, codebooks, batch["inputs"], batch["loss_mask"], state, model=model)
+    close("loss", loss, arrays["out/loss"])
+    close("l_lm", metrics["loss_lm_per_token_unscaled"], arrays["out/l_lm_unscaled"])
+    close("l_commit", metrics["loss_commit_per_token"], arrays["out/l_commit"])
+    assert arrays["out/l_codebook"] == pytest.approx(0.0, abs=1e-6)
+    close("logprobs", log_probs, arrays["out/logprobs"])
+    metrics_close(metrics | transformer.codebook_metrics(codebooks), under(arrays, "out/metrics"))
+    state_close("attn_state", state_out, under(arrays, "out/attn_state"))
+
+    want_grads, want_codebooks = interop.parameters_from_original(under(arrays, "out/grads"))
+    trees_close("grads", grads, want_grads)
+    n_block = batch["inputs"].shape[1] // model.block_len
+    (n_device,), (n_block_per_update,) = (
+        set(np.asarray(spec["vq_spec"][name]).ravel().tolist()) for name in ("n_device", "n_block_per_update")
+    )
+    total = jax.tree.map(lambda x: x * n_device * n_block_per_update / n_block, stats)
+    new = vq.moving_average(codebooks, total, model.c_gamma)
+    trees_close("codebooks", jax.tree.map(jnp.subtract, codebooks, new), want_codebooks, CANCELLING)
+
+
+def optimizer_config(original: dict) -> config.Optimizer:
+    return config.Optimizer(
+        name=original["optimizer"],
+        lr_max=original["lr_max"],
+        schedule=original["lr_schedule"],
+        n_warmup_step=original["n_warmup_step"],
+        n_max_step=original["n_max_step"],
+        grad_clip=original["grad_clip"] or 0.0,
+        wd_lam=original["wd_lam"],
+    )
+
+
+def moments(opt_state: object, name: str) -> dict[str, object]:
+    """Our optimizer's moments as trees of parameters, by the original's names."""
+    inner = next(part for part in opt_state if isinstance(part, dict | tuple) and len(part))
+    if name == "adafactor":
+        units, rest = inner["units"][0], inner["rest"][0]
+        return {
+            m: getattr(rest, m)
+            | {"units": getattr(units, m)["units"] if "units" in getattr(units, m) else getattr(units, m)}
+            for m in ("v_row", "v_col", "v")
+        }
+    return {m: getattr(inner[0], m) for m in (("mu", "nu") if name == "adamw" else ("mu",))}
+
+
+def opt_state_close(opt_state: object, spec: dict, arrays: dict, rename) -> None:
+    index = 1 if spec["optimizer"]["grad_clip"] else 0
+    want = under(arrays, f"out/opt_state/main/{index}/0")
+    got = moments(opt_state, spec["optimizer"]["optimizer"])
+    assert {path.split("/")[0] for path in want} == {"count", *got}
+    for name, tree in got.items():
+        golden = rename(under(want, name))
+        if any(path.startswith(f"main/{index}/0/{name}/") for path in spec["opt_state_bfloat16"]):
+            jax.tree.map(bfloat16_close, tree, golden)
+        else:
+            trees_close(name, tree, golden)
+
+
+def bfloat16_close(got: jax.Array, want: np.ndarray) -> None:
+    """Gradients equal to 1e-5 may round to neighbours in bfloat16: by one place, and rarely."""
+    assert got.dtype == jnp.bfloat16
+    got, want = np.asarray(got, np.float32), np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=2**-7)
+    assert np.mean(got != want) <= 0.01
+
+
+def check_train(spec: dict, arrays: dict) -> None:
+    model = model_config(spec["transformer_config"])
+    B, T = arrays["batch0/inputs"].shape
+    run = config.Config(
+        model=model,
+        optimizer=optimizer_config(spec["optimizer"]),
+        train=config.Train(
+            steps=1, global_batch_size=B, sequence_len=T, update_len=spec["transformer_config"]["update_len"]
+        ),
+    )
+    assert [row for rows in spec["device_rows"] for row in rows] == list(range(B))
+    devices = mesh.make(run.mesh, jax.devices()[: spec["n_device"]])
+    tx = optimizer.make(run.optimizer)
+    params, codebooks = parameters(under(arrays, "params"))
+    state = TrainState(jnp.int32(0), params, codebooks, jax.jit(tx.init)(params), jax.random.key(0))
+    state = jax.device_put(state, mesh.sharding(devices, mesh.WHOLE))
+    step = train_step.make(run, devices, tx)
+    for i in range(spec["n_train_op_steps"]):
+        state, metrics = step(state, mesh.global_batch(devices, under(arrays, f"batch{i}"), B))
+        want, want_codebooks = interop.parameters_from_original(under(arrays, f"out/step{i}/params"))
+        trees_close(f"step{i}.params", state.params, want)
+        trees_close(f"step{i}.codebooks", state.codebooks, want_codebooks)
+        metrics_close(metrics, under(arrays, f"out/step{i}/metrics"))
+    assert int(state.step) == spec["final_train_state_step"]
+    if spec["opt_state_stored"]:
+        opt_state_close(state.opt_state, spec, arrays, lambda flat: interop.parameters_from_original(flat)[0])
+
+
+def check_eval(spec: dict, arrays: dict) -> None:
+    model = model_config(spec["transformer_config"])
+    params, codebooks = parameters(under(arrays, "params"))
+    batch = under(arrays, "batch")
+    B, T = batch["inputs"].shape
+    devices = mesh.make(config.Mesh(), jax.devices()[: spec["n_device"]])
+    # Pieces of one block and of all blocks: the update length plays no part in evaluation.
+    for piece_len in (model.block_len, T):
+        score = evaluate.make(model, devices, piece_len)
+        nll_B, count_B = score(params, codebooks, mesh.global_batch(devices, batch, B))
+        close("loss_lm", nll_B.sum() / (B * T), arrays["out/stats/loss_lm_per_token_unscaled"])
+        close("loss_mask", count_B.sum() / (B * T), arrays["out/stats/loss_mask_per_token"])
+        close("loss", nll_B.sum() / count_B.sum(), arrays["out/loss_lm_per_token"])
+
+
+def check_decode(spec: dict, arrays: dict) -> None:
+    model = model_config(spec["transformer_config"])
+    params, codebooks = parameters(under(arrays, "params"))
+    inputs = on_device(arrays["batch/inputs"])
+    empty = transformer.initial_state(model, inputs.shape[0])
+
+    for name, block_len in (("block1", 1), ("blockL", model.block_len)):
+        log_probs, state, _, _ = forward(
+            params, codebooks, inputs, jnp.ones_like(inputs), empty,
+            model=dataclasses.replace(model, block_len=block_len),
+        )  # fmt: skip
+        close(name, log_probs, arrays[f"out/logprobs_{name}"])
+        if under(arrays, f"out/final_state_{name}"):
+            state_close(name, state, under(arrays, f"out/final_state_{name}"))
+
+    @jax.jit
+    def decode(params, codebooks, inputs):
+        first = transformer.decoding(params, codebooks, empty, model)
+        step = lambda state, token_B: transformer.decode(params, token_B, state, model)[::-1]
+        last, log_probs = jax.lax.scan(step, first, inputs.T)
+        return last, log_probs.swapaxes(0, 1)
+
+    last, log_probs = decode(params, codebooks, inputs)
+    close("decode", log_probs, arrays["out/logprobs_block1"])
+    want = interop.state_from_original(under(arrays, "out/final_state_block1"))
+    ring = jax.vmap(attention.ring_from_state, in_axes=(0, None))(on_device(want.units), want.position)
+    trees_close("ring", last.rings, ring)
+
+
+def check_sample(spec: dict, arrays: dict) -> None:
+    model = model_config(spec["transformer_config"])
+    params, codebooks = parameters(under(arrays, "params"))
+    want = arrays["out/tokens_greedy_p0"]
+    tokens = sample.draw(
+        params, codebooks, np.full((want.shape[0], 1), 1, np.int32), jax.random.key(0),
+        model=model, length=want.shape[1], temperature=1.0, p_nucleus=0.0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(tokens, want)
+
+
+def made_up(flat: dict) -> dict:
+    """The optimizer files' invented tree in our names."""
+    names = {
+        "emb/embs": "embed/table", "emb/bias_out": "embed/bias", "pe/scale": "position/scale",
+        "layer/q_proj/kernel": "units/q", "layer/kvg_proj/kernel": "units/kvg",
+        "layer/ln/g": "units/norm/gain", "layer/u": "units/u",
+    }  # fmt: skip
+    stack = lambda path, x: x[None] if path.startswith("units") else x
+    return on_device(interop.nested({new: stack(new, flat[old]) for old, new in names.items()}))
+
+
+def check_optim(spec: dict, arrays: dict) -> None:
+    tx = optimizer.make(optimizer_config(spec["optimizer"]))
+    params = made_up(under(arrays, "params"))
+    opt_state = jax.jit(tx.init)(params)
+    update = jax.jit(tx.update)
+    for i in range(spec["n_step"]):
+        updates, opt_state = update(made_up(under(arrays, f"in/grads{i}")), opt_state, params)
+        trees_close(f"updates{i}", updates, made_up(under(arrays, f"out/updates{i}")))
+        params = jax.tree.map(jnp.add, params, updates)
+    trees_close("params", params, made_up(under(arrays, "out/final_params")))
+    opt_state_close(opt_state, spec, arrays, made_up)
+
+
+def check_schedule(spec: dict, arrays: dict) -> None:
+    for name in {path.split("/")[1] for path in arrays}:
+        steps = arrays[f"in/{name}/steps"]
+        for kind in ("cosine", "linear"):  # its inv_sqrt is a defect (SPEC.md)
+            made = optimizer.schedule(
+                config.Optimizer(
+                    schedule=kind,
+                    **spec["settings"][name],
+                )
+            )
+            close(f"{name}.{kind}", jax.vmap(made)(jnp.asarray(steps)), arrays[f"out/{name}/{kind}"])
+
+
+def check_nucleus(spec: dict, arrays: dict) -> None:
+    for name in spec["sets"]:
+        logits = jnp.asarray(arrays[f"in/{name}/logits"])
+        for p in spec["p_values"]:
+            got = jax.jit(sample.nucleus, static_argnums=1)(logits, p)
+            np.testing.assert_array_equal(got != sample.REMOVED, arrays[f"out/{name}/p{p}/keep"] == 1)
+            np.testing.assert_array_equal(got, arrays[f"out/{name}/p{p}/masked_logits"])
+
+
+def check_vq(spec: dict, arrays: dict) -> None:
+    codebook = {"sum": jnp.asarray(arrays["in/c_sum"]), "count": jnp.asarray(arrays["in/c_count"])}
+    keys, mask, weight = (jnp.asarray(arrays[f"in/{name}"]) for name in ("vecs", "loss_mask", "w"))
+    c = vq.codewords(codebook)
+    z = vq.nearest(keys, c)
+    found = vq.lookup(z, c)
+    e2 = vq.squared_error(keys, found)
+    close("codebook", c, arrays["out/codebook"])
+    for prefix in ("out", "out/module"):
+        np.testing.assert_array_equal(z, arrays[f"{prefix}/shortcodes"])
+        close("errs2", e2, arrays[f"{prefix}/errs2"])
+        metrics = vq.key_metrics(keys, found, e2, keys.shape[2]) | vq.codebook_metrics(codebook)
+        metrics_close(metrics, under(arrays, f"{prefix}/metrics"))
+    close("codewords", found, arrays["out/codewords"])
+    close("quantized", vq.straight_through(keys, found), arrays["out/module/quantized"])
+
+    stats = vq.statistics(keys, z, mask, c.shape[1])
+    times = spec["n_device"] * spec["n_block_per_update"]
+    new = vq.moving_average(codebook, jax.tree.map(lambda x: x * times, stats), spec["c_gamma"])
+    for name in ("sum", "count"):
+        close(name, new[name], arrays[f"out/c_{name}_tgt"])
+        got = codebook[name] - new[name]
+        close(f"{name} gradient", got, arrays[f"out/l_codebook_grad/c_{name}"], CANCELLING)
+
+    def commit(keys):
+        return jnp.mean(jnp.sum(vq.squared_error(keys, found), 1) * mask)
+
+    close("l_commit", commit(keys), arrays["out/module/l_commit"])
+    close("grad l_commit", jax.grad(commit)(keys), arrays["out/module/grad_l_commit/vecs"])
+    dot = lambda keys: jnp.sum(vq.straight_through(keys, found) * weight)
+    close("grad dot", jax.grad(dot)(keys), arrays["out/module/grad_quantized_dot_w/vecs"])
+    assert not arrays["out/module/grad_l_codebook/vecs"].any()
+
+
+def check_misc(spec: dict, arrays: dict) -> None:
+    for name, want in under(arrays, "out/sinusoid").items():
+        length, width, lam = (int(name.split("_")[i].lstrip("lenwam")) for i in range(3))
+        start = int(name.partition("start")[2] or 0)
+        got = layers.sinusoid(jnp.arange(start, start + length), width, float(lam), jnp.float32)
+        close(name, got[::-1] if name.endswith("flip") else got, want)
+    x, gain, bias = (jnp.asarray(arrays[f"in/ln/{n}"]) for n in ("x", "g", "b"))
+    got = layers.norm(x[None], {"gain": gain, "bias": bias})[0]
+    close("ln", got, arrays["out/ln/gain_bias"])
+    close("plain ln", layers.rms_norm(x), arrays["out/ln/plain"])
+
+    model = dataclasses.replace(model_config(spec["attn_transformer_config"]), n_layer=1)
+    unit, codebook = jax.tree.map(
+        lambda x: jnp.asarray(x)[0],
+        interop.parameters_from_original(
+            {f"transformer_layers_0/scanned_attn1/{k}": v for k, v in under(arrays, "attn/params").items()}
+        ),
+    )
+    unit = unit["units"]
+    features = arrays["attn/in/features"]
+    n_block, B, L, _ = features.shape
+    state = jax.tree.map(lambda x: x[0], transformer.initial_state(model, B).units)
+    distance = transformer.distances(model)
+    run = jax.jit(functools.partial(layers.gated_unit, config=model))
+    for i in range(n_block):
+        res, state, stats = run(
+            unit, codebook, jnp.asarray(features[i]), jnp.ones((B, L), jnp.int32),
+            jnp.broadcast_to(distance[None], (B, *distance.shape)), state,
+        )  # fmt: skip
+        want = under(arrays, f"attn/out/block{i}")
+        # The original's module adds the residual itself.
+        close("res", res + features[i] if spec.get("res_includes_input") else res, want["res"])
+        close("l_commit", stats["commit"], want["l_commit"])
+        stacked = {f"0/0/{k}": v for k, v in under(want, "state").items()}
+        got = transformer.State(jnp.int32((i + 1) * L), jax.tree.map(lambda x: x[None], state))
+        state_close(f"block{i}", got, stacked)
+
+
+CHECKS = {
+    "forward": check_forward, "lossgrad": check_lossgrad, "train": check_train, "eval": check_eval,
+    "decode": check_decode, "sample": check_sample, "optim": check_optim, "schedule": check_schedule,
+    "nucleus": check_nucleus, "vq": check_vq, "misc": check_misc,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_golden(path: Path) -> None:
+    spec, arrays = load(path)
+    CHECKS[spec["group"]](spec, arrays)
+
+
+def test_there_are_files() -> None:
+    assert FILES, f"no golden files in {GOLDEN}"
+
+
+@pytest.mark.parametrize("name", ["enwik8", "pg19", "imagenet64"])
+def test_recipe_shapes(name: str) -> None:
+    recipe = json.loads((GOLDEN / "recipes.json").read_text())["recipes"][name]
+    model = model_config(recipe["settings"])
+    ours = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    unused = 0 if model.e_tie else model.n_vocab  # the bias of the embedding that nothing reads
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(ours) + unused == recipe["n_param_total"]
+    assert count(ours[1]) == recipe["n_param_codebook"]
+    small = {path: np.empty(shape, np.uint8) for path, shape in recipe["shapes"].items()}
+    shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
+    assert shapes(interop.parameters_from_original(small)) == shapes(ours)
+
+
+@pytest.mark.parametrize("case", ["e_tie0", "e_tie1_peabs"])
+def test_initial_values(case: str) -> None:
+    stats = json.loads((GOLDEN / "init_stats.json").read_text())[case]
+    model = model_config({"pe_lam": 100_000} | stats["config"])
+    ours = transformer.init(model, jax.random.key(0))
+    for what in ("mean", "std"):
+        flat = {path: np.float32(leaf[what]) for path, leaf in stats["leaves"].items()}
+        want = interop.parameters_from_original(flat)
+        size = jax.tree.map(lambda x: x.size, ours)
+        for (path, array), (_, wanted), (_, n) in zip(
+            *map(jax.tree.leaves_with_path, (ours, want, size)), strict=True
+        ):
+            got = np.asarray(array, np.float64)
+            axes = tuple(range(1, got.ndim)) if np.ndim(wanted) else None
+            got = got.mean(axes) if what == "mean" else got.std(axes)
+            # Five standard errors of two samples of n normal numbers.
+            spread = 5 * np.sqrt(2 / n) * max(float(np.std(array)), 1e-12) + 1e-6 * np.abs(wanted)
+            assert np.all(np.abs(got - wanted) <= spread), (
+                f"{jax.tree_util.keystr(path)} {what}: {got} {wanted}"
+            )

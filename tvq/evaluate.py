@@ -1,0 +1,89 @@
+"""Evaluation: every token of a split exactly once, each sequence from the empty state.
+
+Sums of each sequence are added on the host in float64 and in order, so that the result does not depend on
+batch size or devices.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from tvq import loss, mesh
+from tvq.config import Model
+from tvq.model import transformer
+
+
+def make(config: Model, devices: Mesh, piece_len: int) -> Callable:
+    """The jitted `(params, codebooks, batch [B_global,T]) -> (nats [B_global], unmasked tokens [B_global])`.
+
+    It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
+    piece_len, a multiple of block_len that divides T.
+    """
+
+    def score(params: dict, codebooks: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        B = batch["inputs"].shape[0]
+        pieces = jax.tree.map(lambda x: x.reshape(B, -1, piece_len).swapaxes(0, 1), batch)
+        empty = transformer.initial_state(config, B)
+        empty = empty._replace(units=lax.pcast(empty.units, mesh.DATA_AXES, to="varying"))
+
+        def read(state: transformer.State, piece: dict) -> tuple:
+            x_BTD, state, _ = transformer.forward(
+                params, codebooks, piece["inputs"], piece["loss_mask"], state, config
+            )
+            log_probs_BTC = transformer.log_probs(params, x_BTD, config)
+            nll_BT = loss.token_nll(log_probs_BTC, piece["targets"], piece["loss_mask"])
+            return state, (nll_BT.sum(1), piece["loss_mask"].sum(1))
+
+        _, sums = lax.scan(read, empty, pieces)
+        return jax.tree.map(lambda x: x.sum(0), sums)
+
+    sharded = jax.shard_map(
+        score,
+        mesh=devices,
+        in_specs=(mesh.WHOLE, mesh.WHOLE, mesh.BATCH),
+        out_specs=(mesh.BATCH, mesh.BATCH),
+    )
+    return jax.jit(sharded, out_shardings=mesh.sharding(devices, mesh.WHOLE))
+
+
+def total(
+    score: Callable,
+    params: dict,
+    codebooks: dict,
+    batches: Iterable[dict[str, jax.Array]],
+    progress: Callable[[int], Any] = lambda n_batch: None,
+) -> tuple[float, int]:
+    """Nats and tokens over all batches. `progress` hears how many batches are done."""
+    nats, n_token, waiting = 0.0, 0, None
+    for n_batch, batch in enumerate(batches):
+        # Read the sums of a batch only once the next is under way.
+        ready, waiting = waiting, score(params, codebooks, batch)
+        if ready is not None:
+            nats, n_token = _add(nats, n_token, ready)
+        progress(n_batch + 1)
+    return _add(nats, n_token, waiting) if waiting is not None else (nats, n_token)
+
+
+def _add(nats: float, n_token: int, sums: tuple[jax.Array, jax.Array]) -> tuple[float, int]:
+    nats_B, count_B = (np.asarray(x) for x in sums)
+    for value in nats_B.tolist():
+        nats += value
+    return nats, n_token + int(count_B.sum())
+
+
+def result(nats: float, n_token: int, n_byte: int) -> dict[str, float]:
+    """The metrics of a split: nats and bits a token, bits a byte of the original text."""
+    if n_token == 0:
+        raise ValueError("there is no token to evaluate")
+    return {
+        "loss": nats / n_token,
+        "bits_per_token": nats / n_token / math.log(2),
+        "bits_per_byte": nats / n_byte / math.log(2),
+        "n_token": n_token,
+        "n_byte": n_byte,
+    }

@@ -1,0 +1,106 @@
+"""The train step: n_update = T / U parameter updates over consecutive pieces of T-token sequences.
+
+Attention state passes from piece to piece without gradient (truncated backpropagation through time) and
+starts empty. Loss and gradient are computed in `shard_map`, each device on its own sequences, and reduced
+explicitly; the optimizer works outside of it on whole arrays.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from tvq import loss, mesh, optimizer
+from tvq.config import Config, Model
+from tvq.model import transformer, vq
+from tvq.model.layers import Draws
+from tvq.state import TrainState
+
+ATTENTION_STATE = transformer.State(position=mesh.WHOLE, units=mesh.STATE)  # type: ignore[arg-type]
+
+
+def loss_fn(
+    params: dict, codebooks: dict, batch: dict, state: transformer.State, draws: Draws | None, config: Model
+) -> tuple[jax.Array, tuple]:
+    """The loss of one update on `batch` arrays `[B,U]`, and (next state, codebook statistics, metrics)."""
+    mask_BT = batch["loss_mask"]
+    x_BTD, state, stats = transformer.forward(
+        params, codebooks, batch["inputs"], mask_BT, state, config, draws
+    )
+    nll_BT = loss.token_nll(transformer.log_probs(params, x_BTD, config), batch["targets"], mask_BT)
+    # Masked positions count in the denominator; the mean of the mask is there to undo that.
+    l_lm, l_commit = nll_BT.mean(), stats["commit"].sum()
+    metrics = {
+        "loss_lm_per_token_unscaled": l_lm,
+        "loss_mask_per_token": mask_BT.mean(dtype=nll_BT.dtype),
+        "loss_commit_per_token": l_commit,
+        **jax.tree.map(jnp.mean, stats["metrics"]),
+    }
+    return l_lm + config.c_beta * l_commit, (state, stats["codebook"], metrics)
+
+
+def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> Callable:
+    """The jitted step `(state, batch [B_global,T]) -> (state, metrics)`; the old state is donated."""
+    n_update = config.train.sequence_len // config.train.update_len
+    schedule = optimizer.schedule(config.optimizer)
+
+    def gradient(
+        params: dict, codebooks: dict, batch: dict, state: transformer.State, draws: Draws
+    ) -> tuple[dict, dict, dict, transformer.State]:
+        """Gradients, codebook statistics and metrics of the whole batch, from the part on this device."""
+        params = lax.pcast(params, mesh.DATA_AXES, to="varying")
+        (_, (state, stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, codebooks, batch, state, draws, config.model
+        )
+        grads, metrics = lax.pmean((grads, metrics), mesh.DATA_AXES)
+        return grads, lax.psum(stats, mesh.DATA_AXES), metrics, lax.stop_gradient(state)
+
+    sharded_gradient = jax.shard_map(
+        gradient,
+        mesh=devices,
+        in_specs=(
+            mesh.WHOLE,
+            mesh.WHOLE,
+            mesh.BATCH,
+            ATTENTION_STATE,
+            Draws(mesh.WHOLE, mesh.WHOLE, mesh.BATCH),  # type: ignore[arg-type]
+        ),
+        out_specs=(mesh.WHOLE, mesh.WHOLE, mesh.WHOLE, ATTENTION_STATE),
+    )
+
+    def update(carry: tuple, piece: dict) -> tuple:
+        state, attention_state = carry
+        draws = Draws(
+            ephemeral=jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step),
+            timeless=jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // n_update),
+            sequence_B=jnp.arange(piece["inputs"].shape[0]),
+        )
+        grads, stats, metrics, attention_state = sharded_gradient(
+            state.params, state.codebooks, piece, attention_state, draws
+        )
+        metrics |= transformer.codebook_metrics(state.codebooks)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": config.optimizer.lr_max * schedule(state.step),
+        }
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            codebooks=vq.moving_average(state.codebooks, stats, config.model.c_gamma),
+            opt_state=opt_state,
+            key=state.key,
+        )
+        return (state, attention_state), metrics
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        pieces = jax.tree.map(lambda x: x.reshape(x.shape[0], n_update, -1).swapaxes(0, 1), batch)
+        empty = transformer.initial_state(config.model, batch["inputs"].shape[0])
+        (state, _), metrics = lax.scan(update, (state, empty), pieces)
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    whole = mesh.sharding(devices, mesh.WHOLE)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=whole)
