@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tvq.cluster.place import Place
 
 PACKAGE = Path(__file__).parents[1]
 NEWS_EVERY = 5.0  # seconds between lines while waiting
+LINGER = 5.0  # seconds that a bad verdict is kept for those who come after it
 PORT_PATIENCE = 20.0  # seconds that a predecessor which is still dying may hold the port
 
 
@@ -95,8 +96,10 @@ def meet(
     deadline = time.monotonic() + timeout
     if place.is_main:
         listener = _listen(place, min(PORT_PATIENCE, timeout), say)
-        call = _RollCall(listener, place, deadline)
-        threading.Thread(target=call.run, name="roll call", daemon=True).start()
+        call = threading.Thread(
+            target=_RollCall(listener, place, deadline).run, name="roll call", daemon=True
+        )
+        call.start()
     about = {
         "process": place.process_id,
         "n_process": place.n_process,
@@ -105,6 +108,8 @@ def meet(
         "items": items,
     }
     verdict = _answer(place, json.dumps(about).encode() + b"\n", deadline, say)
+    if place.is_main:
+        call.join()
     if "input" in verdict:
         raise ValueError(verdict["input"])
     if "error" in verdict:
@@ -191,6 +196,8 @@ class _RollCall:
         self.listener, self.place, self.deadline = listener, place, deadline
         self.hosts = list(place.hosts)
         self.callers: dict[socket.socket, _Caller] = {}
+        self.verdict: dict[str, Any] = {}
+        self.told = 0
 
     @property
     def present(self) -> dict[int, dict[str, Any]]:
@@ -200,8 +207,8 @@ class _RollCall:
         next_news = time.monotonic() + NEWS_EVERY
         with self.listener, selectors.DefaultSelector() as selector:
             selector.register(self.listener, selectors.EVENT_READ)
-            verdict: dict[str, Any] = {}
-            while not verdict:
+            closing = self.deadline
+            while not self.verdict or (self.told < self.place.n_process and time.monotonic() < closing):
                 for key, _ in selector.select(timeout=0.2):
                     if key.fileobj is self.listener:
                         connection = self.listener.accept()[0]
@@ -209,16 +216,26 @@ class _RollCall:
                         self.callers[connection] = _Caller(connection)
                         selector.register(connection, selectors.EVENT_READ)
                     else:
-                        verdict = self._hear(self.callers[key.fileobj], selector) or verdict  # type: ignore[index]
-                verdict = verdict or self._count()
-                if not verdict and time.monotonic() > next_news:
+                        self._hear(self.callers[key.fileobj], selector)  # type: ignore[index]
+                if not self.verdict:
+                    self._count()
+                    closing = time.monotonic() + LINGER
+                if self.verdict:
+                    # Only to those who have spoken: closing on an unread line would lose the verdict.
+                    for caller in [c for c in self.callers.values() if c.about]:
+                        self._tell(self.verdict, [caller])
+                        self._forget(caller, selector)
+                        self.told += 1
+                elif time.monotonic() > next_news:
                     next_news = time.monotonic() + NEWS_EVERY
-                    self._tell({"waiting": self._missing()})
-            self._tell(verdict)
-            for caller in self.callers.values():
-                caller.connection.close()
+                    self._tell({"waiting": self._missing()}, self.callers.values())
 
-    def _hear(self, caller: _Caller, selector: selectors.BaseSelector) -> dict[str, Any]:
+    def _forget(self, caller: _Caller, selector: selectors.BaseSelector) -> None:
+        selector.unregister(caller.connection)
+        caller.connection.close()
+        del self.callers[caller.connection]
+
+    def _hear(self, caller: _Caller, selector: selectors.BaseSelector) -> None:
         """Takes what a caller sent; one that hung up, or that speaks of other things, is forgotten."""
         try:
             received = caller.connection.recv(65536)
@@ -232,37 +249,36 @@ class _RollCall:
                 about = json.loads(caller.received)
         strange = received.endswith(b"\n") and not (isinstance(about, dict) and set(about) == known)
         if not received or strange:
-            selector.unregister(caller.connection)
-            caller.connection.close()
-            del self.callers[caller.connection]
-            return {}
-        return self._register(caller, about) if about else {}
+            self._forget(caller, selector)
+        elif about:
+            twin = self.present.get(about["process"])
+            caller.about = about
+            if not self.verdict:
+                self._register(about, twin)
 
-    def _register(self, caller: _Caller, about: dict[str, Any]) -> dict[str, Any]:
+    def _register(self, about: dict[str, Any], twin: dict[str, Any] | None) -> None:
         process, n, who = about["process"], about["n_process"], f"{about['host']} pid {about['pid']}"
         if n != self.place.n_process:
-            return {
+            self.verdict = {
                 "input": f"process {process} ({who}) was started as one of {n},"
                 f" but process 0 as one of {self.place.n_process}; give all the same TVQ_N_PROCESS"
             }
-        twin = self.present.get(process)
-        if twin:
-            return {
+        elif twin:
+            self.verdict = {
                 "input": f"two processes say they are number {process}: {twin['host']} pid {twin['pid']}"
                 f" and {who}; give each its own TVQ_PROCESS_ID, 0 to {n - 1}"
             }
-        caller.about = about
-        self.hosts[process] = about["host"]
-        return {}
+        else:
+            self.hosts[process] = about["host"]
 
-    def _count(self) -> dict[str, Any]:
+    def _count(self) -> None:
         present = self.present
-        if len(present) < self.place.n_process:
-            return {"error": self._missing(late=True)} if time.monotonic() > self.deadline else {}
-        unequal = differences({i: about["items"] for i, about in present.items()}, self.hosts)
-        if unequal:
-            return {"input": "the processes of this run differ:\n  " + "\n  ".join(unequal)}
-        return {"hosts": self.hosts}
+        if len(present) == self.place.n_process:
+            unequal = differences({i: about["items"] for i, about in present.items()}, self.hosts)
+            report = "the processes of this run differ:\n  " + "\n  ".join(unequal)
+            self.verdict = {"input": report} if unequal else {"hosts": self.hosts}
+        elif time.monotonic() > self.deadline:
+            self.verdict = {"error": self._missing(late=True)}
 
     def _missing(self, late: bool = False) -> str:
         absent = [i for i in range(self.place.n_process) if i not in self.present]
@@ -273,9 +289,9 @@ class _RollCall:
         starts = "\n  ".join(command(self.place, i) for i in absent[:8])
         return f"{line}, after config.cluster.start_timeout; to start them, run on their hosts:\n  {starts}"
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: dict[str, Any], callers: Iterable[_Caller]) -> None:
         line = json.dumps(message).encode() + b"\n"
-        for caller in self.callers.values():
+        for caller in callers:
             with contextlib.suppress(OSError):  # it has gone; its absence shows at the next count
                 caller.connection.setblocking(True)
                 caller.connection.settimeout(5)

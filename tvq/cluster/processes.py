@@ -231,6 +231,8 @@ def guard(place: Place, say: Callable[[str], None]) -> Iterator[None]:
             say(str(error) if known else "".join(traceback.format_exception(error)).rstrip())
         sys.stdout.flush()
         sys.stderr.flush()
+        if place.is_main:
+            time.sleep(2)  # jax aborts the others when process 0 goes; let them say their last words first
         os._exit(code if isinstance(code, int) else EXIT_FAILED)
 
 

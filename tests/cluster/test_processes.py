@@ -1,0 +1,216 @@
+"""Real processes: they meet, agree, stop together; and every fault at the start has its message."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.pod import Pod, free_port
+from tvq import cluster, config
+from tvq.cluster.meeting import differences
+from tvq.cluster.processes import clear_stale_lock
+
+QUICK = ("--config.cluster.start_timeout=3", "--config.cluster.silence_timeout=3")
+
+
+def done(workdir: Path, process: int) -> dict:
+    return json.loads((workdir / f"done_{process}.json").read_text())
+
+
+@pytest.mark.parametrize(("n", "devices"), [(2, "2"), (4, "1")])
+def test_processes_sum_what_one_process_sums(tmp_path: Path, n: int, devices: str) -> None:
+    with Pod(tmp_path, n, one={i: {"JAX_NUM_CPU_DEVICES": devices} for i in range(n)}) as pod:
+        assert pod.codes() == [0] * n
+    results = [done(tmp_path, i) for i in range(n)]
+    assert results == [{"step": 6, "sum": 4 * 2 * 15.0, "devices": 4, "processes": n}] * n
+    assert f"process 1 of {n}, coordinator 127.0.0.1:{pod.port} (TVQ_COORDINATOR" in pod.said(1)
+    assert (tmp_path / "logs" / "process_1.log").read_text().count("processes are here") == 1
+
+
+def test_one_process_needs_no_meeting(tmp_path: Path) -> None:
+    with Pod(tmp_path, 1) as pod:
+        assert pod.codes() == [0]
+    assert done(tmp_path, 0)["processes"] == 1
+
+
+def test_a_missing_process_is_named_with_the_command_that_starts_it(tmp_path: Path) -> None:
+    with Pod(tmp_path, 3, *QUICK, one={2: {"ABSENT": "1"}}) as pod:
+        assert pod.codes() == [1, 1]
+    for i in (0, 1):
+        assert "2 of 3 processes are here; missing: process 2" in pod.said(i)
+        assert re.search(
+            rf"TVQ_COORDINATOR=127.0.0.1:{pod.port} TVQ_N_PROCESS=3 TVQ_PROCESS_ID=2 .*worker", pod.said(i)
+        )
+
+
+def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
+    with Pod(tmp_path, 2, *QUICK, one={0: {"ABSENT": "1"}}) as pod:
+        assert pod.codes() == [1]
+    assert re.search(r"process 1 on .* could not reach process 0 at 127.0.0.1.*refused", pod.said(1))
+    assert "TVQ_PROCESS_ID=0" in pod.said(1)
+
+
+def test_a_process_that_comes_late_is_waited_for(tmp_path: Path) -> None:
+    port = free_port()
+    with Pod(tmp_path, 2, one={1: {"ABSENT": "1"}}, port=port) as first:
+        time.sleep(6)
+        with Pod(tmp_path, 2, one={0: {"ABSENT": "1"}}, port=port) as second:
+            assert second.codes() + first.codes() == [0, 0]
+    assert "1 of 2 processes are here; missing: process 1" in first.said(0)
+
+
+def test_two_processes_of_one_number(tmp_path: Path) -> None:
+    with Pod(tmp_path, 3, one={2: {"TVQ_PROCESS_ID": "1"}}) as pod:
+        assert pod.codes() == [2, 2, 2]
+    assert re.search(r"two processes say they are number 1: \S+ pid \d+ and \S+ pid \d+", pod.said(0))
+
+
+def test_two_counts_of_processes(tmp_path: Path) -> None:
+    with Pod(tmp_path, 2, one={1: {"TVQ_N_PROCESS": "4"}}) as pod:
+        assert pod.codes() == [2, 2]
+    assert "was started as one of 4, but process 0 as one of 2" in pod.said(1)
+
+
+@pytest.mark.parametrize("item", ["jax version", "tvq commit", "tvq code", "config.train.seed"])
+def test_another_version_commit_or_config_stops_all(tmp_path: Path, item: str) -> None:
+    other = {"TVQ_TEST_ITEMS": json.dumps({item: "other"})}
+    with Pod(tmp_path, 2, one={1: other}) as pod:
+        assert pod.codes() == [2, 2]
+    for i in (0, 1):
+        assert re.search(rf'differ:\n.*{item}: .*"other" on process 1', pod.said(i))
+
+
+def test_what_differs_only_after_the_start_stops_all(tmp_path: Path) -> None:
+    with Pod(tmp_path, 2, one={1: {"TVQ_TEST_LATE": '{"data fingerprint": "b"}'}}) as pod:
+        assert pod.codes() == [2, 2]
+    for i in (0, 1):
+        assert re.search(r'data fingerprint: "absent" on process 0 \(.*\); "b" on process 1', pod.said(i))
+
+
+@pytest.mark.parametrize("option", [[], ["--config.cluster.local_devices=2"]])
+def test_a_process_that_sees_too_few_devices(tmp_path: Path, option: list[str]) -> None:
+    with Pod(tmp_path, 2, *option, one={1: {"JAX_NUM_CPU_DEVICES": "1"}}) as pod:
+        assert pod.codes() == [2, 2]
+    wanted = r"process 1 .* found 1 cpu devices of 2" if option else r'"1 cpu" on process 1'
+    assert re.search(wanted, pod.said(0))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_taken_port_is_named(tmp_path: Path, offset: int) -> None:
+    port = free_port()
+    with socket.create_server(("", port + offset)), Pod(tmp_path, 2, *QUICK, port=port) as pod:
+        assert pod.codes() == [1, 1]
+    assert f"cannot listen on port {port + offset} of" in pod.said(0)
+
+
+def test_sigterm_on_one_process_stops_all_at_one_step_and_the_run_goes_on(tmp_path: Path) -> None:
+    options = ("--steps=60", "--every=5", "--pause=0.05")
+    with Pod(tmp_path, 2, *options) as pod:
+        pod.wait_for("state.json")
+        pod.processes[1].send_signal(signal.SIGTERM)
+        assert pod.codes() == [cluster.EXIT_STOPPED] * 2
+    steps = [re.findall(r"stopped and saved at step (\d+)", pod.said(i)) for i in (0, 1)]
+    assert steps[0] == steps[1]
+    assert int(steps[0][0]) < 60
+    with Pod(tmp_path, 2, *options) as pod:
+        assert pod.codes() == [0, 0]
+    assert done(tmp_path, 1)["sum"] == 4 * 2 * sum(range(60))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_signal_to_process_0_saves_and_stops(tmp_path: Path, number: signal.Signals, n: int) -> None:
+    with Pod(tmp_path, n, "--steps=200", "--pause=0.05") as pod:
+        pod.wait_for("state.json")
+        pod.processes[0].send_signal(number)
+        assert pod.codes() == [cluster.EXIT_STOPPED] * n
+
+
+def test_an_exception_on_one_process_ends_all_at_once(tmp_path: Path) -> None:
+    fault = {"TVQ_TEST_FAULT": '{"process": 1, "kind": "raise", "step": 2}'}
+    began = time.monotonic()
+    with Pod(tmp_path, 2, *QUICK, one={0: fault, 1: fault}) as pod:
+        codes = pod.codes()
+    assert codes[1] == cluster.EXIT_FAILED
+    assert codes[0] != 0
+    assert time.monotonic() - began < 25
+    assert "RuntimeError: a bug on one host" in (tmp_path / "logs" / "process_1.log").read_text()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others(tmp_path: Path, victim: int) -> None:
+    with Pod(tmp_path, 2, *QUICK, "--steps=400", "--pause=0.05") as pod:
+        pod.wait_for("state.json")
+        pod.processes[victim].kill()
+        codes = pod.codes(timeout=30)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] not in (0, cluster.EXIT_INPUT, cluster.EXIT_STOPPED)
+
+
+def test_a_barrier_names_the_absent(tmp_path: Path) -> None:
+    fault = {"TVQ_TEST_FAULT": '{"process": 1, "kind": "save", "step": 1}'}
+    with Pod(tmp_path, 2, "--barrier=1", one={0: fault, 1: fault}) as pod:
+        assert pod.processes[0].wait(timeout=30) == cluster.EXIT_FAILED
+    assert re.search(r"barrier 'save': after \d+ s still absent: process 1", pod.said(0))
+
+
+def test_differences_group_the_processes() -> None:
+    items = {0: {"a": 1, "b": 2}, 1: {"a": 1, "b": 3}, 2: {"a": 1, "b": 2}}
+    assert differences(items, ("x", "y", "")) == ["b: 3 on process 1 (y); 2 on processes 0 (x), 2"]
+
+
+def test_code_version_follows_the_files(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = cluster.code_version(tmp_path)
+    assert first == cluster.code_version(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert first["tvq code"] != cluster.code_version(tmp_path)["tvq code"]
+    assert {"tvq version", "jax version", "jaxlib version", "tvq commit"} <= set(first)
+
+
+def test_common_fields_leave_out_what_is_a_process_own() -> None:
+    fields = config.common(config.Config())
+    assert "config.train.seed" in fields
+    assert "config.cluster.process_id" not in fields
+
+
+def test_a_lock_of_a_living_process_is_left_alone_and_named(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    said: list[str] = []
+    clear_stale_lock(lock, said.append)
+    hold = "import sys, time; f = open(sys.argv[1], 'w'); print('ready', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(cluster.ClusterError, match=f"in use by process {holder.pid}.*kill {holder.pid}"):
+            clear_stale_lock(lock, said.append)
+        holder.kill()
+    assert lock.exists()
+    assert said == []
+    clear_stale_lock(lock, said.append)
+    assert not lock.exists()
+    assert "left behind" in said[0]
+
+
+def test_a_lock_whose_holder_cannot_be_seen_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, proc = tmp_path / "lock", tmp_path / "proc"
+    lock.touch()
+    (proc / "17").mkdir(parents=True)
+
+    def refuse(self: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "getuid", lambda: lock.stat().st_uid + 1)
+    with pytest.raises(cluster.ClusterError, match=r"belongs to user .* cannot be seen"):
+        clear_stale_lock(lock, print, proc)
+    assert lock.exists()
