@@ -1,0 +1,238 @@
+import gzip
+import json
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tvq import config
+from tvq.data import documents, prepared
+from tvq.data.corpus import cache_folder, open_corpus
+from tvq.data.documents import SPLITS
+from tvq.data.vocabulary import END, ByteVocabulary
+
+
+@pytest.fixture
+def text(tmp_path) -> config.Data:
+    """A file of 1000 bytes: 900 train, 50 validate, 50 test."""
+    path = tmp_path / "text"
+    path.write_bytes(np.random.default_rng(0).bytes(1000))
+    return config.Data(source="text", path=str(path), cache=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tokens(text) -> config.Data:
+    return config.Data(source="tokens", path=str(open_corpus(text).folder))
+
+
+def edit_manifest(data: config.Data, **changes: object) -> None:
+    path = Path(data.path, "manifest.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_tokens_are_the_text_then_the_end(text):
+    corpus, content = open_corpus(text), Path(text.path).read_bytes()
+    for split, part in zip(SPLITS, (content[:900], content[900:950], content[950:]), strict=True):
+        tokens, info = corpus.tokens(split), corpus.info(split)
+        assert tokens.dtype == np.uint16
+        assert isinstance(tokens, np.memmap)
+        assert tokens[-1] == END
+        assert corpus.vocabulary.decode(tokens) == part
+        assert (info.n_token, info.n_document, info.n_byte) == (len(part) + 1, 1, len(part))
+        assert info.gzip_bytes == (None if split == "train" else len(gzip.compress(part, 9)))
+
+
+def test_folder_of_documents(tmp_path):
+    for name in ("b", "a", "c/d"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "in" / "empty").touch()
+    data = config.Data(source="text", path=str(tmp_path / "in"), cache=str(tmp_path / "cache"))
+    corpus = open_corpus(data)
+    encode = ByteVocabulary().encode
+    wanted = np.concatenate([encode(b"a"), [1], encode(b"b"), [1], encode(b"c/d"), [1, 1]])
+    np.testing.assert_array_equal(corpus.tokens("train"), wanted)
+    with pytest.raises(
+        ValueError, match=r"the validation split of .* is empty; config\.data\.path needs more"
+    ):
+        corpus.tokens("validation")
+
+
+def test_reading_in_small_chunks_changes_nothing(text, tmp_path, monkeypatch):
+    whole = open_corpus(text)
+    monkeypatch.setattr(documents, "CHUNK", 13)
+    pieces = open_corpus(config.Data(source="text", path=text.path, cache=str(tmp_path / "other")))
+    assert pieces.fingerprint == whole.fingerprint
+    assert pieces.splits == whole.splits
+
+
+def test_made_once(text, monkeypatch):
+    first = open_corpus(text)
+    monkeypatch.setattr(prepared, "write", None)
+    again = open_corpus(text)
+    assert again == first
+    assert again == open_corpus(config.Data(source="tokens", path=str(first.folder)))
+
+
+def test_made_again_when_the_text_changes(text):
+    first, path = open_corpus(text), Path(text.path)
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(0, 1))
+    second = open_corpus(text)
+    assert second.folder != first.folder
+    assert second.fingerprint != first.fingerprint
+
+
+def test_fingerprint_does_not_depend_on_the_place(text, tmp_path):
+    copy = tmp_path / "copy"
+    copy.write_bytes(Path(text.path).read_bytes())
+    other = open_corpus(config.Data(source="text", path=str(copy), cache=text.cache))
+    assert other.folder != open_corpus(text).folder
+    assert other.fingerprint == open_corpus(text).fingerprint
+
+
+def test_default_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder(config.Data()) == Path("/somewhere/tvq")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(config.Data()) == Path.home() / ".cache" / "tvq"
+
+
+def test_another_process_was_first(text, monkeypatch):
+    write = prepared.write
+
+    def slow_write(folder: Path, *rest: object) -> None:
+        write(folder, *rest)
+        monkeypatch.setattr(prepared, "write", write)
+        open_corpus(text)
+
+    monkeypatch.setattr(prepared, "write", slow_write)
+    corpus = open_corpus(text)
+    assert os.listdir(text.cache) == [corpus.folder.name]
+
+
+def test_processes_at_once(text):
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        corpora = list(pool.map(open_corpus, [text] * 4))
+    assert len({corpus.fingerprint for corpus in corpora}) == 1
+    assert os.listdir(text.cache) == [corpora[0].folder.name]
+
+
+def test_a_failed_preparation_leaves_nothing(text, monkeypatch):
+    def fail(*_: object) -> None:
+        raise ValueError("config.data.path: broken")
+
+    monkeypatch.setattr(prepared, "write", fail)
+    with pytest.raises(ValueError, match="broken"):
+        open_corpus(text)
+    assert os.listdir(text.cache) == []
+
+
+def test_cache_that_cannot_be_written(text, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"config\.data\.cache: cannot write .*\(File exists\); choose another"
+    ):
+        open_corpus(config.Data(source="text", path=text.path, cache=str(tmp_path / "file")))
+
+
+def test_damaged_cache(text):
+    path = open_corpus(text).tokens_path("validation")
+    path.write_bytes(path.read_bytes()[:-1])
+    wanted = (
+        r"config\.data\.cache: .* damaged: validation\.tokens has 101 bytes, .* says 102; delete this folder"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        open_corpus(text)
+
+
+def test_cache_without_manifest(text):
+    (open_corpus(text).folder / "manifest.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"config\.data\.cache: .* is not a prepared folder: .*; delete this"
+    ):
+        open_corpus(text)
+
+
+def test_pickles_small(text):
+    corpus = open_corpus(text)
+    corpus.tokens("train")
+    data = pickle.dumps(corpus)
+    assert len(data) < 2000
+    assert pickle.loads(data) == corpus
+
+
+def test_not_a_prepared_folder(tmp_path):
+    for path in (tmp_path, tmp_path / "gone"):
+        wanted = r"config\.data\.path: .* is not a prepared folder: cannot read manifest\.json .*source=text"
+        with pytest.raises(ValueError, match=wanted):
+            open_corpus(config.Data(source="tokens", path=str(path)))
+
+
+def test_missing_token_file(tokens):
+    Path(tokens.path, "test.tokens").unlink()
+    with pytest.raises(ValueError, match=r"config\.data\.path: .* test\.tokens has 0 bytes, .* 102; prepare"):
+        open_corpus(tokens)
+
+
+def test_newer_format(tokens):
+    edit_manifest(tokens, version=2)
+    with pytest.raises(ValueError, match=r"format version 2, this tvq reads up to 1; update tvq, or prepare"):
+        open_corpus(tokens)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"version": "1"}'])
+def test_damaged_manifest(tokens, content):
+    Path(tokens.path, "manifest.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"config\.data\.path: .* has a damaged manifest\.json .*; prepare it"
+    ):
+        open_corpus(tokens)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "wanted"),
+    [
+        ({"name": "runes", "size": 9}, r"made with the vocabulary 'runes', this tvq knows bytes; update"),
+        ({"name": "bytes", "size": 260}, r"made with 260 ids of 'bytes', which has 259; prepare"),
+        ({"name": "bytes"}, r"damaged manifest\.json"),
+    ],
+)
+def test_other_vocabulary(tokens, vocabulary, wanted):
+    edit_manifest(tokens, vocabulary=vocabulary)
+    with pytest.raises(ValueError, match=wanted):
+        open_corpus(tokens)
+
+
+def test_empty_train_split(corpus_of):
+    with pytest.raises(
+        ValueError, match=r"config\.data\.path: .* has an empty train split; prepare it again"
+    ):
+        corpus_of(validation=[b"text"])
+
+
+def test_opening_reads_no_tokens(tokens, monkeypatch):
+    monkeypatch.setattr(np, "memmap", None)
+    opened = []
+    path_open = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *rest, **kw: opened.append(path) or path_open(path, *rest, **kw)
+    )
+    open_corpus(tokens)
+    assert [path.name for path in opened] == ["manifest.json"]
+
+
+def test_stdlib(tmp_path):
+    corpus = open_corpus(config.Data(cache=str(tmp_path)))
+    for split in SPLITS:
+        info = corpus.info(split)
+        assert len(corpus.tokens(split)) == info.n_token == info.n_byte + info.n_document
+    train, validation = corpus.info("train"), corpus.info("validation")
+    assert train.n_byte > 5_000_000
+    assert 0 < validation.n_document < train.n_document
+    assert 0 < validation.gzip_bytes < validation.n_byte / 2
+    assert corpus.vocabulary.decode(corpus.tokens("train")[:2000]).isascii()

@@ -1,0 +1,82 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from tvq.data.packing import Sequences, example
+
+
+def test_by_hand(corpus_of):
+    # a = 100, b = 101, ... ; tokens: a b 1 | c 1 1 | d 1
+    sequences = Sequences(corpus_of(train=[b"ab", b"c", b"", b"d"]), "train", 3)
+    a = 97 + 3
+    wanted = [
+        {"inputs": [1, a, a + 1], "targets": [a, a + 1, 1], "doc_ids": [1, 1, 1], "loss_mask": [1, 1, 1]},
+        {"inputs": [1, a + 2, 1], "targets": [a + 2, 1, 1], "doc_ids": [1, 1, 2], "loss_mask": [1, 1, 1]},
+        {"inputs": [1, a + 3, 1], "targets": [a + 3, 1, 0], "doc_ids": [1, 1, 2], "loss_mask": [1, 1, 0]},
+    ]
+    assert len(sequences) == 3
+    for i, row in enumerate(wanted):
+        for name, values in row.items():
+            assert sequences[i][name].dtype == np.int32
+            np.testing.assert_array_equal(sequences[i][name], values, err_msg=f"{name} of {i}")
+
+
+def test_one_long_sequence_is_padded(corpus_of):
+    sequences = Sequences(corpus_of(train=[b"x"]), "train", 4)
+    assert len(sequences) == 1
+    np.testing.assert_array_equal(sequences[0]["targets"], [123, 1, 0, 0])
+    np.testing.assert_array_equal(sequences[0]["loss_mask"], [1, 1, 0, 0])
+
+
+def test_filler_is_masked_and_valid():
+    filler = example(np.empty(0, np.uint16), 4)
+    np.testing.assert_array_equal(filler["inputs"], [1, 0, 0, 0])
+    np.testing.assert_array_equal(filler["targets"], [0, 0, 0, 0])
+    np.testing.assert_array_equal(filler["loss_mask"], [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("sequence_len", [1, 2, 7, 16, 1000])
+def test_every_token_once_in_order(random_corpus, sequence_len):
+    sequences = Sequences(random_corpus, "train", sequence_len)
+    rows = [sequences[i] for i in range(len(sequences))]
+    tokens = np.concatenate([row["targets"][row["loss_mask"] == 1] for row in rows])
+    np.testing.assert_array_equal(tokens, random_corpus.tokens("train"))
+    assert all(row["inputs"][0] == 1 for row in rows)
+
+
+def test_index_outside(random_corpus):
+    sequences = Sequences(random_corpus, "train", 16)
+    for index in (-1, len(sequences)):
+        with pytest.raises(IndexError):
+            sequences[index]
+
+
+def test_pickles_without_its_tokens(random_corpus):
+    sequences = Sequences(random_corpus, "train", 16)
+    unread = len(pickle.dumps(sequences))
+    sequences[0]
+    assert len(pickle.dumps(sequences)) == unread < 2000
+    copy = pickle.loads(pickle.dumps(sequences))
+    np.testing.assert_array_equal(copy[3]["targets"], sequences[3]["targets"])
+
+
+def test_token_outside_the_vocabulary(random_corpus):
+    path = random_corpus.tokens_path("train")
+    tokens = np.fromfile(path, "<u2")
+    tokens[37] = 259
+    tokens.tofile(path)
+    sequences = Sequences(random_corpus, "train", 16)
+    sequences[1]
+    with pytest.raises(ValueError, match=r"token 37 of .*train\.tokens is id 259, .* 259 ids"):
+        sequences[2]
+
+
+def test_sequence_len_of_nothing(random_corpus):
+    with pytest.raises(ValueError, match=r"sequence_len must be at least 1, not 0"):
+        Sequences(random_corpus, "train", 0)
+
+
+def test_empty_split(random_corpus):
+    with pytest.raises(ValueError, match=r"the test split of .* is empty; .*"):
+        Sequences(random_corpus, "test", 16)

@@ -1,0 +1,238 @@
+import contextlib
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tvq.data.packing import Example, Sequences
+from tvq.data.pipeline import evaluation_batches, training_batches
+
+NAMES = ["inputs", "targets", "doc_ids", "loss_mask"]
+N = 43
+
+
+@pytest.fixture
+def sequences(random_corpus) -> Sequences:
+    """43 sequences of 4 tokens, the last padded. Fewer are slow: Grain's shuffle walks 2^16 / n steps."""
+    made = Sequences(random_corpus, "train", 4)
+    assert len(made) == N
+    return made
+
+
+def take(n: int, sequences: Sequences, **arguments) -> list[Example]:
+    with contextlib.closing(training_batches(sequences, **arguments)) as batches:
+        return [next(batches) for _ in range(n)]
+
+
+def assert_same(left: list[Example], right: list[Example]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert set(a) == set(b) == set(NAMES)
+        for name in NAMES:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def which(sequences: Sequences, batches: list[Example]) -> list[int]:
+    """The number of the sequence in each row of each batch."""
+    known = {sequences[i]["targets"].tobytes(): i for i in range(len(sequences))}
+    return [known[row.tobytes()] for batch in batches for row in batch["targets"]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, N, 60])
+def test_each_epoch_is_another_permutation(sequences, batch_size):
+    n_batch = -(-3 * N // batch_size)
+    order = which(sequences, take(n_batch, sequences, batch_size=batch_size, seed=0))
+    epochs = [order[i : i + N] for i in (0, N, 2 * N)]
+    assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(N)]}) == 4
+
+
+def test_batches_are_int32(sequences):
+    (batch,) = take(1, sequences, batch_size=3, seed=0)
+    assert list(batch) == NAMES
+    assert all(array.dtype == np.int32 and array.shape == (3, 4) for array in batch.values())
+    assert all(type(array) is np.ndarray for array in batch.values())
+
+
+RECORDED = [18, 35, 16, 7, 20, 13, 24, 0, 19, 17, 10, 28, 39, 15, 40, 34]
+
+
+def test_the_order_never_changes(sequences):
+    # Recorded: with another order old runs could not be continued.
+    assert which(sequences, take(4, sequences, batch_size=4, seed=0)) == RECORDED
+
+
+def test_seeds_differ_and_share_no_epoch(sequences):
+    epochs = set()
+    for seed in range(5):
+        order = which(sequences, take(3, sequences, batch_size=N, seed=seed))
+        epochs |= {tuple(order[i : i + N]) for i in (0, N, 2 * N)}
+    assert len(epochs) == 15
+
+
+def test_a_seed_of_any_size(sequences):
+    assert len(take(1, sequences, batch_size=4, seed=2**40)) == 1
+
+
+@pytest.mark.parametrize("batch_size", [10, N, 50])
+@pytest.mark.parametrize("start", [1, 3, 4, 5])
+def test_resumed_anywhere(sequences, batch_size, start):
+    whole = take(start + 4, sequences, batch_size=batch_size, seed=1)
+    assert_same(take(4, sequences, batch_size=batch_size, seed=1, start=start), whole[start:])
+
+
+def test_resumed_far_away(sequences):
+    far = 10**6
+    batches = take(3, sequences, batch_size=N, seed=1, start=far)
+    assert sorted(which(sequences, batches[:1])) == list(range(N))
+    assert_same(take(1, sequences, batch_size=N, seed=1, start=far + 2), batches[2:])
+
+
+def side_by_side(hosts: list[list[Example]]) -> list[Example]:
+    """The global batches, from the batches of each host."""
+    return [
+        {name: np.concatenate([part[name] for part in parts]) for name in NAMES}
+        for parts in zip(*hosts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("n_host", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_hosts_together_read_the_whole_batch(sequences, n_host, batch_size):
+    whole = take(5, sequences, batch_size=batch_size, seed=3)
+    n_row = batch_size // n_host
+    hosts = [
+        take(5, sequences, batch_size=batch_size, seed=3, rows=slice(h * n_row, (h + 1) * n_row))
+        for h in range(n_host)
+    ]
+    assert_same(side_by_side(hosts), whole)
+
+
+def test_one_sequence_fills_any_batch(corpus_of):
+    sequences = Sequences(corpus_of(train=[b"abc"]), "train", 16)
+    for batch in take(3, sequences, batch_size=4, seed=0, start=5):
+        assert batch["targets"].shape == (4, 16)
+        assert (batch["targets"] == sequences[0]["targets"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(sequences, workers):
+    arguments = {"batch_size": 5, "seed": 2, "start": 3, "rows": slice(1, 4)}
+    assert_same(take(20, sequences, workers=workers, **arguments), take(20, sequences, **arguments))
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_error_in_a_worker(sequences):
+    damage(sequences)
+    with pytest.raises(ValueError, match=r"token 37 of .* is id 300"):
+        take(3, sequences, batch_size=N, seed=0, workers=2)
+    assert multiprocessing.active_children() == []
+
+
+PROGRAM = """
+import multiprocessing, os, signal, sys, time
+from tvq import config
+from tvq.data.corpus import open_corpus
+from tvq.data.packing import Sequences
+from tvq.data.pipeline import training_batches
+
+if __name__ == "__main__":
+    folder, ending = sys.argv[1:]
+    sequences = Sequences(open_corpus(config.Data(source="tokens", path=folder)), "train", 4)
+    batches = training_batches(sequences, batch_size=40, seed=0, workers=2)
+    next(batches), next(batches)
+    workers = multiprocessing.active_children()
+    print(*[worker.pid for worker in workers], flush=True)
+    if ending == "signal":
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+        for _ in range(9):
+            next(batches)
+    if ending in ("signal", "close"):
+        batches.close()
+        time.sleep(1)  # Grain frees shared memory in a thread
+    if ending == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def runs(pid: str) -> bool:
+    try:
+        state = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["close", "signal", "forget", "kill"])
+def test_a_program_with_workers_leaves_nothing(random_corpus, tmp_path, ending):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(random_corpus.folder), ending]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == (-signal.SIGKILL if ending == "kill" else 0), done.stderr
+    workers = done.stdout.split()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(runs, workers)):
+        assert time.monotonic() < deadline, "a worker outlives the program"
+        time.sleep(0.05)
+    if ending in ("close", "signal"):
+        # Python's resource tracker complains about shared memory that outlives a program.
+        assert done.stderr == ""
+
+
+def damage(sequences: Sequences) -> None:
+    path: Path = sequences.corpus.tokens_path("train")
+    tokens = np.fromfile(path, "<u2")
+    tokens[37] = 300
+    tokens.tofile(path)
+
+
+def test_error_in_a_thread(sequences):
+    damage(sequences)
+    with pytest.raises(ValueError, match=r"token 37 of .* is id 300"):
+        take(1, sequences, batch_size=N, seed=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 43, 60])
+@pytest.mark.parametrize("sequence_len", [5, 16])
+def test_evaluation_covers_each_token_once(random_corpus, batch_size, sequence_len):
+    for split in ("train", "validation"):
+        sequences = Sequences(random_corpus, split, sequence_len)
+        batches = list(evaluation_batches(sequences, batch_size=batch_size))
+        assert len(batches) == -(-len(sequences) // batch_size)
+        assert all(b[name].shape == (batch_size, sequence_len) for b in batches for name in NAMES)
+        assert all(b[name].dtype == np.int32 for b in batches for name in NAMES)
+        seen = np.concatenate([b["targets"][b["loss_mask"] == 1] for b in batches])
+        np.testing.assert_array_equal(seen, random_corpus.tokens(split))
+        assert all(((b["inputs"] >= 0) & (b["inputs"] < 259)).all() for b in batches)
+
+
+@pytest.mark.parametrize("n_host", [2, 4])
+def test_evaluation_hosts_get_equally_many_batches(sequences, n_host):
+    whole = list(evaluation_batches(sequences, batch_size=8))
+    n_row = 8 // n_host
+    hosts = [
+        list(evaluation_batches(sequences, batch_size=8, rows=slice(h * n_row, (h + 1) * n_row)))
+        for h in range(n_host)
+    ]
+    assert_same(side_by_side(hosts), whole)
+
+
+def test_arguments_out_of_range(sequences):
+    with pytest.raises(ValueError, match=r"at least 1 sequence, not 0"):
+        training_batches(sequences, batch_size=0, seed=0)
+    with pytest.raises(ValueError, match=r"number 0, not -1"):
+        training_batches(sequences, batch_size=4, seed=0, start=-1)
+    with pytest.raises(ValueError, match=r"slice\(4, 8, None\) takes none of the 4 rows"):
+        evaluation_batches(sequences, batch_size=4, rows=slice(4, 8))
