@@ -236,3 +236,19 @@ def test_stdlib(tmp_path):
     assert 0 < validation.n_document < train.n_document
     assert 0 < validation.gzip_bytes < validation.n_byte / 2
     assert corpus.vocabulary.decode(corpus.tokens("train")[:2000]).isascii()
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ({"source": "tokens"}, r"config\.data\.source=tokens needs config\.data\.path, a prepared folder"),
+        ({"source": "text"}, r"config\.data\.source=text needs config\.data\.path"),
+        ({"path": "book.txt"}, r"stdlib does not read config\.data\.path 'book\.txt'; use .*=text, or leave"),
+        ({"source": "texts", "path": "x"}, r"one of stdlib, text, tokens, not 'texts'; did you mean text"),
+    ],
+)
+def test_source_and_path_belong_together(data, wanted):
+    settings = config.base()
+    settings.data.update(data)
+    with pytest.raises(ValueError, match=wanted):
+        config.build(settings)
