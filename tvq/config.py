@@ -7,6 +7,8 @@ frozen dataclasses. Nothing here touches jax.
 import dataclasses
 import difflib
 import math
+import os
+import runpy
 from typing import Any, get_type_hints
 
 from ml_collections import ConfigDict
@@ -149,8 +151,52 @@ LOCAL = frozenset({"cluster.coordinator", "cluster.process_id", "data.cache"})
 
 
 def base() -> ConfigDict:
-    """Every field at its default."""
-    return ConfigDict(dataclasses.asdict(Config()))
+    """Every field at its default. A misspelt assignment is an error."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def load(path: str) -> ConfigDict:
+    """What `get_config()` of the Python file at `path` returns. ValueError: there is no such thing."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--config={path}: there is no such file")
+    names = runpy.run_path(path)
+    if "get_config" not in names:
+        raise ValueError(f"--config={path} has no function get_config()")
+    try:
+        config = names["get_config"]()
+    except (AttributeError, KeyError, TypeError) as error:  # a locked ConfigDict's word for a wrong field
+        raise ValueError(f"--config={path}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config={path}: get_config() returned no ConfigDict; start from config.base()")
+    return config
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets `section.field` to what was written on the command line. ValueError: no such field, wrong type."""
+    section, _, key = name.partition(".")
+    types = field_types()
+    if name not in types:
+        raise ValueError(f"--config.{name} is not a field{nearest(name)}")
+    wanted = types[name]
+    value: Any = {"true": True, "false": False}.get(text.lower()) if wanted is bool else text
+    if wanted in (int, float):
+        try:
+            value = wanted(text)
+        except ValueError:
+            value = None
+    if value is None:
+        kind = "true or false" if wanted is bool else wanted.__name__
+        raise ValueError(f"--config.{name} must be {kind}, not {text!r}")
+    config[section][key] = value
+
+
+def field_types() -> dict[str, type]:
+    """`{"section.field": type}`."""
+    return {
+        f"{name}.{key}": kind
+        for name, cls in get_type_hints(Config).items()
+        for key, kind in get_type_hints(cls).items()
+    }
 
 
 def flatten(config: ConfigDict | dict | Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Sums of each sequence are added on the host in float64 and in order, so that the
 batch size or devices.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,9 @@ from jax.sharding import Mesh
 
 from tvq import loss, mesh
 from tvq.config import Model
+from tvq.data.corpus import Corpus
+from tvq.data.packing import Sequences
+from tvq.data.pipeline import evaluation_batches
 from tvq.model import transformer
 
 
@@ -87,3 +91,35 @@ def result(nats: float, n_token: int, n_byte: int) -> dict[str, float]:
         "n_token": n_token,
         "n_byte": n_byte,
     }
+
+
+def check_vocabulary(corpus: Corpus, config: Model) -> None:
+    """ValueError if the data's ids are not those of the model."""
+    if corpus.vocabulary.size != config.n_vocab:
+        raise ValueError(
+            f"config.model.n_vocab is {config.n_vocab} but the data in {corpus.folder} has a vocabulary of"
+            f" {corpus.vocabulary.size} ids ({corpus.vocabulary.name}); set it to {corpus.vocabulary.size}"
+        )
+
+
+def split(
+    score: Callable,
+    params: dict,
+    codebooks: dict,
+    corpus: Corpus,
+    name: str,
+    devices: Mesh,
+    *,
+    sequence_len: int,
+    batch_size: int,
+    progress: Callable[[int, int], Any],
+) -> dict[str, float]:
+    """`result` of a whole split. `progress` hears batches done and batches in all."""
+    sequences = Sequences(corpus, name, sequence_len)
+    n_batch = -(-len(sequences) // batch_size)
+    rows = mesh.local_rows(devices, batch_size)
+    with contextlib.closing(evaluation_batches(sequences, batch_size=batch_size, rows=rows)) as batches:
+        placed = (mesh.global_batch(devices, batch, batch_size) for batch in batches)
+        nats, n_token = total(score, params, codebooks, placed, lambda done: progress(done, n_batch))
+    assert n_token == sequences.n_token, f"{n_token} of {sequences.n_token} tokens evaluated"
+    return result(nats, n_token, corpus.info(name).n_byte)

@@ -6,6 +6,8 @@ one sum of values a code, since keys of equal code have equal scores. All blocks
 block sums, then one running sum over blocks, then one softmax over window and cache together.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -45,12 +47,26 @@ def initial_state(
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def code_sums(z_BHRL: jax.Array, v_BHRLV: jax.Array, n_code: int, dtype: jnp.dtype) -> tuple:
     """Number `[B,H,R,S]` and sum of values `[B,H,R,S,V]` of each code in each block; code S adds to none."""
+    # A matrix product, not a scatter: its order of summation is fixed, so runs repeat bitwise on a GPU.
     hit_BHRLS = jax.nn.one_hot(z_BHRL, n_code, dtype=v_BHRLV.dtype)
-    count_BHRS = jnp.sum(hit_BHRLS, 3, dtype=dtype)
     sum_BHRSV = jnp.einsum("bhrls,bhrlv->bhrsv", hit_BHRLS, v_BHRLV, preferred_element_type=dtype)
-    return count_BHRS, sum_BHRSV
+    return jnp.sum(hit_BHRLS, 3, dtype=dtype), sum_BHRSV
+
+
+def _code_sums_forward(z_BHRL: jax.Array, v_BHRLV: jax.Array, n_code: int, dtype: jnp.dtype) -> tuple:
+    return code_sums(z_BHRL, v_BHRLV, n_code, dtype), (z_BHRL, v_BHRLV[:, :, :0])
+
+
+def _code_sums_backward(n_code: int, dtype: jnp.dtype, kept: tuple, cotangents: tuple) -> tuple:
+    z_BHRL, like = kept
+    rows = jax.vmap(jax.vmap(jax.vmap(lambda g_SV, z_L: g_SV.at[z_L].get(mode="fill", fill_value=0))))
+    return None, rows(cotangents[1].astype(like.dtype), z_BHRL)
+
+
+code_sums.defvjp(_code_sums_forward, _code_sums_backward)
 
 
 def running(x0_BHX: jax.Array, x_BHRX: jax.Array) -> jax.Array:
@@ -67,6 +83,13 @@ def skew(a_BHRLE: jax.Array) -> jax.Array:
     W = E - 1 + L
     padded = jnp.pad(a_BHRLE, [(0, 0)] * (a_BHRLE.ndim - 1) + [(0, L)])
     return padded.reshape(*lead, L * (W + 1))[..., : L * W].reshape(*lead, L, W)
+
+
+def unskew(a_BHRLW: jax.Array, n_distance: int) -> jax.Array:
+    """The transpose of `skew`: column i + e of row i to column e < n_distance."""
+    *lead, L, W = a_BHRLW.shape
+    flat = jnp.pad(a_BHRLW.reshape(*lead, L * W), [(0, 0)] * len(lead) + [(0, L)])
+    return flat.reshape(*lead, L, W + 1)[..., :n_distance]
 
 
 def attend(
@@ -89,7 +112,7 @@ def attend(
     q and k (quantised, straight-through) are scaled by K^-1/4 already, as are u, w and r. z holds the codes
     of k, c the codewords. r is the position key of each distance 0 .. M. T must be a multiple of block_len.
     With agg_cache off a query sees the M tokens before it alone; with grad_thru_cache off no gradient passes
-    from block to block.
+    from block to block. c gets no gradient.
     """
     size = dims.check(
         q_BHTK=q_BHTK, k_BHTK=k_BHTK, v_BHTV=v_BHTV, z_BHT=z_BHT, c_HSK=c_HSK,
@@ -98,12 +121,11 @@ def attend(
     B, H, T, S, M, L = size["B"], size["H"], size["T"], size["S"], size["M"], block_len
     assert size["E"] == M + 1, f"{size['E']} distances for a memory of {M}"
     assert T % L == 0, f"{T} tokens in blocks of {L}"
-    R, n_before = T // L, -(-M // L)
-    wide = state.sum_BHSV.dtype
+    R, wide, narrow = T // L, state.sum_BHSV.dtype, state.k_BHMK.dtype
     past = (lambda x: x) if grad_thru_cache else lax.stop_gradient
 
     z_all = jnp.concatenate([state.z_BHM, z_BHT], 2)
-    k_all = jnp.concatenate([state.k_BHMK, k_BHTK.astype(state.k_BHMK.dtype)], 2)
+    k_all = jnp.concatenate([state.k_BHMK, k_BHTK.astype(narrow)], 2)
     v_all = jnp.concatenate([state.v_BHMV, v_BHTV], 2)
 
     # The cache that block r sees: what was carried in and the first r blocks to leave the memory.
@@ -111,62 +133,179 @@ def attend(
     count_BHRS, sum_BHRSV = code_sums(blocks(z_all), past(blocks(v_all)), S, wide)
     count_BHRS, sum_BHRSV = running(state.count_BHS, count_BHRS), running(state.sum_BHSV, sum_BHRSV)
     after = State(z_all[:, :, T:], k_all[:, :, T:], v_all[:, :, T:], count_BHRS[:, :, R], sum_BHRSV[:, :, R])
+    after = jax.tree.map(past, after)
     count_BHRS, sum_BHRSV = count_BHRS[:, :, :R], past(sum_BHRSV[:, :, :R])
-
-    # The window of block r: its own L tokens and, in pieces of L, those before. If L does not divide M the
-    # oldest piece begins before the memory, and those columns are never seen.
-    n_pad = n_before * L - M
-
-    def pieces(x: jax.Array, fill: int = 0) -> list[jax.Array]:
-        x = jnp.pad(x, [(0, 0), (0, 0), (n_pad, 0)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
-        x = x.reshape(B, H, n_before + R, L, *x.shape[3:])
-        return [past(x[:, :, p : p + R]) for p in range(n_before)] + [x[:, :, n_before:]]
+    mean_BHRSV = (sum_BHRSV / jnp.maximum(count_BHRS, 1.0)[..., None]).astype(v_BHTV.dtype)
 
     q_BHRLK = q_BHTK.reshape(B, H, R, L, -1)
-    qu_BHRLK = (q_BHRLK + u_HK[None, :, None, None, :]).astype(k_all.dtype)
-    qw_BHRLK = (q_BHRLK + w_HK[None, :, None, None, :]).astype(k_all.dtype)
+    o_BHRLV = window_and_cache(
+        (q_BHRLK + u_HK[None, :, None, None, :]).astype(narrow),
+        (q_BHRLK + w_HK[None, :, None, None, :]).astype(narrow),
+        r_BHEK[:, :, ::-1].astype(narrow),
+        pieces(k_all, L, M, past),
+        pieces(v_all, L, M, past),
+        pieces(z_all, L, M, past, fill=S),
+        lax.stop_gradient(c_HSK).astype(narrow),
+        mean_BHRSV,
+        count_BHRS,
+        agg_cache,
+    )
+    return o_BHRLV.reshape(B, H, T, -1), after
 
-    # Column j of the window is M + i - j behind query i, so e = j - i counts down the distances from M.
-    r_BHEK = r_BHEK[:, :, ::-1].astype(k_all.dtype)
-    near_BHRLW = skew(jnp.einsum("bhrlk,bhek->bhrle", qw_BHRLK, r_BHEK, preferred_element_type=wide))
+
+def pieces(x: jax.Array, block_len: int, mem_len: int, past: Callable, fill: int = 0) -> list[jax.Array]:
+    """The window of every block, oldest first, in pieces `[B,H,R,L,...]` of a block each.
+
+    x is `[B,H,M+T,...]`. If L does not divide M the oldest piece begins with `fill` or with tokens that have
+    left the memory: those columns are not in the window.
+    """
+    n_before = -(-mem_len // block_len)
+    n_pad = n_before * block_len - mem_len
+    x = jnp.pad(x, [(0, 0), (0, 0), (n_pad, 0)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
+    x = x.reshape(*x.shape[:2], -1, block_len, *x.shape[3:])
+    R = x.shape[2] - n_before
+    return [past(x[:, :, p : p + R]) for p in range(n_before)] + [x[:, :, n_before:]]
+
+
+def _scores(
+    qu_BHRLK: jax.Array,
+    qw_BHRLK: jax.Array,
+    r_BHEK: jax.Array,
+    ks_BHRLK: list[jax.Array],
+    zs_BHRL: list[jax.Array],
+    c_HSK: jax.Array,
+    count_BHRS: jax.Array,
+    agg_cache: bool,
+) -> list[jax.Array]:
+    """Scores of each piece of the window `[B,H,R,L,L]`, then, with agg_cache, of the codes `[B,H,R,L,S]`."""
+    L, M, S = qu_BHRLK.shape[3], r_BHEK.shape[2] - 1, c_HSK.shape[1]
+    n_pad = (len(ks_BHRLK) - 1) * L - M
+    wide = count_BHRS.dtype
+    # Column j of the window lies M + i - j behind query i: r counts the distances down from M.
+    near_BHRLE = jnp.einsum("bhrlk,bhek->bhrle", qw_BHRLK, r_BHEK, preferred_element_type=wide)
+    near_BHRLW = jnp.pad(skew(near_BHRLE), [(0, 0)] * 4 + [(n_pad, 0)])
     i, j = jnp.arange(L)[:, None], jnp.arange(-n_pad, M + L)[None, :]
     oldest = jnp.zeros_like(i) if agg_cache else i
-    seen = (j >= oldest) & (j <= i + M)
-    near_BHRLW = jnp.pad(near_BHRLW, [(0, 0)] * 4 + [(n_pad, 0)])
-
-    scores, values = [], pieces(v_all)
-    for p, (k_BHRLK, z_BHRL) in enumerate(zip(pieces(k_all), pieces(z_all, fill=S), strict=True)):
+    seen_LW = (j >= oldest) & (j <= i + M)
+    scores = []
+    for p, (k_BHRLK, z_BHRL) in enumerate(zip(ks_BHRLK, zs_BHRL, strict=True)):
         columns = slice(p * L, (p + 1) * L)
         score = jnp.einsum("bhrlk,bhrjk->bhrlj", qu_BHRLK, k_BHRLK, preferred_element_type=wide)
-        score = score + near_BHRLW[..., columns]
-        visible = seen[None, None, None, :, columns] & (z_BHRL < S)[:, :, :, None, :]
-        scores.append(jnp.where(visible, score, UNSEEN))
+        visible = seen_LW[None, None, None, :, columns] & (z_BHRL < S)[:, :, :, None, :]
+        scores.append(jnp.where(visible, score + near_BHRLW[..., columns], UNSEEN))
     if agg_cache:
-        score = jnp.einsum(
-            "bhrlk,hsk->bhrls", qu_BHRLK, c_HSK.astype(k_all.dtype), preferred_element_type=wide
-        )
-        log_count = jnp.where(count_BHRS > 0, jnp.log(jnp.maximum(count_BHRS, 1.0)), UNSEEN)
-        scores.append(score + log_count[:, :, :, None, :])
-        mean_BHRSV = sum_BHRSV / jnp.maximum(count_BHRS, 1.0)[..., None]
-        values.append(mean_BHRSV.astype(v_all.dtype))
-
-    o_BHRLV = softmax_sum(scores, values)
-    return o_BHRLV.astype(v_BHTV.dtype).reshape(B, H, T, -1), after
+        score = jnp.einsum("bhrlk,hsk->bhrls", qu_BHRLK, c_HSK, preferred_element_type=wide)
+        scores.append(score + log_count(count_BHRS)[:, :, :, None, :])
+    return scores
 
 
-def softmax_sum(scores: list[jax.Array], values: list[jax.Array]) -> jax.Array:
-    """Values `[...,J,V]` weighted by one softmax over all scores `[...,L,J]`, in the dtype of the scores."""
+def log_count(count: jax.Array) -> jax.Array:
+    """What a code's score gains by standing for `count` keys."""
+    return jnp.where(count > 0, jnp.log(jnp.maximum(count, 1.0)), UNSEEN)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(9,))
+def window_and_cache(
+    qu_BHRLK: jax.Array,
+    qw_BHRLK: jax.Array,
+    r_BHEK: jax.Array,
+    ks_BHRLK: list[jax.Array],
+    vs_BHRLV: list[jax.Array],
+    zs_BHRL: list[jax.Array],
+    c_HSK: jax.Array,
+    mean_BHRSV: jax.Array,
+    count_BHRS: jax.Array,
+    agg_cache: bool,
+) -> jax.Array:
+    """The output `[B,H,R,L,V]`: values weighted by one softmax over window and cache.
+
+    The backward pass computes the scores again, and keeps but inputs, output and normaliser. Gradients go
+    to queries, position keys, window keys, values and cache means.
+    """
+    return _attend_forward(
+        qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, c_HSK, mean_BHRSV, count_BHRS, agg_cache
+    )[0]
+
+
+def _attend_forward(
+    qu_BHRLK: jax.Array,
+    qw_BHRLK: jax.Array,
+    r_BHEK: jax.Array,
+    ks_BHRLK: list[jax.Array],
+    vs_BHRLV: list[jax.Array],
+    zs_BHRL: list[jax.Array],
+    c_HSK: jax.Array,
+    mean_BHRSV: jax.Array,
+    count_BHRS: jax.Array,
+    agg_cache: bool,
+) -> tuple:
+    inputs = (qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, c_HSK, mean_BHRSV, count_BHRS)
+    scores = _scores(qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, zs_BHRL, c_HSK, count_BHRS, agg_cache)
+    values = [*vs_BHRLV, mean_BHRSV] if agg_cache else vs_BHRLV
+    o_BHRLV, lse_BHRL1 = softmax_sum(scores, values)
+    o_BHRLV = o_BHRLV.astype(mean_BHRSV.dtype)
+    return o_BHRLV, (inputs, o_BHRLV, lse_BHRL1)
+
+
+def _attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple:
+    inputs, o_BHRLV, lse_BHRL1 = kept
+    qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, c_HSK, mean_BHRSV, count_BHRS = inputs
+    wide, narrow = lse_BHRL1.dtype, qu_BHRLK.dtype
+    product = partial(jnp.einsum, preferred_element_type=wide)
+    scores = _scores(qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, zs_BHRL, c_HSK, count_BHRS, agg_cache)
+    values = [*vs_BHRLV, mean_BHRSV] if agg_cache else vs_BHRLV
+    do_o_BHRL1 = jnp.sum(do_BHRLV.astype(wide) * o_BHRLV.astype(wide), -1, keepdims=True)
+    dscores, dvalues = [], []
+    for score, value in zip(scores, values, strict=True):
+        p = jnp.exp(score - lse_BHRL1)
+        dp = product("bhrlv,bhrjv->bhrlj", do_BHRLV, value)
+        dscores.append((p * (dp - do_o_BHRL1)).astype(narrow))
+        dvalue = product("bhrlj,bhrlv->bhrjv", p.astype(do_BHRLV.dtype), do_BHRLV)
+        dvalues.append(dvalue.astype(value.dtype))
+
+    dqu_BHRLK = jnp.zeros(qu_BHRLK.shape, wide)
+    dks = []
+    for dscore, k_BHRLK in zip(dscores, ks_BHRLK, strict=False):
+        dqu_BHRLK += product("bhrlj,bhrjk->bhrlk", dscore, k_BHRLK)
+        dks.append(product("bhrlj,bhrlk->bhrjk", dscore, qu_BHRLK).astype(k_BHRLK.dtype))
+    if agg_cache:
+        dqu_BHRLK += product("bhrls,hsk->bhrlk", dscores[-1], c_HSK)
+    n_piece, E = len(ks_BHRLK), r_BHEK.shape[2]
+    n_pad = (n_piece - 1) * qu_BHRLK.shape[3] - (E - 1)
+    dnear_BHRLE = unskew(jnp.concatenate(dscores[:n_piece], -1)[..., n_pad:], E)
+    dqw_BHRLK = product("bhrle,bhek->bhrlk", dnear_BHRLE, r_BHEK)
+    dr_BHEK = product("bhrle,bhrlk->bhek", dnear_BHRLE, qw_BHRLK)
+    return (
+        dqu_BHRLK.astype(narrow),
+        dqw_BHRLK.astype(narrow),
+        dr_BHEK.astype(narrow),
+        dks,
+        dvalues[:n_piece],
+        [None] * n_piece,
+        None,
+        dvalues[-1] if agg_cache else jnp.zeros_like(mean_BHRSV),
+        None,
+    )
+
+
+window_and_cache.defvjp(_attend_forward, _attend_backward)
+
+
+def softmax_sum(scores: list[jax.Array], values: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Values `[...,J,V]` weighted by one softmax over all scores `[...,L,J]`, and the log of its normaliser.
+
+    Both in the dtype of the scores.
+    """
     largest = scores[0].max(-1, keepdims=True)
     for score in scores[1:]:
         largest = jnp.maximum(largest, score.max(-1, keepdims=True))
-    largest = lax.stop_gradient(largest)
-    weights = [jnp.exp(score - largest) for score in scores]
-    total = jnp.sum(jnp.stack([weight.sum(-1) for weight in weights]), 0)[..., None]
-    weighted = jnp.zeros((), total.dtype)
-    for weight, value in zip(weights, values, strict=True):
+    total, weighted = jnp.zeros_like(largest), jnp.zeros((), largest.dtype)
+    for score, value in zip(scores, values, strict=True):
+        weight = jnp.exp(score - largest)
+        total += weight.sum(-1, keepdims=True)
         weight = weight.astype(value.dtype)
-        weighted += jnp.einsum("...lj,...jv->...lv", weight, value, preferred_element_type=total.dtype)
-    return weighted / total
+        weighted += jnp.einsum("...lj,...jv->...lv", weight, value, preferred_element_type=largest.dtype)
+    return weighted / total, largest + jnp.log(total)
 
 
 class Ring(NamedTuple):
@@ -222,10 +361,10 @@ def attend_next(
     self_BH1 = jnp.take_along_axis(content_BHS, z_BH[..., None], 2) + near_BHE[:, :, :1]
     scores, values = [window_BHM, self_BH1], [ring.v_BHMV, v_BHV[:, :, None]]
     if agg_cache:
-        log_count = jnp.where(ring.count_BHS > 0, jnp.log(jnp.maximum(ring.count_BHS, 1.0)), UNSEEN)
-        scores.append(content_BHS + log_count)
+        scores.append(content_BHS + log_count(ring.count_BHS))
         values.append(ring.sum_BHSV / jnp.maximum(ring.count_BHS, 1.0)[..., None])
-    o_BHV = softmax_sum([s[:, :, None] for s in scores], values)[:, :, 0]
+    o_BH1V, _ = softmax_sum([s[:, :, None] for s in scores], values)
+    o_BHV = o_BH1V[:, :, 0]
 
     slot = position % M
     leaving_z, leaving_v = ring.z_BHM[:, :, slot], ring.v_BHMV[:, :, slot]
