@@ -1,0 +1,487 @@
+"""The real scripts of launch/, against a pretended gcloud and SLURM that start local processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.pod import environment
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+STARTED = sorted(path for path in SCRIPTS if path.name != "common.sh")
+
+
+def worker(workdir: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "tests.fakes.worker", f"--workdir={workdir}", *options]
+
+
+def script(
+    name: str, *arguments: str, root: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(root / "launch" / name), *arguments],
+        env=environment(**variables),
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def background(name: str, *arguments: str, root: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(root / "launch" / name), *arguments],
+        env=environment(**variables),
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def kill_marked(mark: str, word: str = "") -> list[int]:
+    """SIGKILL to the processes that this test started with `mark` in their environment."""
+    killed = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{mark}\0".encode() in (folder / "environ").read_bytes() and (
+                word.encode() in (folder / "cmdline").read_bytes()
+            ):
+                os.kill(int(folder.name), signal.SIGKILL)
+                killed.append(int(folder.name))
+        except OSError:
+            continue
+    return killed
+
+
+def result(workdir: Path, n: int) -> list[dict]:
+    return [json.loads((workdir / f"done_{i}.json").read_text()) for i in range(n)]
+
+
+# --- every script -----------------------------------------------------------------------------------------
+
+
+def test_shellcheck_finds_nothing() -> None:
+    checker = Path(sys.executable).with_name("shellcheck")
+    found = subprocess.run([checker, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("path", STARTED, ids=lambda path: path.name)
+def test_help_shows_how_to_call_it(path: Path) -> None:
+    if path.name == "notice_gce.sh":  # takes no options: a program for supervise.sh --notice
+        return
+    shown = script(path.name, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert f"launch/{path.name} " in shown.stdout
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("name", ["supervise.sh", "local.sh", "tpu.sh", "slurm.sh", "gke.sh"])
+def test_bad_options_are_refused(name: str) -> None:
+    refused = script(name, "--nonsense")
+    assert refused.returncode == 2
+    assert "--help" in refused.stderr
+
+
+# --- supervise --------------------------------------------------------------------------------------------
+
+FLAKY = """
+import pathlib, sys
+count = pathlib.Path(sys.argv[1]); n = int(count.read_text()) if count.exists() else 0
+count.write_text(str(n + 1)); codes = sys.argv[2].split(",")
+sys.exit(int(codes[min(n, len(codes) - 1)]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "runs"),
+    [
+        ("0", 0, 1),
+        ("1,75,70,0", 0, 4),
+        ("2", 2, 1),
+        ("1,2", 2, 2),
+        ("1", 1, 4),
+        ("75", 75, 4),
+        ("127", 127, 4),
+    ],
+)
+def test_supervise_starts_again_within_its_budget(tmp_path: Path, codes: str, code: int, runs: int) -> None:
+    count = tmp_path / "count"
+    done = script(
+        "supervise.sh",
+        "--restarts",
+        "3",
+        "--backoff",
+        "0",
+        "--",
+        sys.executable,
+        "-c",
+        FLAKY,
+        str(count),
+        codes,
+    )
+    assert (done.returncode, int(count.read_text())) == (code, runs), done.stderr
+
+
+def test_supervise_forgives_every_preemption_of_a_settled_run(tmp_path: Path) -> None:
+    slow = ["bash", "-c", f"sleep 1.2; exec {sys.executable} -c '{FLAKY}' {tmp_path}/count 75,75,0"]
+    done = script("supervise.sh", "--restarts", "0", "--backoff", "0", "--settled", "1", "--", *slow)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_supervise_passes_a_stop_on_and_does_not_start_again(tmp_path: Path, number: signal.Signals) -> None:
+    saving = "trap 'sleep 0.5; echo saved; exit 75' TERM; touch ready; while :; do sleep 0.1; done"
+    command = ["bash", "-c", f"cd {tmp_path}; {saving}"]
+    with background("supervise.sh", "--record", str(tmp_path / "run"), "--", *command) as process:
+        wait_for((tmp_path / "ready").exists, "the command did not start")
+        assert int((tmp_path / "run.pid").read_text()) == process.pid
+        process.send_signal(number)
+        output = process.communicate(timeout=30)[0]
+    assert process.returncode == 75
+    assert "saved" in output
+    assert (tmp_path / "run.code").read_text() == "75\n"
+
+
+def test_supervise_stops_while_it_waits(tmp_path: Path) -> None:
+    with background(
+        "supervise.sh", "--backoff", "60", "--", "bash", "-c", f"touch {tmp_path}/ran; exit 1"
+    ) as process:
+        wait_for((tmp_path / "ran").exists, "the command did not start")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert process.returncode == 1
+
+
+def test_supervise_asks_to_save_at_the_machine_own_notice(tmp_path: Path) -> None:
+    notice = tmp_path / "notice"
+    notice.write_text(f"#!/bin/sh\n[ ! -e {tmp_path}/saved ] || exec sleep 60\nsleep 0.7\n")
+    notice.chmod(0o755)
+    once = f"cd {tmp_path}; [ ! -e saved ] || exit 0; trap 'touch saved; exit 75' TERM; "
+    once += "while :; do sleep 0.1; done"
+    done = script("supervise.sh", "--backoff", "0", "--notice", str(notice), "--", "bash", "-c", once)
+    assert done.returncode == 0
+    assert "about to go" in done.stderr
+
+
+def test_notice_gce_asks_the_metadata_server(tmp_path: Path) -> None:
+    curl = tmp_path / "curl"
+    curl.write_text(
+        '#!/bin/sh\ncase "$*" in *preempted) echo FALSE ;; *) echo TERMINATE_ON_HOST_MAINTENANCE ;; esac\n'
+    )
+    curl.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert script("notice_gce.sh", "0.1", PATH=path).returncode == 0
+    curl.write_text("#!/bin/sh\necho NONE\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run(
+            [ROOT / "launch/notice_gce.sh", "0.1"], env=environment(PATH=path), timeout=1, check=False
+        )
+
+
+# --- local ------------------------------------------------------------------------------------------------
+
+
+def test_local_prints_what_it_would_start() -> None:
+    shown = script(
+        "local.sh", "2", "--gpus-each", "4", "--port", "12346", "--dry-run", "--", "tvq", "train", "a b"
+    )
+    first, second = shown.stdout.splitlines()
+    assert first.startswith("env TVQ_COORDINATOR=127.0.0.1:12346 TVQ_N_PROCESS=2 TVQ_PROCESS_ID=0 ")
+    assert "CUDA_VISIBLE_DEVICES=4\\,5\\,6\\,7" in second
+    assert second.endswith("launch/supervise.sh -- tvq train a\\ b")
+
+
+def test_local_goes_on_after_one_process_is_killed(tmp_path: Path) -> None:
+    command = worker(tmp_path, "--steps=60", "--pause=0.05", "--config.cluster.silence_timeout=5")
+    with background(
+        "local.sh", "2", "--cpu-devices", "2", "--backoff", "0", "--", *command, MARK=str(tmp_path)
+    ) as process:
+        wait_for((tmp_path / "state.json").exists, "no checkpoint")
+        victim = [
+            int(p.name)
+            for p in Path("/proc").glob("[0-9]*")
+            if _is_worker(p, tmp_path) and b"TVQ_PROCESS_ID=1\0" in (p / "environ").read_bytes()
+        ]
+        os.kill(victim[0], signal.SIGKILL)
+        output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert "starting again" in output
+    assert [r["sum"] for r in result(tmp_path, 2)] == [8.0 * sum(range(60))] * 2
+
+
+def _is_worker(folder: Path, workdir: Path) -> bool:
+    try:
+        command = (folder / "cmdline").read_bytes()
+        return command.startswith(sys.executable.encode()) and f"--workdir={workdir}\0".encode() in command
+    except OSError:
+        return False
+
+
+def test_local_saves_at_sigterm(tmp_path: Path) -> None:
+    with background("local.sh", "2", "--", *worker(tmp_path, "--steps=400", "--pause=0.05")) as process:
+        wait_for((tmp_path / "state.json").exists, "no checkpoint")
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert json.loads((tmp_path / "state.json").read_text())["step"] < 400
+
+
+def test_local_gives_up_together(tmp_path: Path) -> None:
+    done = script(
+        "local.sh", "2", "--backoff", "0", "--", "bash", "-c", "[ $TVQ_PROCESS_ID = 0 ] && exit 2; sleep 60"
+    )
+    assert done.returncode == 2
+    assert "process 0 ended with exit code 2" in done.stderr
+
+
+# --- tpu --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A clean checkout with one commit."""
+    root = tmp_path / "checkout"
+    for folder in ("launch", "tvq", "tests/fakes"):
+        shutil.copytree(
+            ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True
+        )
+    (root / "tests/__init__.py").touch()
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return root
+
+
+class Cloud:
+    """A pretended cloud with one slice, "pod"."""
+
+    def __init__(self, folder: Path, checkout: Path, n_worker: int):
+        self.folder, self.checkout = folder, checkout
+        self.variables = {
+            "FAKE_CLOUD": str(folder),
+            "FAKE_CLOUD_WORKERS": str(n_worker),
+            "PATH": f"{ROOT / 'tests/fakes/bin'}:{os.environ['PATH']}",
+        }
+        self.common = ["--name", "pod", "--zone", "z", "--poll", "0.3"]
+        self.make = ["--type", "v5litepod-8", "--version", "v2", "--install", f"ln -sfn {ROOT}/.venv .venv"]
+
+    def tpu(self, what: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return script(
+            "tpu.sh", what, *self.common, *arguments, root=self.checkout, **self.variables, **variables
+        )
+
+    def start(self, what: str, *arguments: str) -> subprocess.Popen[str]:
+        return background("tpu.sh", what, *self.common, *arguments, root=self.checkout, **self.variables)
+
+    def command(self, workdir: Path, *options: str) -> list[str]:
+        return ["--", ".venv/bin/python", "-m", "tests.fakes.worker", f"--workdir={workdir}", *options]
+
+    def calls(self) -> str:
+        return (self.folder / "calls.txt").read_text()
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, checkout: Path) -> Iterator[Cloud]:
+    (tmp_path / "cloud").mkdir()
+    cloud = Cloud(tmp_path / "cloud", checkout, 2)
+    yield cloud
+    kill_marked(f"FAKE_CLOUD={cloud.folder}")
+
+
+def test_tpu_prints_every_command(cloud: Cloud) -> None:
+    shown = cloud.tpu("run", *cloud.make, "--spot", "--dry-run", "--", "tvq", "train")
+    lines = shown.stdout.splitlines()
+    assert [re.sub(r"gcloud compute tpus (tpu-vm \S+).*", r"\1", line) for line in lines] == [
+        "tpu-vm create",
+        "tpu-vm scp",
+        "tpu-vm ssh",
+        "tpu-vm ssh",
+        "tpu-vm ssh",
+    ]
+    assert "--spot" in lines[0]
+    assert not (cloud.folder / "calls.txt").exists()
+    for what in ("status", "stop", "delete", "logs"):
+        assert "gcloud compute tpus" in cloud.tpu(what, "--dry-run").stdout
+
+
+def test_tpu_refuses_a_dirty_checkout(cloud: Cloud) -> None:
+    (cloud.checkout / "new.txt").touch()
+    refused = cloud.tpu("setup", *cloud.make)
+    assert refused.returncode == 2
+    assert "in no commit" in refused.stderr
+    assert cloud.tpu("setup", *cloud.make, "--dirty", "--dry-run").returncode == 0
+
+
+def test_tpu_names_the_worker_that_failed_with_its_last_lines(cloud: Cloud) -> None:
+    assert cloud.tpu("create", *cloud.make).returncode == 0
+    failed = cloud.tpu("setup", *cloud.make, FAKE_CLOUD_FAIL="1:tar")
+    assert failed.returncode == 1
+    assert "setup failed on worker 1 of 2" in failed.stderr
+    assert "[worker 1] no space left on device" in failed.stderr
+
+
+def test_tpu_run_follows_a_run_to_its_end(cloud: Cloud, tmp_path: Path) -> None:
+    workdir = tmp_path / "work"
+    done = cloud.tpu("run", *cloud.make, *cloud.command(workdir))
+    assert done.returncode == 0, done.stderr
+    assert [r["devices"] for r in result(workdir, 2)] == [4, 4]
+    assert "worker 1: ended 0" in cloud.tpu("status").stdout
+    assert cloud.tpu("delete").returncode == 0
+    assert "pod: ABSENT" in cloud.tpu("status").stdout
+
+
+def test_tpu_run_makes_a_preempted_slice_again_and_goes_on(cloud: Cloud, tmp_path: Path) -> None:
+    workdir = tmp_path / "work"
+    arguments = (*cloud.make, "--spot", *cloud.command(workdir, "--steps=100", "--pause=0.05"))
+    with cloud.start("run", *arguments) as process:
+        wait_for((workdir / "state.json").exists, "no checkpoint")
+        file = cloud.folder / "pod.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "PREEMPTED"}))
+        kill_marked("FAKE_SLICE=pod", "supervise")
+        kill_marked("FAKE_SLICE=pod")
+        output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert "restart 1 of 50" in output
+    assert cloud.calls().count("tpu-vm create pod") == 2
+    assert [r["sum"] for r in result(workdir, 2)] == [8.0 * sum(range(100))] * 2
+
+
+def test_tpu_stop_saves_on_all_workers(cloud: Cloud, tmp_path: Path) -> None:
+    workdir = tmp_path / "work"
+    arguments = cloud.command(workdir, "--steps=1000", "--pause=0.05")
+    for what in ("create", "setup"):
+        done = cloud.tpu(what, *cloud.make)
+        assert done.returncode == 0, done.stderr
+    assert cloud.tpu("train", *arguments).returncode == 0
+    wait_for((workdir / "state.json").exists, "no checkpoint")
+    again = cloud.tpu("train", *arguments)
+    assert again.returncode == 1
+    assert "a run is going on" in again.stderr
+    assert cloud.tpu("setup", *cloud.make).returncode == 1
+    assert "worker 1: running" in cloud.tpu("status").stdout
+    with cloud.start("logs") as process:
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "the run goes on" in process.communicate(timeout=10)[0]
+    stopped = cloud.tpu("stop")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "worker 0: ended 75" in cloud.tpu("status").stdout
+
+
+@pytest.mark.slow
+def test_a_pod_of_four_loses_a_worker_and_ends_like_an_unbroken_run(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.variables["FAKE_CLOUD_WORKERS"] = "4"
+    workdir = tmp_path / "work"
+    options = ("--steps=60", "--pause=0.1", "--config.cluster.silence_timeout=10")
+    with cloud.start("run", *cloud.make, *cloud.command(workdir, *options)) as process:
+        wait_for((workdir / "state.json").exists, "no checkpoint")
+        assert kill_marked("TVQ_PROCESS_ID=2", f"--workdir={workdir}\0--steps")
+        output = process.communicate(timeout=110)[0]
+    assert process.returncode == 0, output
+    assert (
+        result(workdir, 4) == [{"step": 60, "sum": 16.0 * sum(range(60)), "devices": 8, "processes": 4}] * 4
+    )
+    assert cloud.calls().count("tpu-vm create") == 1
+
+
+# --- SLURM and Kubernetes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    (tmp_path / "slurm").mkdir()
+    path = f"{ROOT / 'tests/fakes/bin'}:{os.environ['PATH']}"
+    yield {"FAKE_SLURM": str(tmp_path / "slurm"), "PATH": path}
+    kill_marked(f"FAKE_SLURM={tmp_path / 'slurm'}")
+
+
+def test_slurm_prints_what_it_would_submit() -> None:
+    arguments = (
+        "--nodes",
+        "4",
+        "--gpus",
+        "2",
+        "--sbatch",
+        "--partition=p --account=q",
+        "--dry-run",
+        "--",
+        "tvq",
+        "train",
+    )
+    line = script("slurm.sh", "submit", *arguments).stdout.splitlines()[-1]
+    assert line.startswith("sbatch --job-name=tvq --nodes=4 --ntasks-per-node=1 ")
+    assert "--gpus-per-node=2 --partition=p --account=q" in line
+    assert "--requeue" in line
+    assert line.endswith("launch/slurm.sh job 10 tvq train")
+
+
+def submit(workdir: Path, checkout: Path, slurm: dict[str, str], *options: str) -> None:
+    command = worker(workdir, *options)
+    done = script("slurm.sh", "submit", "--nodes", "2", "--gpus", "0", "--", *command, root=checkout, **slurm)
+    assert done.returncode == 0, done.stderr
+
+
+def test_slurm_requeues_a_run_whose_time_is_over(
+    tmp_path: Path, checkout: Path, slurm: dict[str, str]
+) -> None:
+    workdir, code = tmp_path / "work", tmp_path / "slurm/code"
+    submit(workdir, checkout, slurm, "--steps=80", "--pause=0.05")
+    wait_for((workdir / "state.json").exists, "no checkpoint")
+    subprocess.run(["scancel", "--signal=TERM", "4321"], env=environment(**slurm), check=True)
+    wait_for(code.exists, "the job did not end", 100)
+    assert code.read_text() == "0"
+    assert "scontrol requeue 4321" in (tmp_path / "slurm/calls.txt").read_text()
+    assert [r["sum"] for r in result(workdir, 2)] == [8.0 * sum(range(80))] * 2
+    assert "SLURM job 4321" in (workdir / "logs/process_1.log").read_text()
+
+
+def test_slurm_stop_saves_and_does_not_requeue(tmp_path: Path, checkout: Path, slurm: dict[str, str]) -> None:
+    workdir, code = tmp_path / "work", tmp_path / "slurm/code"
+    submit(workdir, checkout, slurm, "--steps=1000", "--pause=0.05")
+    wait_for((workdir / "state.json").exists, "no checkpoint")
+    assert script("slurm.sh", "stop", "4321", root=checkout, **slurm).returncode == 0
+    wait_for(code.exists, "the job did not end")
+    assert code.read_text() == "75"
+    assert "requeue 4321" not in (tmp_path / "slurm/calls.txt").read_text()
+
+
+def test_gke_prints_an_indexed_job() -> None:
+    yaml = pytest.importorskip("yaml")
+    arguments = ("--name", "run1", "--image", "a/b:c", "--hosts", "4", "--limit", "google.com/tpu=4")
+    shown = script("gke.sh", *arguments, "--select", "x.y/z=4x4", "--", "train", "--workdir=gs://it's")
+    service, job = yaml.safe_load_all(shown.stdout)
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
+    pod = spec["template"]["spec"]
+    container = pod["containers"][0]
+    assert (pod["subdomain"], pod["nodeSelector"]) == ("run1", {"x.y/z": "4x4"})
+    assert container["args"] == ["train", "--workdir=gs://it's"]
+    assert container["resources"]["limits"] == {"google.com/tpu": "4"}
+    assert {e["name"]: e["value"] for e in container["env"]} == {
+        "TVQ_COORDINATOR": "run1-0.run1:8482",
+        "TVQ_N_PROCESS": "4",
+    }
+    assert script("gke.sh", *arguments[2:], "--", "train").returncode == 2
