@@ -58,7 +58,8 @@ class Checkpoints:
         handlers.add("state", ocp.args.StandardRestore, arrays)
         handlers.add("meta", ocp.args.JsonSave, values)
         handlers.add("meta", ocp.args.JsonRestore, values)
-        self._directory = epath.Path(directory).absolute()
+        path = epath.Path(directory)
+        self._directory = path if path.is_absolute() else path.absolute()  # absolute() spoils gs://
         self._read_only = read_only
         self._damaged: list[int] = []
         self._manager = _Manager(
