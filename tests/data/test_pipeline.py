@@ -34,6 +34,7 @@ def assert_same(left: list[Example], right: list[Example]) -> None:
     for a, b in zip(left, right, strict=True):
         assert set(a) == set(b) == set(NAMES)
         for name in NAMES:
+            assert type(a[name]) is type(b[name]) is np.ndarray  # not a view of shared memory
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
