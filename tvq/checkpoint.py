@@ -29,6 +29,9 @@ SEAL = "SEAL.json"
 ITEMS = ("meta", "state")
 MAX_LISTED = 20  # differing arrays that an error lists
 CHUNK = 1 << 24  # bytes read at a time
+# What Orbax warns of in the normal course of things, across the line that shows progress: that a save waits
+# for the one before, and that the removal of an old checkpoint was killed half-way (the next save ends it).
+SILENCED = ("Waiting for previous save to complete", "Metadata file does not exist")
 
 
 class Restored(NamedTuple):
@@ -179,9 +182,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    # A save that waits for the one before is what this module promises, and no reason to break into the line
-    # that shows progress.
-    return not str(record.msg).startswith("Waiting for previous save to complete")
+    return not str(record.msg).startswith(SILENCED)
 
 
 class _Keep:

@@ -136,6 +136,8 @@ class Config:
     cluster: Cluster = Cluster()
 
 
+# The resolved config of a run, in its workdir.
+FILE = "config.json"
 # What may differ between a run and its resumption: everything else decides the numbers.
 CHANGEABLE = frozenset(
     {"train.steps", "data.cache", "data.workers"}
@@ -214,6 +216,11 @@ def flatten(config: ConfigDict | dict | Config) -> dict[str, Any]:
 def common(config: Config) -> dict[str, Any]:
     """The fields on which all processes of a run must agree."""
     return {f"config.{name}": value for name, value in flatten(config).items() if name not in LOCAL}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """For JSON: `{"section": {"field": value}}`."""
+    return dataclasses.asdict(config)
 
 
 def docs() -> dict[str, str]:

@@ -5,18 +5,21 @@ batch size or devices.
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax import lax
 from jax.sharding import Mesh
 
-from tvq import loss, mesh
-from tvq.config import Model
-from tvq.data.corpus import Corpus
+from tvq import cluster, config, loss, mesh, metrics, optimizer, state
+from tvq.checkpoint import Checkpoints, Restored
+from tvq.config import Config, Model
+from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import evaluation_batches
 from tvq.model import transformer
@@ -93,6 +96,20 @@ def result(nats: float, n_token: int, n_byte: int) -> dict[str, float]:
     }
 
 
+def batch_size(c: Config) -> int:
+    """Sequences of an evaluation batch."""
+    return c.evaluate.batch_size or c.train.global_batch_size
+
+
+def line(name: str, result: dict[str, float], corpus: Corpus) -> str:
+    """The result of a split for the eye, beside what gzip makes of it."""
+    info = corpus.info(name)
+    text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits a byte"
+    if info.gzip_bytes is not None:
+        text += f" (gzip -9: {8 * info.gzip_bytes / info.n_byte:.3f})"
+    return text
+
+
 def check_vocabulary(corpus: Corpus, config: Model) -> None:
     """ValueError if the data's ids are not those of the model."""
     if corpus.vocabulary.size != config.n_vocab:
@@ -123,3 +140,44 @@ def split(
         nats, n_token = total(score, params, codebooks, placed, lambda done: progress(done, n_batch))
     assert n_token == sequences.n_token, f"{n_token} of {sequences.n_token} tokens evaluated"
     return result(nats, n_token, corpus.info(name).n_byte)
+
+
+def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], None]) -> Restored:
+    """The newest whole checkpoint of a run, on any mesh. ValueError: there is none."""
+    abstract = mesh.with_sharding(devices, state.abstract(c.model, optimizer.make(c.optimizer)))
+    if not (workdir / "checkpoints").exists():
+        raise ValueError(f"--workdir={workdir} holds no checkpoint; train first")
+    with Checkpoints(
+        workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every, read_only=True
+    ) as checkpoints:
+        restored = checkpoints.restore(abstract, say)
+    if restored is None:
+        raise ValueError(f"--workdir={workdir} holds no checkpoint yet")
+    return restored
+
+
+def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Scores `evaluate.split` with the newest checkpoint; prints a line and, for programs, a row of JSON."""
+    corpus = open_corpus(c.data)
+    check_vocabulary(corpus, c.model)
+    corpus.info(c.evaluate.split)
+    processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
+    devices = mesh.make(c.mesh, jax.devices())
+    mesh.check_batch(devices, "evaluate.batch_size", batch_size(c))
+    with metrics.Console(quiet=not processes.is_main) as console:
+        now = restore(c, workdir, devices, console.say).state
+        found = split(
+            make(c.model, devices, c.train.update_len),
+            now.params,
+            now.codebooks,
+            corpus,
+            c.evaluate.split,
+            devices,
+            sequence_len=c.train.sequence_len,
+            batch_size=batch_size(c),
+            progress=lambda done, of: console.progress(f"evaluating: batch {done} of {of}", brief=True),
+        )
+        console.say(line(c.evaluate.split, found, corpus))
+        console.say(json.dumps({"step": int(now.step), "split": c.evaluate.split, **found}))
+    processes.finish()
+    return 0

@@ -5,8 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from tvq.config import Model
+from tvq import cluster, evaluate, mesh, metrics
+from tvq.config import Config, Mesh, Model
+from tvq.data.vocabulary import END, VOCABULARIES, Vocabulary
 from tvq.model import transformer
 
 REMOVED = -1e10
@@ -102,3 +105,47 @@ def draw(
     rest_BT = jnp.asarray(prompt_BT[:, n_read:])
     tokens = write(params, codebooks, rest_BT, state, key, model, length, temperature, p_nucleus)
     return np.asarray(tokens)
+
+
+def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> list[str]:
+    """`sample.n_sample` texts that begin with `sample.prompt`, drawn by one device of this process."""
+    params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
+    prompt = vocabulary.encode(c.sample.prompt.encode()).astype(np.int32)
+    prompt_BT = np.tile(np.concatenate([[END], prompt]).astype(np.int32), (c.sample.n_sample, 1))
+    drawn_BT = draw(
+        params,
+        codebooks,
+        prompt_BT,
+        jax.random.key(c.sample.seed),
+        model=c.model,
+        length=c.sample.length,
+        temperature=c.sample.temperature,
+        p_nucleus=c.sample.nucleus,
+    )
+    return [c.sample.prompt + vocabulary.decode(tokens).decode(errors="replace") for tokens in drawn_BT]
+
+
+def show(found: list[str]) -> str:
+    """Texts for the terminal."""
+    if len(found) == 1:
+        return found[0]
+    return "\n".join(f"--- sample {i + 1} of {len(found)} ---\n{text}" for i, text in enumerate(found))
+
+
+def save(found: list[str], workdir: epath.Path, step: int) -> epath.Path:
+    """Writes texts to `workdir/samples/step_N.txt`; returns the path."""
+    path = workdir / "samples" / f"step_{step}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(show(found) + "\n")
+    return path
+
+
+def sample(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints continuations of a prompt by the newest checkpoint."""
+    if place.n_process > 1:
+        raise ValueError(f"tvq sample is for one process, but {place}; start it by itself")
+    restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
+    vocabulary = VOCABULARIES[restored.data["vocabulary"]]()
+    now = restored.state
+    metrics.Console().say(show(texts(now.params, now.codebooks, vocabulary, c)))
+    return 0

@@ -5,8 +5,6 @@ starts empty. Loss and gradient are computed in `shard_map`, each device on its 
 explicitly; the optimizer works outside of it on whole arrays.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,7 +40,7 @@ def loss_fn(
     return l_lm + config.c_beta * l_commit, (state, stats["codebook"], metrics)
 
 
-def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> Callable:
+def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """The jitted step `(state, batch [B_global,T]) -> (state, metrics)`; the old state is donated."""
     n_update = config.train.sequence_len // config.train.update_len
     schedule = optimizer.schedule(config.optimizer)

@@ -1,0 +1,279 @@
+"""A training run from top to bottom: the file to read first."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from tvq import cluster, config, evaluate, mesh, metrics, optimizer, sample, state, train_step
+from tvq.checkpoint import Checkpoints
+from tvq.config import Config
+from tvq.data.corpus import Corpus, open_corpus
+from tvq.data.packing import Sequences
+from tvq.data.pipeline import training_batches
+from tvq.state import TrainState
+
+
+class DivergedError(RuntimeError):
+    """Loss or gradient is no longer a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the parts of a run work with."""
+
+    config: Config
+    workdir: epath.Path
+    corpus: Corpus
+    devices: Mesh
+    processes: cluster.Processes
+    watchdog: cluster.Watchdog
+    console: metrics.Console
+    checkpoints: Checkpoints
+    rows: metrics.JsonlWriter | None  # on the main process
+
+    def write(self, row: metrics.Row) -> None:
+        if self.rows is not None:
+            self.rows.write(row)
+
+
+def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Trains until `train.steps`, going on from the newest checkpoint in `workdir`; returns the exit code.
+
+    ValueError: the input is wrong; nothing has been written then. DivergedError: the loss is not a number;
+    the last good checkpoint is kept.
+    """
+    corpus = open_corpus(c.data)
+    evaluate.check_vocabulary(corpus, c.model)
+    sequences = Sequences(corpus, "train", c.train.sequence_len)
+    if c.evaluate.every:
+        corpus.info(c.evaluate.split)  # an empty split is an error now, not after hours
+    check_workdir(workdir, c)
+    processes = cluster.start(place, c.cluster, config.common(c), log.say)
+    devices = mesh.make(c.mesh, jax.devices())
+    mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size)
+    mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
+    tx = optimizer.make(c.optimizer)
+
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(metrics.Console(quiet=not processes.is_main))
+        watchdog = stack.enter_context(cluster.Watchdog(processes, c.cluster, log))
+        watchdog.beat("restore", 0, c.cluster.compile_timeout)
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
+        )
+        now, step, seconds = resume(c, corpus, devices, tx, checkpoints, console.say)
+        processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint})
+        rows = None
+        if processes.is_main:
+            (workdir / config.FILE).write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
+            rows = stack.enter_context(
+                contextlib.closing(metrics.JsonlWriter(workdir / "metrics.jsonl", step))
+            )
+        run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, rows)
+        console.say(describe(run, now, step))
+        if step < c.train.steps:
+            update = compile_step(run, now, tx)
+            now, stopped = loop(run, now, step, seconds, update, sequences)
+            finish(run, now, stopped)
+        else:
+            stopped = False
+            console.say(f"step {step} is the last of train.steps {c.train.steps}: nothing to do")
+    processes.finish()
+    return cluster.EXIT_STOPPED if stopped else 0
+
+
+def check_workdir(workdir: epath.Path, c: Config) -> None:
+    """ValueError if the folder holds another run, or something that is no run."""
+    recorded = workdir / config.FILE
+    if recorded.exists():
+        differing = config.differences(json.loads(recorded.read_text()), config.to_dict(c))
+        if differing:
+            raise ValueError(
+                f"--workdir={workdir} holds a run with another config; go on with that one's,"
+                " or use another workdir:\n  " + "\n  ".join(differing)
+            )
+    elif workdir.exists() and any(path.name != "logs" for path in workdir.iterdir()):
+        raise ValueError(f"--workdir={workdir} is not empty and holds no run; use another folder")
+
+
+def resume(
+    c: Config,
+    corpus: Corpus,
+    devices: Mesh,
+    tx: Any,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
+) -> tuple[TrainState, int, float]:
+    """State, step and train seconds of the newest whole checkpoint; of a new run where there is none.
+
+    The data position needs no restoring: batch t is a function of (seed, t).
+    """
+    abstract = mesh.with_sharding(devices, state.abstract(c.model, tx))
+    restored = checkpoints.restore(abstract, say)
+    if restored is None:
+        whole = mesh.sharding(devices, mesh.WHOLE)
+        init = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=whole)
+        return init(), 0, 0.0
+    if restored.data["fingerprint"] != corpus.fingerprint:
+        raise ValueError(
+            f"the data in {corpus.folder} is not what checkpoint {restored.step} was trained on;"
+            " set config.data to that, or use another workdir"
+        )
+    return restored.state, restored.step, restored.data["train_seconds"]
+
+
+def describe(run: Run, now: TrainState, step: int) -> str:
+    """What runs where, for the console."""
+    c, info = run.config, run.corpus.info("train")
+    n_device, kind = run.devices.size, run.devices.devices.flat[0].device_kind
+    n_sequence = c.train.global_batch_size // mesh.n_data(run.devices)
+    return "\n".join(
+        [
+            f"model    {state.n_param(now):,} parameters, {c.model.dtype}",
+            f"devices  {n_device} x {kind}, {n_sequence} sequences each",
+            f"data     {run.corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents",
+            f"workdir  {run.workdir}: " + (f"going on from step {step}" if step else "a new run"),
+        ]
+    )
+
+
+def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
+    """The compiled train step for the shapes of this run."""
+    c = run.config.train
+    tokens = jax.ShapeDtypeStruct(
+        (c.global_batch_size, c.sequence_len), jnp.int32, sharding=mesh.sharding(run.devices, mesh.BATCH)
+    )
+    batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
+    run.watchdog.beat("compile", int(now.step), run.config.cluster.compile_timeout)
+    began = time.monotonic()
+    update = train_step.make(run.config, run.devices, tx).lower(now, batch).compile()
+    text = f"compile  {metrics.duration(time.monotonic() - began)}"
+    memory = update.memory_analysis()
+    if memory is not None:  # not every backend says
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        text += f", {needed / 2**20:,.0f} MiB a device"
+    run.console.say(text)
+    return update
+
+
+def loop(
+    run: Run, now: TrainState, step: int, seconds: float, update: Callable, sequences: Sequences
+) -> tuple[TrainState, bool]:
+    """Updates until the last step, or until a stop is asked for: (state, stopped). Either way it is saved."""
+    c = run.config
+    n_update = c.train.sequence_len // c.train.update_len
+    clock = metrics.Clock(c.train.global_batch_size * c.train.update_len, seconds)
+    score = evaluate.make(c.model, run.devices, c.train.update_len)
+    batches = training_batches(
+        sequences,
+        batch_size=c.train.global_batch_size,
+        seed=c.train.seed,
+        start=step // n_update,
+        rows=mesh.local_rows(run.devices, c.train.global_batch_size),
+        workers=c.data.workers,
+    )
+    unread: list[tuple[int, dict]] = []  # (step, metrics on the device), since they were last looked at
+    stopped = False
+    with contextlib.closing(batches):
+        clock.start(step)
+        while step < c.train.steps and not stopped:
+            run.watchdog.beat("data", step)
+            batch = mesh.global_batch(run.devices, next(batches), c.train.global_batch_size)
+            run.processes.batch_ready(step)
+            run.watchdog.beat("step", step)
+            now, numbers = update(now, batch)
+            step += n_update
+            unread.append((step, numbers))
+            stopped = run.processes.stop_requested(step)
+            last = step == c.train.steps
+
+            # The rows of a step are written before its checkpoint: a resumed run then has each row once.
+            if last or is_due(c.log.every, step, n_update):
+                log_metrics(run, clock, step, unread)
+            if c.evaluate.every and (last or is_due(c.evaluate.every, step, n_update)):
+                with clock.pause():
+                    evaluate_now(run, score, now, step)
+            if last or stopped or is_due(c.checkpoint.every, step, n_update):
+                with clock.pause():
+                    run.watchdog.beat("save", step)
+                    read_metrics(unread)  # a state that is not a number is never saved
+                    data = {
+                        "next_batch": step // n_update,
+                        "fingerprint": run.corpus.fingerprint,
+                        "vocabulary": run.corpus.vocabulary.name,
+                        "train_seconds": clock.seconds,
+                    }
+                    run.checkpoints.save(step, now, data, config.to_dict(c))
+        run.watchdog.beat("save", step)
+        run.checkpoints.wait()
+    return now, stopped
+
+
+def is_due(every: int, step: int, n_update: int) -> bool:
+    """Whether a multiple of `every` lies in the n_update updates up to `step`; 0 is never due."""
+    return every > 0 and step // every > (step - n_update) // every
+
+
+def read_metrics(unread: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
+    """The metrics of the last step, on the host. DivergedError names the first step that went wrong."""
+    found = jax.device_get(unread)
+    for step, numbers in found:
+        for name in ("loss_lm_per_token_unscaled", "grad_norm"):
+            if not np.isfinite(numbers[name]):
+                raise DivergedError(f"{name} is {numbers[name]} at step {step}")
+    del unread[:-1]
+    return found[-1][1]
+
+
+def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[int, dict]]) -> None:
+    """A row of metrics, and the live line."""
+    info = run.corpus.info("train")
+    numbers = read_metrics(unread)
+    row = metrics.row(step, "train", numbers, clock.lap(step), info.n_byte / info.n_token)
+    run.write(row)
+    steps = run.config.train.steps
+    run.console.progress(metrics.progress_line(row, steps, clock.left(step, steps)))
+
+
+def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> None:
+    """A row for the whole split of config.evaluate."""
+
+    def progress(done: int, of: int) -> None:
+        run.watchdog.beat("evaluate", step, run.config.cluster.compile_timeout if done == 1 else None)
+        run.console.progress(f"evaluating: batch {done} of {of}", brief=True)
+
+    c = run.config
+    result = evaluate.split(
+        score,
+        now.params,
+        now.codebooks,
+        run.corpus,
+        c.evaluate.split,
+        run.devices,
+        sequence_len=c.train.sequence_len,
+        batch_size=evaluate.batch_size(c),
+        progress=progress,
+    )
+    run.write({"step": step, "split": c.evaluate.split, **result})
+    run.console.say(f"step {step:,}: " + evaluate.line(c.evaluate.split, result, run.corpus))
+
+
+def finish(run: Run, now: TrainState, stopped: bool) -> None:
+    """The last words: how to go on, or a sample of what was learnt."""
+    step = int(now.step)
+    if stopped:
+        run.console.say(f"stopped and saved at step {step}; the same command goes on")
+    elif run.processes.is_main:
+        run.watchdog.beat("sample", step, run.config.cluster.compile_timeout)
+        texts = sample.texts(now.params, now.codebooks, run.corpus.vocabulary, run.config)
+        path = sample.save(texts, run.workdir, step)
+        run.console.say(sample.show(texts) + f"\n(in {path})")
