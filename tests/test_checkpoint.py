@@ -335,6 +335,19 @@ def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["3"]
 
 
+def test_a_removal_cut_short_is_completed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_all(tmp_path, 1, 2)
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
+    largest(tmp_path / "1").unlink()
+    with open_(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore(abstract(make_state()), silent)
+        assert restored is not None
+        assert restored.step == 2
+        checkpoints.save(3, make_state(), DATA, CONFIG)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    assert caplog.text == ""
+
+
 def test_waiting_for_a_save_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.MonkeyPatch.context() as patch, open_(tmp_path) as checkpoints:
         patch.setattr("tvq.checkpoint._seal", lambda _: time.sleep(0.6))  # twice; Orbax warns after 1 s
