@@ -42,6 +42,7 @@ class Model:
     p_droplyr: float = field(0.0, "probability to skip a gated unit, a sequence")
     c_gamma: float = field(0.99, "decay of the codebook's moving average")
     c_beta: float = field(1e-4, "weight of the commitment loss")
+    remat: str = field("names", "kept of a unit for the backward pass: all, names (the costly) or nothing")
     dtype: str = field("float32", "dtype of activations: float32, bfloat16 or float64")
     param_dtype: str = field("float32", "dtype of parameters")
 
@@ -140,7 +141,7 @@ class Config:
 FILE = "config.json"
 # What may differ between a run and its resumption: everything else decides the numbers.
 CHANGEABLE = frozenset(
-    {"train.steps", "data.cache", "data.workers"}
+    {"model.remat", "train.steps", "data.cache", "data.workers"}
     | {
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
@@ -330,6 +331,7 @@ def validate(config: Config) -> None:
         )
     one_of("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
     one_of("model.param_dtype", m.param_dtype, ("float32", "float64"))
+    one_of("model.remat", m.remat, ("all", "names", "nothing"))
     one_of("optimizer.name", o.name, ("adamw", "lion", "adafactor"))
     one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))
     one_of("data.source", config.data.source, ("stdlib", "text", "tokens"))

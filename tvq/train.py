@@ -193,7 +193,7 @@ def loop(
             now, numbers = update(now, batch)
             step += n_update
             unread.append((step, numbers))
-            stopped = run.processes.stop_requested(step)
+            stopped = run.processes.stop_requested(step // n_update)  # counts by one, as jax requires
             last = step == c.train.steps
 
             # The rows of a step are written before its checkpoint: a resumed run then has each row once.
@@ -203,9 +203,9 @@ def loop(
                 with clock.pause():
                     evaluate_now(run, score, now, step)
             if last or stopped or is_due(c.checkpoint.every, step, n_update):
+                read_metrics(unread)  # a state that is not a number is never saved
                 with clock.pause():
                     run.watchdog.beat("save", step)
-                    read_metrics(unread)  # a state that is not a number is never saved
                     data = {
                         "next_batch": step // n_update,
                         "fingerprint": run.corpus.fingerprint,

@@ -13,9 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims
 
+# Names what a rematerialised unit keeps: projections, codes, cache means, output and normaliser.
+KEPT = "kept"
 # The score of a key that may not be seen: finite, so that no difference of two scores is NaN.
 UNSEEN = -1e30
 
@@ -136,6 +139,7 @@ def attend(
     after = jax.tree.map(past, after)
     count_BHRS, sum_BHRSV = count_BHRS[:, :, :R], past(sum_BHRSV[:, :, :R])
     mean_BHRSV = (sum_BHRSV / jnp.maximum(count_BHRS, 1.0)[..., None]).astype(v_BHTV.dtype)
+    mean_BHRSV = checkpoint_name(mean_BHRSV, KEPT)
 
     q_BHRLK = q_BHTK.reshape(B, H, R, L, -1)
     o_BHRLV = window_and_cache(
@@ -243,8 +247,8 @@ def _attend_forward(
     scores = _scores(qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, zs_BHRL, c_HSK, count_BHRS, agg_cache)
     values = [*vs_BHRLV, mean_BHRSV] if agg_cache else vs_BHRLV
     o_BHRLV, lse_BHRL1 = softmax_sum(scores, values)
-    o_BHRLV = o_BHRLV.astype(mean_BHRSV.dtype)
-    return o_BHRLV, (inputs, o_BHRLV, lse_BHRL1)
+    o_BHRLV = checkpoint_name(o_BHRLV.astype(mean_BHRSV.dtype), KEPT)
+    return o_BHRLV, (inputs, o_BHRLV, checkpoint_name(lse_BHRL1, KEPT))
 
 
 def _attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple:

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims
 from tvq.config import Model
 from tvq.model import attention, vq
+from tvq.model.attention import KEPT
 
 NORM_EPS = 1e-6
 
@@ -97,10 +99,11 @@ def project(params: dict, x_BTD: jax.Array, config: Model) -> Projected:
     xt_BTD = norm(x_BTD, params["norm"])
     # One parameter, three products: splitting the weights is cheaper than splitting the result.
     w_k, w_v, w_g = jnp.split(params["kvg"], [H * K, H * (K + V)], axis=1)
-    q_BHTK = rms_norm(heads(dense(xt_BTD, params["q"]))) * K**-0.25
-    k_BHTK = rms_norm(heads(dense(xt_BTD, w_k))) * K**-0.25
-    v_BHTV = heads(jax.nn.silu(dense(xt_BTD, w_v)))
-    return Projected(q_BHTK, k_BHTK, v_BHTV, jax.nn.silu(dense(xt_BTD, w_g)))
+    product = lambda w: checkpoint_name(dense(xt_BTD, w), KEPT)
+    q_BHTK = rms_norm(heads(product(params["q"]))) * K**-0.25
+    k_BHTK = rms_norm(heads(product(w_k))) * K**-0.25
+    v_BHTV = heads(jax.nn.silu(product(w_v)))
+    return Projected(q_BHTK, k_BHTK, v_BHTV, jax.nn.silu(product(w_g)))
 
 
 def biases(params: dict, config: Model) -> tuple[jax.Array, jax.Array]:
@@ -131,7 +134,7 @@ def gated_unit(
     dims.check(x_BTD=x_BTD, mask_BT=mask_BT, sinusoid_BED=sinusoid_BED, z_BHM=state.z_BHM)
     c_HSK = vq.codewords(codebook)
     q_BHTK, k_BHTK, v_BHTV, gate_BTX = project(params, x_BTD, config)
-    z_BHT = vq.nearest(lax.stop_gradient(k_BHTK), c_HSK)
+    z_BHT = checkpoint_name(vq.nearest(lax.stop_gradient(k_BHTK), c_HSK), KEPT)
     kz_BHTK = vq.lookup(z_BHT, c_HSK)
     e2_BHT = vq.squared_error(k_BHTK, kz_BHTK)
     u_HK, w_HK = biases(params, config)

@@ -9,7 +9,7 @@ Flax modules hold the parameters; everything else is a pure function of plain di
 All N = 2 n_layer units are one stack: their parameters have a leading dim N.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -150,8 +150,6 @@ def forward(
         x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len)
     distance_ED = distances(config)
 
-    # Rematerialised: of each unit the backward pass keeps the input alone.
-    @partial(jax.checkpoint, prevent_cse=False)
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
         unit_params, codebook, unit_state, index = scanned
         sinusoid_BED = jnp.broadcast_to(distance_ED[None], (x_BTD.shape[0], *distance_ED.shape))
@@ -170,8 +168,20 @@ def forward(
         return x_BTD + y_BTD, (unit_state, stats)
 
     scanned = (params["units"], codebooks, state.units, jnp.arange(n_unit(config)))
-    x_BTD, (units, stats) = jax.lax.scan(unit, x_BTD, scanned)
+    x_BTD, (units, stats) = jax.lax.scan(rematerialised(unit, config.remat), x_BTD, scanned)
     return x_BTD, State(state.position + inputs_BT.shape[1], units), stats
+
+
+def rematerialised(unit: Callable, remat: str) -> Callable:
+    """`unit` that keeps for its backward pass, besides its input: all, what is named KEPT, or nothing."""
+    if remat == "all":
+        return unit
+    policies = {
+        "names": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+        "nothing": jax.checkpoint_policies.nothing_saveable,
+    }
+    # The scan keeps the two passes apart already.
+    return jax.checkpoint(unit, prevent_cse=False, policy=policies[remat])
 
 
 def log_probs(params: dict, x_BTD: jax.Array, config: Model) -> jax.Array:
