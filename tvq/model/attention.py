@@ -273,7 +273,8 @@ def _attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple
         dqu_BHRLK += product("bhrlj,bhrjk->bhrlk", dscore, k_BHRLK)
         dks.append(product("bhrlj,bhrlk->bhrjk", dscore, qu_BHRLK).astype(k_BHRLK.dtype))
     if agg_cache:
-        dqu_BHRLK += product("bhrls,hsk->bhrlk", dscores[-1], c_HSK)
+        # In this order: the CPU has no bfloat16 product for the other with several heads.
+        dqu_BHRLK += product("hsk,bhrls->bhrlk", c_HSK, dscores[-1])
     n_piece, E = len(ks_BHRLK), r_BHEK.shape[2]
     n_pad = (n_piece - 1) * qu_BHRLK.shape[3] - (E - 1)
     dnear_BHRLE = unskew(jnp.concatenate(dscores[:n_piece], -1)[..., n_pad:], E)
