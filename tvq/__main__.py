@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import textwrap
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from tvq import cluster, config, evaluate, sample, train
 
@@ -92,7 +90,7 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
         path = epath.Path(arguments.workdir) / config.FILE
         if not path.exists():
             raise ValueError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
-        found = ConfigDict(json.loads(path.read_text()))
+        found = config.recorded(path)
     for text in overrides:
         name, equals, value = text.removeprefix("--config.").partition("=")
         if not text.startswith("--config.") or not equals:

@@ -6,11 +6,13 @@ frozen dataclasses. Nothing here touches jax.
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import runpy
 from typing import Any, get_type_hints
 
+from etils import epath
 from ml_collections import ConfigDict
 
 
@@ -171,6 +173,13 @@ def load(path: str) -> ConfigDict:
         raise ValueError(f"--config={path}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"--config={path}: get_config() returned no ConfigDict; start from config.base()")
+    return config
+
+
+def recorded(path: epath.Path) -> ConfigDict:
+    """The config that a run left in its workdir; fields that are newer than the run have their default."""
+    config = base().unlock()
+    config.update(json.loads(path.read_text()))
     return config
 
 

@@ -93,9 +93,9 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
 
 def check_workdir(workdir: epath.Path, c: Config) -> None:
     """ValueError if the folder holds another run, or something that is no run."""
-    recorded = workdir / config.FILE
-    if recorded.exists():
-        differing = config.differences(json.loads(recorded.read_text()), config.to_dict(c))
+    path = workdir / config.FILE
+    if path.exists():
+        differing = config.differences(config.recorded(path), config.to_dict(c))
         if differing:
             raise ValueError(
                 f"--workdir={workdir} holds a run with another config; go on with that one's,"
