@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from tvq import cluster, config, evaluate, sample, train
+from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
     "train": (
@@ -113,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--cpu_devices must be at least 1, not {arguments.cpu_devices}")
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            # A restart then compiles nothing.
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder(run.data) / "compiled"))
         place = cluster.find(run.cluster, os.environ, cluster.tpu_metadata(os.environ))
         log = cluster.Log(cluster.log_folder(arguments.workdir), place)
         with cluster.guard(place, log.say):

@@ -55,7 +55,7 @@ class Data:
         "stdlib", "stdlib (the running Python's library, nothing to download), text, or tokens"
     )
     path: str = field("", "file or folder of text, for source=text; prepared folder, for source=tokens")
-    cache: str = field("", "folder for tokens made from the source; empty: the user's cache folder")
+    cache: str = field("", "folder for prepared tokens and compiled programs; empty: the user's cache folder")
     workers: int = field(0, "processes that read ahead; 0 reads in threads of this one")
 
 
