@@ -147,14 +147,15 @@ on_all() { # on_all WHAT COMMAND
     show_tpu tpu-vm ssh "$name" --worker=EACH --command="$2"
     return
   fi
-  local n folder i failed=0
+  local n folder i failed=0 asked=()
   n=$(n_worker) || exit
   folder=$(mktemp -d)
   for ((i = 0; i < n; i++)); do
-    while [ "$(jobs -pr | wc -l)" -ge "$at_once" ]; do sleep 0.1; done
+    while [ "$(jobs -pr | wc -l)" -gt "$at_once" ]; do sleep 0.1; done
     { on_worker "$i" "$2" >"$folder/$i" 2>&1 </dev/null; echo $? >"$folder/$i.code"; } &
+    asked+=($!)
   done
-  wait
+  wait "${asked[@]}" # and not for a log that is being followed
   for ((i = 0; i < n; i++)); do
     if [ "$(cat "$folder/$i.code")" -ne 0 ]; then
       failed=$((failed + 1))
@@ -237,9 +238,11 @@ delete() {
 
 follow() { # until the run has ended (its exit code), worker 0 has lost it (201) or the slice is gone (200)
   local tail_pid looks=0 code=''
-  on_worker 0 "tail -n 20 -F tvq/run.log" 2>/dev/null &
+  set -m # a process group of its own: gcloud's ssh ends with it
+  on_worker 0 "tail -n 20 -F tvq/run.log" 2>/dev/null </dev/null &
   tail_pid=$!
-  trap 'kill $tail_pid 2>/dev/null; say "left; the run goes on. Again: the same command"; exit 0' INT
+  set +m
+  trap 'kill -- "-$tail_pid" 2>/dev/null; say "left; the run goes on. Again: the same command"; exit 0' INT
   while [ -z "$code" ]; do
     sleep "$poll"
     case $(state) in
@@ -260,7 +263,7 @@ follow() { # until the run has ended (its exit code), worker 0 has lost it (201)
     fi
   done
   trap - INT
-  kill "$tail_pid" 2>/dev/null
+  kill -- "-$tail_pid" 2>/dev/null
   wait "$tail_pid" 2>/dev/null
   return "$code"
 }

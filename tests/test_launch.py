@@ -390,13 +390,15 @@ def test_tpu_stop_saves_on_all_workers(cloud: Cloud, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_pod_of_four_loses_a_worker_and_ends_like_an_unbroken_run(cloud: Cloud, tmp_path: Path) -> None:
+def test_a_pod_of_four_ends_like_an_unbroken_run_though_a_worker_rebooted(
+    cloud: Cloud, tmp_path: Path
+) -> None:
     cloud.variables["FAKE_CLOUD_WORKERS"] = "4"
     workdir = tmp_path / "work"
     options = ("--steps=60", "--pause=0.1", "--config.cluster.silence_timeout=10")
     with cloud.start("run", *cloud.make, *cloud.command(workdir, *options)) as process:
         wait_for((workdir / "state.json").exists, "no checkpoint")
-        assert kill_marked("TVQ_PROCESS_ID=2", f"--workdir={workdir}\0--steps")
+        assert len(kill_marked("TVQ_PROCESS_ID=2", f"--workdir={workdir}\0--steps")) >= 2  # supervisor too
         output = process.communicate(timeout=110)[0]
     assert process.returncode == 0, output
     assert (
