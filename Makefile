@@ -2,9 +2,10 @@
 PYTHON ?= python3
 WORKDIR ?= runs/debug
 BIN := .venv/bin
-# The jax for this machine: an NVIDIA driver, a TPU, or neither.
-EXTRA := $(shell if nvidia-smi -L >/dev/null 2>&1; then echo ,cuda; \
-	elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo ,tpu; fi)
+# The jax for this machine: the CUDA of its NVIDIA driver, a TPU, or neither.
+EXTRA := $(shell cuda=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p'); \
+	if [ -n "$$cuda" ]; then [ "$$cuda" -ge 13 ] && echo ,cuda || echo ,cuda12; \
+	elif ls /dev/accel* /dev/vfio/[0-9]* 2>/dev/null | grep -q .; then echo ,tpu; fi)
 
 .PHONY: train test test-quick check format lint types setup clean
 
