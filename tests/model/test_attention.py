@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests.model.small import close, jit
 from tvq.model import attention, vq
 from tvq.model.attention import State
 
 B, K, V, S = 2, 3, 4, 5
-# Small arrays, many shapes: the time goes into compiling.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def dense(q_TK, k_TK, v_TV, z_T, c_SK, u_K, w_K, r_EK, state, *, block_len, agg_cache, grad_thru_cache):
@@ -122,15 +121,6 @@ def inputs(H: int, T: int, M: int, n_memory: int = 0, n_cached: int = 0, on_code
         q_BHTK=normal(B, H, T, K), k_BHTK=keys(z_BHT), v_BHTV=normal(B, H, T, V), z_BHT=z_BHT, c_HSK=c_HSK,
         u_HK=normal(H, K), w_HK=normal(H, K), r_BHEK=normal(B, H, M + 1, K), state=state,
     )  # fmt: skip
-
-
-def close(got: object, want: object, tolerance: float) -> None:
-    """The largest deviation of each array is at most `tolerance` of its largest entry."""
-    for (path, a), (_, b) in zip(*map(jax.tree.leaves_with_path, (got, want)), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        error = np.abs(a - b).max(initial=0.0)
-        limit = tolerance * np.abs(b).max(initial=0.0)
-        assert error <= limit, f"{jax.tree_util.keystr(path)} off by {error:.2e}, {limit:.2e} allowed"
 
 
 @functools.partial(jit, static_argnames=("attend", "block_len", "agg_cache", "grad_thru_cache"))

@@ -1,0 +1,56 @@
+"""A small model that the tests share: two heads, two units, blocks that divide neither memory nor text."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvq import config
+from tvq.model import transformer
+
+# Small arrays, many shapes: the time goes into compiling.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+MODEL = config.Model(
+    n_vocab=11, n_layer=1, n_head=2, d_model=16, d_k=8, d_v=8, n_code=16, block_len=4, mem_len=6,
+    pe_lam=100.0,
+)  # fmt: skip
+
+
+@functools.partial(jit, static_argnums=0)
+def parameters(model: config.Model) -> tuple[dict, dict]:
+    """Random ones everywhere: as they start out, biases are 0 and the position's scale hides it."""
+    key = jax.random.key(0)
+    params, codebooks = transformer.init(model, key)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, leaves), codebooks
+
+
+def tokens(n_sequence: int, n_token: int, seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, MODEL.n_vocab, (n_sequence, n_token)), jnp.int32)
+
+
+def forward(
+    params: dict, codebooks: dict, tokens_BT: jax.Array, state: transformer.State, model: config.Model
+) -> tuple[jax.Array, transformer.State]:
+    """Log-probabilities `[B,T,C]` of evaluation, and the next state."""
+    x_BTD, state, _ = transformer.forward(
+        params, codebooks, tokens_BT, jnp.ones_like(tokens_BT), state, model
+    )
+    return transformer.log_probs(params, x_BTD, model), state
+
+
+log_probs = jit(forward, static_argnums=4)
+
+
+def close(got: object, want: object, tolerance: float) -> None:
+    """The largest deviation of each array is at most `tolerance` of its largest entry."""
+    for (path, a), (_, b) in zip(*map(jax.tree.leaves_with_path, (got, want)), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.abs(a - b).max(initial=0.0)
+        limit = tolerance * np.abs(b).max(initial=0.0)
+        assert error <= limit, f"{jax.tree_util.keystr(path)} off by {error:.2e}, {limit:.2e} allowed"

@@ -1,0 +1,268 @@
+"""The whole model: causality, decoding, dropout, size of the compiled program."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.model import small
+from tests.model.small import MODEL, close, jit
+from tvq.config import Model
+from tvq.model import layers, transformer
+from tvq.model.layers import Draws
+
+# Every option that changes what is computed without randomness.
+OTHER = dataclasses.replace(MODEL, pe_abs=True, e_tie=True, e_preln=True, e_scale=0.5, block_len=5, mem_len=3)
+
+
+@functools.partial(jit, static_argnums=0)
+def sensitivity(model: Model, params: dict, codebooks: dict) -> jax.Array:
+    """How much each output depends on each input `[T,T]`: the largest entry of their Jacobian."""
+    n_token = model.n_vocab  # token t is id t, so that a row of the table is one position
+    tokens = jnp.arange(n_token)[None]
+    toward = jax.random.normal(jax.random.key(1), (n_token, model.n_vocab))
+
+    def outputs(table: jax.Array) -> jax.Array:
+        tree = params | {"embed": params["embed"] | {"table": table}}
+        log_probs, _ = small.forward(tree, codebooks, tokens, transformer.initial_state(model, 1), model)
+        return jnp.sum(log_probs[0] * toward, 1)
+
+    return jnp.abs(jax.jacrev(outputs)(params["embed"]["table"])).max(-1)
+
+
+@pytest.mark.parametrize("agg_cache", [True, False])
+def test_causality_by_jacobian(agg_cache):
+    T, M = 30, 3
+    model = dataclasses.replace(MODEL, n_vocab=T, block_len=5, mem_len=M, agg_cache=agg_cache)
+    got = np.asarray(sensitivity(model, *small.parameters(model)))
+    back = np.arange(T)[:, None] - np.arange(T)[None, :]
+    assert (got[back < 0] == 0).all(), "an output sees a later token"
+    # Two units reach back twice the memory; everything before comes through the cache alone.
+    reach = 2 * M
+    assert (got[(back >= 0) & (back <= reach)] > 1e-6).all(), "an output does not see a token of its window"
+    if agg_cache:
+        assert (got[back > reach] > 1e-9).all(), "an output does not see a token through the cache"
+    else:
+        assert (got[back > reach] == 0).all(), "an output sees beyond its memory"
+
+
+def test_a_later_token_changes_no_earlier_output():
+    """A Jacobian does not see codes change: here the token itself does."""
+    params, codebooks = small.parameters(MODEL)
+    empty = transformer.initial_state(MODEL, 1)
+    tokens = small.tokens(1, 24)
+    want, _ = small.log_probs(params, codebooks, tokens, empty, MODEL)
+    for t in (0, 5, 13, 23):
+        changed = tokens.at[0, t].set((tokens[0, t] + 1) % MODEL.n_vocab)
+        got, _ = small.log_probs(params, codebooks, changed, empty, MODEL)
+        np.testing.assert_array_equal(got[:, :t], want[:, :t])
+        assert np.all(np.abs(got - want)[0, t:].max(-1) > 0)
+
+
+@functools.partial(jit, static_argnums=4)
+def decode_all(
+    params: dict, codebooks: dict, tokens: jax.Array, state: transformer.State, model: Model
+) -> jax.Array:
+    def step(decoding: transformer.Decoding, token: jax.Array) -> tuple:
+        return transformer.decode(params, token, decoding, model)[::-1]
+
+    first = transformer.decoding(params, codebooks, state, model)
+    return jax.lax.scan(step, first, tokens.T)[1].swapaxes(0, 1)
+
+
+WINDOW_ALONE = dataclasses.replace(MODEL, agg_cache=False)
+DECODED = [(MODEL, "float64"), (MODEL, "float32"), (OTHER, "float64"), (WINDOW_ALONE, "float64")]
+
+
+@pytest.mark.parametrize(("model", "dtype"), DECODED, ids=["plain", "float32", "other", "window"])
+def test_decoding_is_the_forward(model, dtype):
+    tolerance = {"float32": 1e-5, "float64": 1e-9}[dtype]
+    with jax.enable_x64(dtype == "float64"):
+        model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
+        params, codebooks = small.parameters(model)
+        L = model.block_len
+        tokens, empty = small.tokens(2, 5 * L), transformer.initial_state(model, 2)
+        want, _ = small.log_probs(params, codebooks, tokens, empty, model)
+        assert want.dtype == dtype
+        close(decode_all(params, codebooks, tokens, empty, model), want, tolerance)
+        head, state = small.log_probs(params, codebooks, tokens[:, : 2 * L], empty, model)
+        tail = decode_all(params, codebooks, tokens[:, 2 * L :], state, model)
+        close(jnp.concatenate([head, tail], 1), want, tolerance)
+
+
+def test_pieces_are_the_whole():
+    """One call, or one for each block, with the state carried: the same outputs and the same last state."""
+    params, codebooks = small.parameters(OTHER)
+    L = OTHER.block_len
+    tokens, state = small.tokens(2, 4 * L), transformer.initial_state(OTHER, 2)
+    want, last = small.log_probs(params, codebooks, tokens, state, OTHER)
+    got = []
+    for t in range(0, 4 * L, L):
+        piece, state = small.log_probs(params, codebooks, tokens[:, t : t + L], state, OTHER)
+        got.append(piece)
+    close(jnp.concatenate(got, 1), want, 1e-5)
+    close(state, last, 1e-5)
+
+
+RATES = {"p_dropemb": 0.2, "p_dropsin": 0.2, "p_dropres": 0.3, "p_droplyr": 0.5}
+
+
+def draws(n_sequence: int, first: int = 0, ephemeral: int = 0, timeless: int = 0) -> Draws:
+    return Draws(jax.random.key(ephemeral), jax.random.key(1000 + timeless), first + jnp.arange(n_sequence))
+
+
+run = jit(transformer.forward, static_argnums=5)
+
+
+def hidden(model: Model, tokens: jax.Array, d: Draws | None) -> jax.Array:
+    state = transformer.initial_state(model, tokens.shape[0])
+    return run(*small.parameters(model), tokens, jnp.ones_like(tokens), state, model, d)[0]
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_cut():
+    model = dataclasses.replace(MODEL, **RATES)
+    tokens = small.tokens(4, 8)
+    whole = hidden(model, tokens, draws(4))
+    for first in (0, 2):
+        part = hidden(model, tokens[first : first + 2], draws(2, first))
+        close(part, whole[first : first + 2], 1e-6)
+    # Equal sequences at other places of the batch are dropped differently.
+    same = hidden(model, jnp.broadcast_to(tokens[:1], tokens.shape), draws(4))
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(np.asarray(same), 2))
+
+
+@pytest.mark.parametrize("rate", list(RATES))
+def test_each_kind_of_dropout_draws(rate):
+    """And from its own stream: layers and sinusoids once a call, embedding and residual at every update."""
+    model = dataclasses.replace(MODEL, **{rate: 0.5})
+    tokens = small.tokens(4, 8)
+    off, first = hidden(MODEL, tokens, None), hidden(model, tokens, draws(4))
+    assert np.abs(first - off).max() > 1e-3
+    np.testing.assert_array_equal(hidden(model, tokens, draws(4)), first)
+    later, elsewhere = (
+        hidden(model, tokens, draws(4, ephemeral=1)),
+        hidden(model, tokens, draws(4, timeless=1)),
+    )
+    timeless = rate in ("p_dropsin", "p_droplyr")
+    assert (np.abs(later - first).max() == 0) == timeless
+    assert (np.abs(elsewhere - first).max() == 0) == (not timeless)
+
+
+def test_nothing_is_drawn_in_evaluation():
+    model = dataclasses.replace(MODEL, **RATES)
+    tokens = small.tokens(4, 8)
+    np.testing.assert_array_equal(hidden(model, tokens, None), hidden(MODEL, tokens, None))
+    params, codebooks = small.parameters(model)
+
+    def traced(d: Draws | None) -> str:
+        state = transformer.initial_state(model, 4)
+        return str(
+            jax.make_jaxpr(lambda p: transformer.forward(p, codebooks, tokens, tokens, state, model, d))(
+                params
+            )
+        )
+
+    assert "random_bits" not in traced(None)
+    assert "random_bits" in traced(draws(4))
+
+
+def masks(rate: float, what: int, unit: int, n_sequence: int = 8, n_block: int = 4) -> np.ndarray:
+    """Dropped entries of `[B, R, L D]` ones."""
+    keys = layers.sequence_keys(jax.random.key(0), what, unit, jnp.arange(n_sequence))
+    ones = jnp.ones((n_sequence, n_block * 16, 64))
+    out = np.asarray(layers.token_dropout(ones, rate, keys, 16))
+    np.testing.assert_allclose(out[out != 0], 1 / (1 - rate), rtol=1e-6)
+    return out.reshape(n_sequence, n_block, -1) == 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_scales_the_rest(rate):
+    dropped = masks(rate, layers.RESIDUAL, 0)
+    # Five standard deviations of the mean of as many independent draws.
+    assert abs(dropped.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / dropped.size)
+
+
+def test_draws_of_units_blocks_sequences_and_kinds_are_independent():
+    """Masks of rate p that share nothing agree in 1 - 2 p (1 - p) of their entries."""
+    rate = 0.5
+    rows = [
+        row
+        for what, unit in ((layers.RESIDUAL, 0), (layers.RESIDUAL, 1), (layers.EMBEDDING, 0))
+        for row in masks(rate, what, unit, n_sequence=2, n_block=2).reshape(4, -1)
+    ]
+    for a, b in itertools.combinations(rows, 2):
+        assert abs((a == b).mean() - 0.5) < 5 * np.sqrt(0.25 / a.size)
+
+
+def test_layer_drop_skips_a_unit_for_a_whole_sequence():
+    """Each sequence is one of four sums of two units, kept ones doubled at a rate of a half."""
+    n_sequence = 64
+    model = dataclasses.replace(MODEL, p_droplyr=0.5)
+    tokens = small.tokens(n_sequence, 8)
+    got = hidden(model, tokens, draws(n_sequence))
+    params, codebooks = small.parameters(model)
+
+    @jit
+    def skipping(keep: jax.Array) -> jax.Array:
+        x = transformer.embed(params, tokens, jnp.int32(0), model)
+        state = transformer.initial_state(model, n_sequence).units
+        sinusoid = jnp.broadcast_to(transformer.distances(model)[None], (n_sequence, model.mem_len + 1, 16))
+        for unit in range(2):
+            at = lambda tree, unit=unit: jax.tree.map(lambda a: a[unit], tree)
+            y, _, _ = layers.gated_unit(
+                at(params["units"]), at(codebooks), x, jnp.ones_like(tokens), sinusoid, at(state), model
+            )
+            x = x + y * keep[unit] / 0.5
+        return x
+
+    pairs = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)]
+    wanted = [skipping(jnp.asarray(keep)) for keep in pairs]
+    off = np.stack([np.abs(got - want).max((1, 2)) for want in wanted])
+    assert (off.min(0) < 1e-5).all(), "a sequence is no sum of kept units"
+    kept = np.asarray(pairs)[off.argmin(0)]
+    # Five standard deviations: 64 draws a unit, and the two units differ.
+    assert np.all(np.abs(kept.mean(0) - 0.5) < 5 * np.sqrt(0.25 / n_sequence))
+    assert {tuple(pair) for pair in kept} == set(pairs)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def lowered(n_layer: int) -> int:
+        model = dataclasses.replace(MODEL, n_layer=n_layer, **RATES)
+        params, codebooks = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+        tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        state = jax.eval_shape(lambda: transformer.initial_state(model, 2))
+
+        def loss(params, codebooks, tokens, state):
+            x, _, stats = transformer.forward(params, codebooks, tokens, tokens, state, model, draws(2))
+            return transformer.log_probs(params, x, model).sum() + stats["commit"].sum()
+
+        return len(jax.jit(jax.grad(loss)).lower(params, codebooks, tokens, state).as_text())
+
+    shallow, deep = lowered(2), lowered(6)
+    # Sizes are written out: 12 units take a digit more than 4.
+    assert abs(deep - shallow) < 0.01 * shallow
+
+
+@pytest.mark.slow
+def test_rematerialisation_changes_memory_and_nothing_else():
+    params, codebooks = small.parameters(dataclasses.replace(MODEL, n_layer=2, d_v=64))
+    tokens = small.tokens(2, 32)
+    grads, sizes = {}, {}
+    for remat in ("nothing", "names", "all"):
+        model = dataclasses.replace(MODEL, n_layer=2, d_v=64, remat=remat, **RATES)
+
+        def loss(params, codebooks, model=model):
+            state = transformer.initial_state(model, 2)
+            x, _, stats = transformer.forward(params, codebooks, tokens, tokens, state, model, draws(2))
+            return transformer.log_probs(params, x, model).sum() + stats["commit"].sum()
+
+        compiled = jit(jax.grad(loss)).lower(params, codebooks).compile()
+        grads[remat] = compiled(params, codebooks)
+        sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
+    close(grads["names"], grads["nothing"], 1e-5)
+    close(grads["all"], grads["nothing"], 1e-5)
+    assert sizes["nothing"] < sizes["names"] < sizes["all"], sizes
