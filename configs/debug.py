@@ -19,4 +19,5 @@ def get_config() -> ConfigDict:
     c.train.steps, c.train.global_batch_size = 560, 8
     c.train.sequence_len, c.train.update_len = 1024, 256
     c.evaluate.every, c.checkpoint.every, c.log.every = 280, 100, 20
+    c.sample.prompt, c.sample.length = "import ", 400
     return c
