@@ -1,12 +1,14 @@
 """The door, `tvq train|eval|sample`: reads the command line, starts the program, sets the exit code."""
 
 import argparse
+import contextlib
 import dataclasses
+import difflib
 import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -47,6 +49,7 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
 # Short forms: `--split=test` is `--config.evaluate.split=test`.
 SHORT = {"eval": config.Evaluate, "sample": config.Sample}
 SECTION = {"eval": "evaluate", "sample": "sample"}
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,8 +82,10 @@ def parser() -> argparse.ArgumentParser:
 def _fields() -> str:
     """The schema, for --help."""
     defaults = config.flatten(config.base())
-    lines = [f"  --config.{name}={defaults[name]!r:10} {doc}" for name, doc in config.docs().items()]
-    return "\n\nevery field of the config, with its default:\n" + "\n".join(lines).replace("%", "%%")
+    lines = {f"--config.{name}={defaults[name]!r}": doc for name, doc in config.docs().items()}
+    width = max(len(option) for option in lines)
+    text = "\n".join(f"  {option:{width}}  {doc}" for option, doc in lines.items())
+    return "\n\nevery field of the config, with its default:\n" + text.replace("%", "%%")
 
 
 def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> config.Config:
@@ -95,7 +100,12 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
     for text in overrides:
         name, equals, value = text.removeprefix("--config.").partition("=")
         if not text.startswith("--config.") or not equals:
-            raise ValueError(f"{text} is no option; fields are set as --config.section.field=value")
+            option = text.partition("=")[0].strip("-")
+            close = difflib.get_close_matches(option, vars(arguments), n=1)
+            hint = (
+                f"did you mean --{close[0]}?" if close else "fields are set as --config.section.field=value"
+            )
+            raise ValueError(f"{text} is no option; {hint}")
         config.override(found, name, value)
     for field in dataclasses.fields(SHORT[arguments.command]) if arguments.command in SHORT else ():
         value = getattr(arguments, field.name)
@@ -104,10 +114,40 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
     return config.build(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code (DESIGN: 0 done, 2 bad input, 75 stopped and saved)."""
-    arguments, overrides = parser().parse_known_args(argv)
+@contextlib.contextmanager
+def explained(say: Callable[[str], None]) -> Iterator[None]:
+    """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
     try:
+        yield
+    except (cluster.ClusterError, train.DivergedError) as error:
+        say(f"tvq: {error}")
+        sys.exit(cluster.EXIT_FAILED)
+    except ValueError as error:
+        # Raised by us it is the user's to mend; raised by a library it is our mistake, with its traceback.
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if Path(__file__).parent not in origin.parents:
+            raise
+        say(f"tvq: {error}")
+        sys.exit(cluster.EXIT_INPUT)
+    except KeyboardInterrupt:
+        say("tvq: interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def open_log(workdir: str, place: cluster.Place) -> cluster.Log:
+    """The log of this process. ValueError: the workdir cannot be written."""
+    try:
+        return cluster.Log(cluster.log_folder(workdir), place)
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir}: cannot write there ({error.strerror}); use another folder"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 75 stopped and saved)."""
+    arguments, overrides = parser().parse_known_args(argv)
+    with explained(lambda text: print(text, file=sys.stderr)):
         run = read_config(arguments, overrides)
         if arguments.cpu_devices is not None:
             if arguments.cpu_devices < 1:
@@ -118,16 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A restart then compiles nothing.
             jax.config.update("jax_compilation_cache_dir", str(cache_folder(run.data) / "compiled"))
         place = cluster.find(run.cluster, os.environ, cluster.tpu_metadata(os.environ))
-        log = cluster.Log(cluster.log_folder(arguments.workdir), place)
-        with cluster.guard(place, log.say):
-            return COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log)
-    except ValueError as error:
-        # Raised by us it is the user's to mend; raised by a library it is our mistake, with its traceback.
-        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if Path(__file__).parent not in origin.parents:
-            raise
-        print(f"tvq: {error}", file=sys.stderr)
-        return cluster.EXIT_INPUT
+        log = open_log(arguments.workdir, place)
+    # The guard is outside: with several processes it must see the exit, to leave at once.
+    with log.file, cluster.guard(place, log.say), explained(log.say):
+        return COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log)
 
 
 if __name__ == "__main__":

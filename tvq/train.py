@@ -21,6 +21,9 @@ from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.state import TrainState
 
+# What a start leaves in a workdir that was killed before it was a run.
+STARTED = ("logs", f"{config.FILE}.tmp")
+
 
 class DivergedError(RuntimeError):
     """Loss or gradient is no longer a number."""
@@ -62,6 +65,8 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size)
     mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
     tx = optimizer.make(c.optimizer)
+    if processes.is_main:
+        record(workdir, c)  # first: a start that is killed from here on leaves a run
 
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(metrics.Console(quiet=not processes.is_main))
@@ -74,7 +79,6 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint})
         rows = None
         if processes.is_main:
-            (workdir / config.FILE).write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
             rows = stack.enter_context(
                 contextlib.closing(metrics.JsonlWriter(workdir / "metrics.jsonl", step))
             )
@@ -82,11 +86,14 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         console.say(describe(run, now, step))
         if step < c.train.steps:
             update = compile_step(run, now, tx)
-            now, stopped = loop(run, now, step, seconds, update, sequences)
+            try:
+                now, stopped = loop(run, now, step, seconds, update, sequences)
+            except DivergedError as error:
+                raise DivergedError(f"{error}; {way_out(run)}") from error
             finish(run, now, stopped)
         else:
             stopped = False
-            console.say(f"step {step} is the last of train.steps {c.train.steps}: nothing to do")
+            console.say(f"step {step} of config.train.steps {c.train.steps} is done; raise it to go on")
     processes.finish()
     return cluster.EXIT_STOPPED if stopped else 0
 
@@ -101,7 +108,7 @@ def check_workdir(workdir: epath.Path, c: Config) -> None:
                 f"--workdir={workdir} holds a run with another config; go on with that one's,"
                 " or use another workdir:\n  " + "\n  ".join(differing)
             )
-    elif workdir.exists() and any(path.name != "logs" for path in workdir.iterdir()):
+    elif workdir.exists() and any(path.name not in STARTED for path in workdir.iterdir()):
         raise ValueError(f"--workdir={workdir} is not empty and holds no run; use another folder")
 
 
@@ -129,6 +136,14 @@ def resume(
             " set config.data to that, or use another workdir"
         )
     return restored.state, restored.step, restored.data["train_seconds"]
+
+
+def record(workdir: epath.Path, c: Config) -> None:
+    """Writes the config of the run, whole or not at all."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / f"{config.FILE}.tmp"
+    temporary.write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
+    temporary.replace(workdir / config.FILE)
 
 
 def describe(run: Run, now: TrainState, step: int) -> str:
@@ -227,11 +242,23 @@ def read_metrics(unread: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
     """The metrics of the last step, on the host. DivergedError names the first step that went wrong."""
     found = jax.device_get(unread)
     for step, numbers in found:
-        for name in ("loss_lm_per_token_unscaled", "grad_norm"):
+        for what, name in (("loss", "loss_lm_per_token_unscaled"), ("norm of the gradient", "grad_norm")):
             if not np.isfinite(numbers[name]):
-                raise DivergedError(f"{name} is {numbers[name]} at step {step}")
+                raise DivergedError(f"the {what} is {numbers[name]} at step {step}")
     del unread[:-1]
     return found[-1][1]
+
+
+def way_out(run: Run) -> str:
+    """What to do about a run that diverged: it is repeatable, so the same command would diverge again."""
+    remedy = "lower config.optimizer.lr_max or config.optimizer.grad_clip"
+    saved = run.checkpoints.steps()
+    if not saved:
+        return f"there is no checkpoint yet: {remedy} and start in another workdir"
+    return (
+        f"checkpoint {saved[-1]} is from before that: {remedy}, in another workdir or,"
+        f" to go on from there, in {run.workdir / config.FILE} too"
+    )
 
 
 def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[int, dict]]) -> None:
