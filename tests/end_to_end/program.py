@@ -1,0 +1,135 @@
+"""The tvq command on a tiny model, in processes of its own, and what it leaves behind."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from tests.fakes.pod import environment
+from tvq import config, evaluate, mesh
+from tvq.checkpoint import Restored
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = Path(__file__).with_name("tiny.py")
+TIMED = ("tokens_per_second",)
+
+
+def write_corpus(path: Path) -> None:
+    """Lines of random words: 3,600 bytes to train on, fewer than 20 updates read."""
+    words = random.Random(0).choices(["import ", "def ", "return ", "x = 1\n", "for i in y:\n"], k=1000)
+    path.write_text("".join(words)[:4000])
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Runs commands; `folder` holds the corpus, the prepared tokens and the compiled programs."""
+
+    folder: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.folder / "corpus.txt"
+
+    def options(self, workdir: Path, *more: str) -> list[str]:
+        """What `tvq train` needs. Later options win."""
+        data = (f"--config.data.path={self.corpus}", f"--config.data.cache={self.folder / 'cache'}")
+        return [f"--config={TINY}", f"--workdir={workdir}", *data, *more]
+
+    @contextlib.contextmanager
+    def start(
+        self, *arguments: str, module: str = "tvq", **variables: str
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A process in a group of its own, as a terminal makes one; killed at the end of the block."""
+        with subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=environment(
+                JAX_NUM_CPU_DEVICES="1",
+                JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+                XLA_FLAGS="--xla_backend_optimization_level=0",  # compiles in half the time
+                PYTHONWARNINGS="error",
+                **variables,
+            ),
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def run(self, *arguments: str, exit_code: int = 0) -> tuple[str, str]:
+        """`(stdout, stderr)` of a command that ends with `exit_code`."""
+        with self.start(*arguments) as process:
+            return end(process, exit_code)
+
+    def train(self, workdir: Path, *more: str, exit_code: int = 0) -> tuple[str, str]:
+        return self.run("train", *self.options(workdir, *more), exit_code=exit_code)
+
+
+def end(process: subprocess.Popen[str], exit_code: int) -> tuple[str, str]:
+    """`(stdout, stderr)` of a process that must end with `exit_code`."""
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == exit_code, f"exit {process.returncode}\n{stdout}\n{stderr}"
+    return stdout, stderr
+
+
+def rows(workdir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without speeds."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in found]
+
+
+def newest(workdir: Path) -> Restored:
+    """The newest checkpoint of a run."""
+    c = config.build(config.recorded(epath.Path(workdir) / config.FILE))
+    return evaluate.restore(c, epath.Path(workdir), mesh.make(config.Mesh(), jax.devices()[:1]), print)
+
+
+def arrays(restored: Restored) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint's state, by name."""
+
+    def to_host(x: jax.Array) -> np.ndarray:
+        return np.asarray(
+            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
+
+    leaves = jax.tree.leaves_with_path(restored.state)
+    return {jax.tree_util.keystr(path): to_host(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bitwise equal final checkpoints, the same rows and the same sample."""
+    assert rows(a) == rows(b)
+    ours, theirs = newest(a), newest(b)
+    assert ours.step == theirs.step
+    assert ours.data | {"train_seconds": 0} == theirs.data | {"train_seconds": 0}
+    found, wanted = arrays(ours), arrays(theirs)
+    assert found.keys() == wanted.keys()
+    for name, array in found.items():
+        assert array.tobytes() == wanted[name].tobytes(), name
+    sample = f"samples/step_{ours.step}.txt"
+    assert (a / sample).read_bytes() == (b / sample).read_bytes()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with its contents; empty where there is no folder."""
+    return {
+        os.fspath(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder"
+        for path in sorted(folder.rglob("*"))
+    }

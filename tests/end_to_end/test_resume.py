@@ -1,0 +1,106 @@
+"""A run that is killed or stopped, and started again by the same command, ends as if nothing had happened."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.program import Program, assert_same_run, end, newest, rows
+
+pytestmark = pytest.mark.slow
+COMMITTED = ("6", "12", "18", "20")
+
+
+@contextlib.contextmanager
+def held(tvq: Program, point: str, workdir: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """The run in `workdir`, once it stands at `point`."""
+    command = (point, "train", *tvq.options(workdir, *more))
+    with tvq.start(*command, module="tests.end_to_end.held") as process:
+        assert process.stdout is not None
+        assert "held\n" in process.stdout, f"it ended without passing {point}: {process.communicate()}"
+        yield process
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+
+
+def checkpoints(workdir: Path) -> list[str]:
+    folder = workdir / "checkpoints"
+    return sorted(path.name for path in folder.iterdir() if path.name in COMMITTED)
+
+
+def kill(tvq: Program, point: str, committed: list[str], workdir: Path, *more: str) -> None:
+    """Starts the run, kills it at `point`, when exactly these checkpoints are there."""
+    with held(tvq, point, workdir, *more) as process:
+        for name in committed:  # saving goes on beside the run
+            wait_for(workdir / "checkpoints" / name)
+        os.killpg(process.pid, signal.SIGKILL)
+        end(process, -signal.SIGKILL)
+    assert checkpoints(workdir) == committed
+
+
+@pytest.mark.parametrize(
+    ("point", "committed", "goes_on"),
+    [
+        pytest.param("start", [], "a new run", id="before it is a run"),
+        pytest.param("row:4", [], "a new run", id="before the first checkpoint"),
+        pytest.param("row:10", ["6"], "going on from step 6", id="between checkpoints"),
+        pytest.param("save:12", ["6"], "going on from step 6", id="during a save"),
+    ],
+)
+def test_killed(
+    tvq: Program, unbroken: Path, tmp_path: Path, point: str, committed: list[str], goes_on: str
+) -> None:
+    kill(tvq, point, committed, tmp_path)
+    if point.startswith("save"):
+        leftovers = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+        assert any(name.startswith("12.") for name in leftovers), "the save was not under way"
+    if point != "start":
+        assert rows(tmp_path)[-1]["step"] >= int(point[-2:].strip(":")), "rows of the lost stretch are there"
+    stdout, _ = tvq.train(tmp_path)
+    assert goes_on in stdout
+    assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped(tvq: Program, unbroken: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with held(tvq, "row:8", tmp_path) as process:
+        os.killpg(process.pid, number)  # as Ctrl-C reaches all processes of the terminal
+        stdout, stderr = end(process, 75)
+    assert "stopped and saved at step 10; the same command goes on" in stdout
+    assert "Traceback" not in stderr
+    assert newest(tmp_path).step == 10  # the update under way is finished
+    stdout, _ = tvq.train(tmp_path)
+    assert "going on from step 10" in stdout
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_killed_with_worker_processes(tvq: Program, unbroken: Path, tmp_path: Path) -> None:
+    workers = "--config.data.workers=1"
+    kill(tvq, "row:10", ["6"], tmp_path, workers)
+    with held(tvq, "row:14", tmp_path, workers) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = end(process, 75)
+    assert "stopped and saved at step 16" in stdout
+    assert "Traceback" not in stderr
+    tvq.train(tmp_path, workers)
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_killed_twice_with_one_update_a_sequence(tvq: Program, tmp_path: Path) -> None:
+    one_update = "--config.train.update_len=64"
+    whole, broken = tmp_path / "unbroken", tmp_path / "broken"
+    tvq.train(whole, one_update)
+    kill(tvq, "save:6", [], broken, one_update)
+    kill(tvq, "save:12", ["6"], broken, one_update)
+    tvq.train(broken, one_update)
+    assert_same_run(broken, whole)
