@@ -152,7 +152,9 @@ def test_supervise_forgives_every_preemption_of_a_settled_run(tmp_path: Path) ->
 def test_supervise_passes_a_stop_on_and_does_not_start_again(tmp_path: Path, number: signal.Signals) -> None:
     saving = "trap 'sleep 0.5; echo saved; exit 75' TERM; touch ready; while :; do sleep 0.1; done"
     command = ["bash", "-c", f"cd {tmp_path}; {saving}"]
-    with background("supervise.sh", "--record", str(tmp_path / "run"), "--", *command) as process:
+    with background(
+        "supervise.sh", "--backoff", "60", "--record", str(tmp_path / "run"), "--", *command
+    ) as process:
         wait_for((tmp_path / "ready").exists, "the command did not start")
         assert int((tmp_path / "run.pid").read_text()) == process.pid
         process.send_signal(number)
@@ -212,6 +214,7 @@ def test_local_prints_what_it_would_start() -> None:
     assert second.endswith("launch/supervise.sh -- tvq train a\\ b")
 
 
+@pytest.mark.slow
 def test_local_goes_on_after_one_process_is_killed(tmp_path: Path) -> None:
     command = worker(tmp_path, "--steps=60", "--pause=0.05", "--config.cluster.silence_timeout=5")
     with background(
@@ -249,7 +252,7 @@ def test_local_saves_at_sigterm(tmp_path: Path) -> None:
 
 def test_local_gives_up_together(tmp_path: Path) -> None:
     done = script(
-        "local.sh", "2", "--backoff", "0", "--", "bash", "-c", "[ $TVQ_PROCESS_ID = 0 ] && exit 2; sleep 60"
+        "local.sh", "2", "--backoff", "0", "--", "bash", "-c", "[ $TVQ_PROCESS_ID = 0 ] && exit 2; sleep 600"
     )
     assert done.returncode == 2
     assert "process 0 ended with exit code 2" in done.stderr
@@ -351,6 +354,7 @@ def test_tpu_run_follows_a_run_to_its_end(cloud: Cloud, tmp_path: Path) -> None:
     assert "pod: ABSENT" in cloud.tpu("status").stdout
 
 
+@pytest.mark.slow
 def test_tpu_run_makes_a_preempted_slice_again_and_goes_on(cloud: Cloud, tmp_path: Path) -> None:
     workdir = tmp_path / "work"
     arguments = (*cloud.make, "--spot", *cloud.command(workdir, "--steps=100", "--pause=0.05"))
@@ -367,6 +371,7 @@ def test_tpu_run_makes_a_preempted_slice_again_and_goes_on(cloud: Cloud, tmp_pat
     assert [r["sum"] for r in result(workdir, 2)] == [8.0 * sum(range(100))] * 2
 
 
+@pytest.mark.slow
 def test_tpu_stop_saves_on_all_workers(cloud: Cloud, tmp_path: Path) -> None:
     workdir = tmp_path / "work"
     arguments = cloud.command(workdir, "--steps=1000", "--pause=0.05")
@@ -444,6 +449,7 @@ def submit(workdir: Path, checkout: Path, slurm: dict[str, str], *options: str) 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_slurm_requeues_a_run_whose_time_is_over(
     tmp_path: Path, checkout: Path, slurm: dict[str, str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
     assert "TVQ_PROCESS_ID=0" in pod.said(1)
 
 
+@pytest.mark.slow
 def test_a_process_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     port = free_port()
     with Pod(tmp_path, 2, one={1: {"ABSENT": "1"}}, port=port) as first:
@@ -110,6 +111,7 @@ def test_a_taken_port_is_named(tmp_path: Path, offset: int) -> None:
     assert f"cannot listen on port {port + offset} of" in pod.said(0)
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_process_stops_all_at_one_step_and_the_run_goes_on(tmp_path: Path) -> None:
     options = ("--steps=60", "--every=5", "--pause=0.05")
     with Pod(tmp_path, 2, *options) as pod:

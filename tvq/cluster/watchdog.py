@@ -24,7 +24,7 @@ from tvq.cluster.processes import Processes
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """What a process was last heard to do, for how long, and how long ago that was (seconds)."""
+    """What a process was last heard to do, for how long, and since when it is silent (seconds)."""
 
     phase: str
     step: int
@@ -99,7 +99,7 @@ class Watchdog:
             self.processes.barrier("end of work")  # until here
         self._end.set()
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(timeout=10 if kind is None else 1)  # a lost coordinator may hold up the exchange
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, phase: str, step: int, allow: float | None = None) -> None:
@@ -109,17 +109,20 @@ class Watchdog:
             self._now = (phase, step, time.monotonic(), allow)
 
     def signs(self) -> list[Sign]:
-        """The last sign of every process; this one's own is of now."""
-        now, signs = time.monotonic(), []
+        """The last sign of every process; this one's own is of now.
+
+        Silence counts only while the coordinator answers: when that is stopped, nobody is heard.
+        """
+        now, asked, signs = time.monotonic(), self._exchanged, []
         for i, (text, changed) in enumerate(self._heard):
             if i == self.processes.place.process_id:
                 phase, step, since, _ = self._now
                 signs.append(Sign(phase, step, now - since))
             elif text:
                 phase, step, in_phase, _ = json.loads(text)
-                signs.append(Sign(phase, step, in_phase, now - changed))
+                signs.append(Sign(phase, step, in_phase, max(0.0, asked - changed)))
             else:
-                signs.append(Sign("start", 0, 0.0, now - changed))
+                signs.append(Sign("start", 0, 0.0, max(0.0, asked - changed)))
         return signs
 
     def _exchange(self) -> None:
@@ -153,12 +156,12 @@ class Watchdog:
             signs = self.signs()
             if now - before > silence:
                 self._fire(
-                    f"this process itself stood still for {now - before:.0f} s: stopped or starved", signs
+                    f"this process itself stood still for {now - before:.0f} s: stopped or starved", []
                 )
             if now - since > allow:
                 self._fire(f"no progress: in {phase!r} of step {step} for {now - since:.0f} s", signs)
             if many and now - self._exchanged > silence:
-                self._fire(f"process 0, the coordinator, has not answered for {silence:.0f} s", signs)
+                self._fire(f"process 0, the coordinator, has not answered for {silence:.0f} s", [])
             if any(sign.silent > silence for sign in signs):
                 self._fire("a process is gone", signs)
             # Tell early, and then ever more rarely, what a long wait is for.
@@ -170,10 +173,12 @@ class Watchdog:
                 warned = 0.0
 
     def _fire(self, why: str, signs: Sequence[Sign]) -> None:
+        """`signs` that are too old to blame anybody are left out."""
         hosts = self.processes.hosts
         self.log.say(f"watchdog: {why}")
-        self.log.say(blame(signs, hosts, self.section.silence_timeout))
-        self.log.say(table(signs, hosts))
+        if signs:
+            self.log.say(blame(signs, hosts, self.section.silence_timeout))
+        self.log.say(table(signs or self.signs(), hosts))
         faulthandler.dump_traceback(self.log.file, all_threads=True)
         self.log.say(f"exit {EXIT_STUCK}, to be started again; the stacks are in {self.log.path}")
         os._exit(EXIT_STUCK)
