@@ -81,6 +81,9 @@ class Train:
     global_batch_size: int = field(128, "sequences of a batch, over all devices")
     sequence_len: int = field(8192, "tokens of a training sequence")
     update_len: int = field(2048, "tokens of a sequence that one parameter update sees")
+    segment_len: int = field(
+        0, "tokens of an update held in memory at a time, at the cost of a second forward; 0: all of them"
+    )
     seed: int = field(0, "decides initial parameters, data order and dropout")
 
 
@@ -143,7 +146,7 @@ class Config:
 FILE = "config.json"
 # What may differ between a run and its resumption: everything else decides the numbers.
 CHANGEABLE = frozenset(
-    {"model.remat", "train.steps", "data.cache", "data.workers"}
+    {"model.remat", "train.segment_len", "train.steps", "data.cache", "data.workers"}
     | {
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
@@ -321,7 +324,14 @@ def validate(config: Config) -> None:
     at_least(1, "train.update_len", "log.every", "checkpoint.every", "checkpoint.keep")
     at_least(1, "sample.n_sample", "sample.length", "optimizer.n_max_step")
     at_least(0, "optimizer.lr_max", "optimizer.grad_clip", "optimizer.wd_lam", "optimizer.n_warmup_step")
-    at_least(0, "data.workers", "evaluate.every", "evaluate.batch_size", "checkpoint.keep_every")
+    at_least(
+        0,
+        "data.workers",
+        "evaluate.every",
+        "evaluate.batch_size",
+        "train.segment_len",
+        "checkpoint.keep_every",
+    )
     at_least(0, "train.seed", "sample.seed", "sample.temperature", "model.c_beta")
     at_least(4, "model.n_vocab")
     at_least(0, "cluster.n_process", "cluster.local_devices")
@@ -332,8 +342,9 @@ def validate(config: Config) -> None:
         errors.append(f"config.sample.nucleus must be in [0, 1], not {config.sample.nucleus}")
     if m.d_model % 2:
         errors.append(f"config.model.d_model must be even (sine and cosine halves), not {m.d_model}")
-    if m.pe_lam <= 0:
-        errors.append(f"config.model.pe_lam must be positive, not {m.pe_lam}")
+    for name, value in (("pe_lam", m.pe_lam), ("e_scale", m.e_scale)):
+        if value <= 0:
+            errors.append(f"config.model.{name} must be positive, not {value}")
     if o.n_warmup_step >= o.n_max_step:
         errors.append(
             f"config.optimizer.n_warmup_step {o.n_warmup_step} must be below n_max_step {o.n_max_step}"
@@ -356,6 +367,9 @@ def validate(config: Config) -> None:
         )
     divides("train.sequence_len", t.sequence_len, "train.update_len", t.update_len)
     divides("train.update_len", t.update_len, "model.block_len", m.block_len)
+    if t.segment_len:
+        divides("train.update_len", t.update_len, "train.segment_len", t.segment_len)
+        divides("train.segment_len", t.segment_len, "model.block_len", m.block_len)
     if t.update_len > 0 and not t.sequence_len % t.update_len and t.steps > 0:
         n_update = t.sequence_len // t.update_len
         if t.steps % n_update:

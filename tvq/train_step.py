@@ -21,23 +21,49 @@ ATTENTION_STATE = transformer.State(position=mesh.WHOLE, units=mesh.STATE)  # ty
 
 
 def loss_fn(
-    params: dict, codebooks: dict, batch: dict, state: transformer.State, draws: Draws | None, config: Model
+    params: dict,
+    codebooks: dict,
+    batch: dict,
+    state: transformer.State,
+    draws: Draws | None,
+    config: Model,
+    segment_len: int = 0,
 ) -> tuple[jax.Array, tuple]:
-    """The loss of one update on `batch` arrays `[B,U]`, and (next state, codebook statistics, metrics)."""
-    mask_BT = batch["loss_mask"]
-    x_BTD, state, stats = transformer.forward(
-        params, codebooks, batch["inputs"], mask_BT, state, config, draws
-    )
-    nll_BT = loss.token_nll(transformer.log_probs(params, x_BTD, config), batch["targets"], mask_BT)
-    # Masked positions count in the denominator; the mean of the mask is there to undo that.
-    l_lm, l_commit = nll_BT.mean(), stats["commit"].sum()
-    metrics = {
-        "loss_lm_per_token_unscaled": l_lm,
-        "loss_mask_per_token": mask_BT.mean(dtype=nll_BT.dtype),
-        "loss_commit_per_token": l_commit,
-        **jax.tree.map(jnp.mean, stats["metrics"]),
-    }
-    return l_lm + config.c_beta * l_commit, (state, stats["codebook"], metrics)
+    """The loss of one update on `batch` arrays `[B,U]`, and (next state, codebook statistics, metrics).
+
+    With a segment_len, which divides U, the tokens are read in segments of it, and the backward pass keeps
+    but the state between them: the same gradient through U tokens in the memory of one segment.
+    """
+
+    def read(state: transformer.State, batch: dict) -> tuple:
+        mask_BT = batch["loss_mask"]
+        x_BTD, state, stats = transformer.forward(
+            params, codebooks, batch["inputs"], mask_BT, state, config, draws
+        )
+        nll_BT = loss.token_nll(transformer.log_probs(params, x_BTD, config), batch["targets"], mask_BT)
+        metrics = {
+            # Masked positions count in the denominator; the mean of the mask is there to undo that.
+            "loss_lm_per_token_unscaled": nll_BT.mean(),
+            "loss_mask_per_token": mask_BT.mean(dtype=nll_BT.dtype),
+            "loss_commit_per_token": stats["commit"].sum(),
+            **jax.tree.map(jnp.mean, stats["metrics"]),
+        }
+        return state, (stats["codebook"], metrics)
+
+    if segment_len in (0, batch["inputs"].shape[1]):
+        state, (stats, metrics) = read(state, batch)
+    else:
+        read = jax.checkpoint(read, prevent_cse=False)
+        state, (stats, metrics) = lax.scan(read, state, pieces(batch, segment_len))
+        stats = jax.tree.map(lambda x: x.sum(0), stats)
+        metrics = jax.tree.map(lambda x: x.mean(0), metrics)
+    total = metrics["loss_lm_per_token_unscaled"] + config.c_beta * metrics["loss_commit_per_token"]
+    return total, (state, stats, metrics)
+
+
+def pieces(batch: dict, length: int) -> dict:
+    """Arrays `[B,T]` cut along T: `[T/length,B,length]`."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, length).swapaxes(0, 1), batch)
 
 
 def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
@@ -51,7 +77,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         """Gradients, codebook statistics and metrics of the whole batch, from the part on this device."""
         params = lax.pcast(params, mesh.DATA_AXES, to="varying")
         (_, (state, stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, codebooks, batch, state, draws, config.model
+            params, codebooks, batch, state, draws, config.model, config.train.segment_len
         )
         grads, metrics = lax.pmean((grads, metrics), mesh.DATA_AXES)
         return grads, lax.psum(stats, mesh.DATA_AXES), metrics, lax.stop_gradient(state)
@@ -95,9 +121,8 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         return (state, attention_state), metrics
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        pieces = jax.tree.map(lambda x: x.reshape(x.shape[0], n_update, -1).swapaxes(0, 1), batch)
         empty = transformer.initial_state(config.model, batch["inputs"].shape[0])
-        (state, _), metrics = lax.scan(update, (state, empty), pieces)
+        (state, _), metrics = lax.scan(update, (state, empty), pieces(batch, config.train.update_len))
         return state, jax.tree.map(jnp.mean, metrics)
 
     whole = mesh.sharding(devices, mesh.WHOLE)

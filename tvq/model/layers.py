@@ -42,12 +42,14 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     return jnp.where(draw(keys), x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-def token_dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array, block_len: int) -> jax.Array:
-    """Dropout with a draw of its own for each sequence and block."""
+def token_dropout(
+    x_BTD: jax.Array, rate: float, keys_B: jax.Array, block_len: int, position: jax.Array | int = 0
+) -> jax.Array:
+    """Dropout with a draw of its own for each sequence and block; `position` is that of the first token."""
     if rate == 0.0:
         return x_BTD
     B, T, D = x_BTD.shape
-    block_R = jnp.arange(T // block_len)
+    block_R = position // block_len + jnp.arange(T // block_len)
     keys_BR = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(block_R))(keys_B)
     return dropout(x_BTD.reshape(B, -1, block_len, D), rate, keys_BR).reshape(B, T, D)
 

@@ -147,7 +147,7 @@ def forward(
     x_BTD = embed(params, inputs_BT, state.position, config)
     if draws is not None:
         keys_B = layers.sequence_keys(draws.ephemeral, layers.EMBEDDING, 0, draws.sequence_B)
-        x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len)
+        x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len, state.position)
     distance_ED = distances(config)
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
@@ -161,7 +161,7 @@ def forward(
         )
         if draws is not None:
             keys_B = layers.sequence_keys(draws.ephemeral, layers.RESIDUAL, index, draws.sequence_B)
-            y_BTD = layers.token_dropout(y_BTD, config.p_dropres, keys_B, config.block_len)
+            y_BTD = layers.token_dropout(y_BTD, config.p_dropres, keys_B, config.block_len, state.position)
             keys_B = layers.sequence_keys(draws.timeless, layers.LAYER, index, draws.sequence_B)
             keep_B11 = layers.dropout(jnp.ones((x_BTD.shape[0], 1, 1), y_BTD.dtype), config.p_droplyr, keys_B)
             y_BTD = y_BTD * keep_B11
