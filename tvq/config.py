@@ -9,7 +9,9 @@ import difflib
 import json
 import math
 import os
+import re
 import runpy
+import traceback
 from typing import Any, get_type_hints
 
 from etils import epath
@@ -167,13 +169,22 @@ def load(path: str) -> ConfigDict:
     """What `get_config()` of the Python file at `path` returns. ValueError: there is no such thing."""
     if not os.path.isfile(path):
         raise ValueError(f"--config={path}: there is no such file")
-    names = runpy.run_path(path)
+    try:
+        names = runpy.run_path(path)
+    except SyntaxError as error:
+        raise ValueError(f"--config={path}: line {error.lineno} is not Python: {error.msg}") from error
     if "get_config" not in names:
         raise ValueError(f"--config={path} has no function get_config()")
     try:
         config = names["get_config"]()
     except (AttributeError, KeyError, TypeError) as error:  # a locked ConfigDict's word for a wrong field
-        raise ValueError(f"--config={path}: {error}") from error
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = "".join(f", line {line}" for line in lines[-1:])
+        reason: Any = error
+        while isinstance(reason, Exception):  # an AttributeError of ConfigDict's holds a KeyError
+            reason = reason.args[0] if reason.args else repr(reason)
+        words = re.sub(r' Other fields present: ".*"', "", str(reason)).replace("\n", " ")
+        raise ValueError(f"--config={path}{where}: {words}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"--config={path}: get_config() returned no ConfigDict; start from config.base()")
     return config
