@@ -154,6 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--cpu_devices must be at least 1, not {arguments.cpu_devices}")
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
+        if "float64" in (run.model.dtype, run.model.param_dtype):
+            if run.model.dtype != run.model.param_dtype:
+                raise ValueError(
+                    f"config.model.dtype {run.model.dtype} and config.model.param_dtype"
+                    f" {run.model.param_dtype} do not go together; use float64 for both or neither"
+                )
+            jax.config.update("jax_enable_x64", True)  # or jax would compute in float32 and only warn
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             # A restart then compiles nothing.
             jax.config.update("jax_compilation_cache_dir", str(cache_folder(run.data) / "compiled"))
