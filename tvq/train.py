@@ -203,6 +203,7 @@ def loop(
         while step < c.train.steps and not stopped:
             run.watchdog.beat("data", step)
             batch = mesh.global_batch(run.devices, next(batches), c.train.global_batch_size)
+            run.watchdog.beat("ready", step)
             run.processes.batch_ready(step)
             run.watchdog.beat("step", step)
             now, numbers = update(now, batch)
