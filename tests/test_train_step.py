@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +14,7 @@ from tests.model import small
 from tests.model.small import close
 from tvq import config, mesh, optimizer, state, train_step
 from tvq.model import transformer
+from tvq.model.layers import Draws
 from tvq.state import TrainState
 
 B, T, U = 8, 16, 8
@@ -164,17 +166,31 @@ def test_a_call_on_eight_devices_is_its_updates_written_out():
 
 
 @pytest.mark.slow
+def test_an_update_in_segments_is_the_update():
+    """Loss, statistics, next state and gradients, with everything drawn."""
+    params, codebooks = small.parameters(DROPOUT)
+    piece = {name: jnp.asarray(rows) for name, rows in host_batch(0).items()}
+    attention = transformer.initial_state(DROPOUT, B)
+    draws = Draws(jax.random.key(0), jax.random.key(1), jnp.arange(B))
+    gradient = small.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=(5, 6))
+    want = gradient(params, codebooks, piece, attention, draws, DROPOUT, 0)
+    got = gradient(params, codebooks, piece, attention, draws, DROPOUT, small.MODEL.block_len)
+    close(got, want, 1e-5)
+
+
+@pytest.mark.slow
 def test_what_is_drawn_when(monkeypatch):
     """Ephemeral keys are new each update, timeless ones each call; sequences count through the devices."""
     seen: list[tuple] = []
     loss_fn = train_step.loss_fn
 
-    def spy(params: dict, codebooks: dict, piece: dict, attention: Any, draws: Any, model: config.Model):
+    def spy(*arguments: Any):
+        draws = arguments[4]
         keys = jax.random.key_data(draws.ephemeral), jax.random.key_data(draws.timeless)
         jax.debug.callback(
             lambda *values: seen.append(tuple(tuple(v.tolist()) for v in values)), *keys, draws.sequence_B
         )
-        return loss_fn(params, codebooks, piece, attention, draws, model)
+        return loss_fn(*arguments)
 
     monkeypatch.setattr(train_step, "loss_fn", spy)
     tx = optax.sgd(0.0)
