@@ -193,7 +193,10 @@ def load(path: str) -> ConfigDict:
 def recorded(path: epath.Path) -> ConfigDict:
     """The config that a run left in its workdir; fields that are newer than the run have their default."""
     config = base().unlock()
-    config.update(json.loads(path.read_text()))
+    try:
+        config.update(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} of {path} is not JSON: {error.msg}; mend it") from error
     return config
 
 

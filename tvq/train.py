@@ -57,6 +57,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     corpus = open_corpus(c.data)
     evaluate.check_vocabulary(corpus, c.model)
     sequences = Sequences(corpus, "train", c.train.sequence_len)
+    sequences[0]  # tokens of another vocabulary are an error now, not once there is a run
     if c.evaluate.every:
         corpus.info(c.evaluate.split)  # an empty split is an error now, not after hours
     check_workdir(workdir, c)
