@@ -198,7 +198,7 @@ def loop(
         workers=c.data.workers,
     )
     unread: list[tuple[int, dict]] = []  # (step, metrics on the device), since they were last looked at
-    stopped = False
+    stopped, line = False, ""
     with contextlib.closing(batches):
         clock.start(step)
         while step < c.train.steps and not stopped:
@@ -215,10 +215,11 @@ def loop(
 
             # The rows of a step are written before its checkpoint: a resumed run then has each row once.
             if last or is_due(c.log.every, step, n_update):
-                log_metrics(run, clock, step, unread)
+                line = log_metrics(run, clock, step, unread)
             if c.evaluate.every and (last or is_due(c.evaluate.every, step, n_update)):
                 with clock.pause():
                     evaluate_now(run, score, now, step)
+                    run.console.progress(line, brief=True)  # training goes on
             if last or stopped or is_due(c.checkpoint.every, step, n_update):
                 read_metrics(unread)  # a state that is not a number is never saved
                 with clock.pause():
@@ -263,14 +264,16 @@ def way_out(run: Run) -> str:
     )
 
 
-def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[int, dict]]) -> None:
-    """A row of metrics, and the live line."""
+def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[int, dict]]) -> str:
+    """A row of metrics, and the live line, which is returned."""
     info = run.corpus.info("train")
     numbers = read_metrics(unread)
     row = metrics.row(step, "train", numbers, clock.lap(step), info.n_byte / info.n_token)
     run.write(row)
     steps = run.config.train.steps
-    run.console.progress(metrics.progress_line(row, steps, clock.left(step, steps)))
+    line = metrics.progress_line(row, steps, clock.left(step, steps))
+    run.console.progress(line)
+    return line
 
 
 def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> None:
