@@ -1,8 +1,14 @@
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.program import Program, write_corpus
+from tvq import __main__
+
+Here = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +24,31 @@ def unbroken(tvq: Program) -> Path:
     workdir = tvq.folder / "unbroken"
     tvq.train(workdir)
     return workdir
+
+
+@pytest.fixture
+def run(unbroken: Path, tmp_path: Path) -> Path:
+    """A copy of the unbroken run as it was after 18 of its 20 updates."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(unbroken, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    return workdir
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """`here(command, ..., exit_code=0)` runs it in this process: `(stdout, stderr)`."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")  # or it would be set for all tests that follow
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: str, exit_code: int = 0) -> tuple[str, str]:
+        try:
+            code = __main__.main(arguments)
+        except SystemExit as leaving:
+            code = leaving.code
+        assert code == exit_code
+        return capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -48,7 +48,7 @@ class Program:
 
     @contextlib.contextmanager
     def start(
-        self, *arguments: str, module: str = "tvq", **variables: str
+        self, *arguments: str, module: str = "tvq", stdout: int = subprocess.PIPE, **variables: str
     ) -> Iterator[subprocess.Popen[str]]:
         """A process in a group of its own, as a terminal makes one; killed at the end of the block."""
         with subprocess.Popen(
@@ -62,7 +62,7 @@ class Program:
             ),
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -1,14 +1,13 @@
 """Wrong input ends with exit code 2 and one message that names it; nothing is written."""
 
 import json
-import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import Program, assert_same_run, rows, tree
 from tvq import __main__, config
 from tvq.data.corpus import open_corpus
@@ -17,27 +16,19 @@ Refuse = Callable[..., str]
 
 
 @pytest.fixture
-def refuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Refuse]:
+def refuse(here: Here) -> Refuse:
     """`refuse(command, ...)` runs it in this process, which has eight devices; returns its message."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")  # or it would be set for all tests that follow
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as caught:
-            __main__.main(arguments)
-        assert caught.value.code == 2
-        out, err = capsys.readouterr()
+        out, err = here(*arguments, exit_code=2)
         assert out == ""
-        message = "".join(
-            line for line in err.splitlines(keepends=True) if not line.startswith("one process")
-        )
+        lines = err.splitlines(keepends=True)
+        message = "".join(line for line in lines if not line.startswith("one process"))
         assert message.startswith("tvq: ")
         assert message.count("tvq: ") == 1
         return message.removeprefix("tvq: ")
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def without_logs(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -243,15 +234,6 @@ def test_as_a_command(tvq: Program, tmp_path: Path, more: str, expected: str) ->
     assert stdout == ""
     assert stderr.splitlines()[-1].startswith(f"tvq: {expected}")
     assert len(stderr.splitlines()) <= 2
-
-
-@pytest.fixture
-def run(unbroken: Path, tmp_path: Path) -> Path:
-    """A copy of the unbroken run as it was after 18 of its 20 updates."""
-    workdir = tmp_path / "copy"
-    shutil.copytree(unbroken, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "20")
-    return workdir
 
 
 @pytest.mark.slow

@@ -1,0 +1,150 @@
+"""What the commands print and promise."""
+
+import importlib.metadata
+import json
+import os
+import pty
+import shlex
+import shutil
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Here
+from tests.end_to_end.program import REPOSITORY, Program, end, newest, rows
+from tvq import __main__, config
+from tvq.metrics import CLEAR
+
+EXAMPLES = [
+    (name, example)
+    for name, (_, _, examples) in __main__.COMMANDS.items()
+    for example in textwrap.dedent(examples).replace("\\\n", "").strip().splitlines()
+]
+
+
+def test_the_command_is_installed() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="tvq")
+    assert entry.load() is __main__.main
+
+
+@pytest.mark.parametrize("command", __main__.COMMANDS)
+def test_help(here: Here, command: str) -> None:
+    stdout, _ = here(command, "--help")
+    assert f"tvq {command} --" in stdout.partition("examples:")[2]
+    lines = stdout.partition("every field of the config")[2].splitlines()
+    fields = [line for line in lines if line.startswith("  --config.")]
+    assert len(fields) == len(config.docs())
+    assert len({line.rindex("  ") for line in fields}) == 1, "the meanings stand below one another"
+
+
+def test_help_of_all_commands(here: Here) -> None:
+    stdout, _ = here("--help")
+    assert all(what in stdout for _, what, _ in __main__.COMMANDS.values())
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_the_examples_of_help_are_commands(
+    name: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    _, *arguments = shlex.split(example)
+    parsed, overrides = __main__.parser().parse_known_args(arguments)
+    assert parsed.command == name
+    if parsed.config is None:
+        parsed.workdir = str(tmp_path)
+        (tmp_path / config.FILE).write_text(json.dumps(config.to_dict(config.Config())))
+    __main__.read_config(parsed, overrides)
+
+
+@pytest.mark.slow
+def test_sample(here: Here, unbroken: Path) -> None:
+    def sample(*options: str) -> str:
+        stdout, stderr = here("sample", f"--workdir={unbroken}", "--length=12", *options)
+        assert stderr == ""
+        return stdout
+
+    text = sample("--prompt=import ", "--n_sample=2", "--seed=3")
+    assert text.startswith("--- sample 1 of 2 ---\nimport ")
+    assert "\n--- sample 2 of 2 ---\nimport " in text
+    one, two = text.removeprefix("--- sample 1 of 2 ---\n").split("\n--- sample 2 of 2 ---\n")
+    assert one + "\n" != two
+    assert sample("--prompt=import ", "--n_sample=2", "--seed=3") == text
+    assert sample("--prompt=import ", "--n_sample=2", "--seed=4") != text
+    # What a sequence is given does not depend on how many there are.
+    assert sample("--prompt=import ", "--seed=3") == one + "\n"
+    likeliest = sample("--prompt=import ", "--seed=3", "--temperature=0")
+    assert likeliest == sample("--prompt=import ", "--seed=4", "--temperature=0")
+
+
+@pytest.mark.slow
+def test_eval_finds_what_training_found(tvq: Program, unbroken: Path) -> None:
+    stdout, stderr = tvq.run("eval", f"--workdir={unbroken}")
+    line, row = stdout.splitlines()
+    assert line.startswith(f"validation loss {json.loads(row)['loss']:.4f}, ")
+    assert "gzip -9: " in line
+    assert json.loads(row) == [row for row in rows(unbroken) if row["split"] == "validation"][-1]
+    assert "warning" not in stderr.lower()
+
+    stdout, _ = tvq.run("eval", f"--workdir={unbroken}", "--split=test", "--batch_size=3")
+    found = json.loads(stdout.splitlines()[1])
+    assert found["split"] == "test"
+    assert found["n_byte"] == 200  # the last 5 % of 4,000 bytes
+    assert found["loss"] == pytest.approx(json.loads(row)["loss"], rel=0.2)
+
+
+def render(output: str) -> list[str]:
+    """The lines that stand on a terminal in the end."""
+    return [line.rstrip("\r").rpartition(CLEAR)[2] for line in output.split("\n")]
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
+    ours, theirs = pty.openpty()
+    with tvq.start("train", *tvq.options(run), stdout=theirs, TERM="xterm") as process:
+        os.close(theirs)
+        chunks = []
+        while chunk := read(ours):
+            chunks.append(chunk)
+        os.close(ours)
+        end(process, 0)
+    output = b"".join(chunks).decode()
+    assert output.count(CLEAR + "step 20 of 20, loss ") >= 1
+    assert output.count(CLEAR + "evaluating: batch 1 of 1") == 1
+    lines = render(output)
+    assert [line for line in lines if line.startswith("step 20 of")] == [lines[-2]]
+    assert not any(line.startswith("evaluating") for line in lines)
+    assert lines[-1] == ""
+    assert lines[-3].startswith("(in "), "the sample stands above it"
+    assert any(line.startswith("step 20: validation loss") for line in lines)
+    assert all(len(line) < 80 for line in lines if line.startswith("step"))
+
+
+def read(terminal: int) -> bytes:
+    """Some bytes, or none once the other side is closed."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_prolonged_with_other_habits(
+    tvq: Program, unbroken: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    before = rows(workdir)
+    stdout, _ = tvq.train(workdir)
+    assert "step 20 of config.train.steps 20 is done; raise it to go on" in stdout
+
+    habits = ("log.every=4", "evaluate.every=0", "checkpoint.keep=1", "mesh.devices=1", "data.workers=0")
+    stdout, _ = tvq.train(workdir, "--config.train.steps=24", *(f"--config.{habit}" for habit in habits))
+    assert "going on from step 20" in stdout
+    assert "\x1b" not in stdout
+    assert "\r" not in stdout
+    assert rows(workdir)[: len(before)] == before
+    assert [(row["step"], row["split"]) for row in rows(workdir)[len(before) :]] == [(24, "train")]
+    assert newest(workdir).step == 24
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["24"]
+    assert json.loads((workdir / config.FILE).read_text())["log"]["every"] == 4
