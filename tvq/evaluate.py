@@ -177,6 +177,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
             batch_size=batch_size(c),
             progress=lambda done, of: console.progress(f"evaluating: batch {done} of {of}", brief=True),
         )
+        console.progress("", brief=True)
         console.say(line(c.evaluate.split, found, corpus))
         console.say(json.dumps({"step": int(now.step), "split": c.evaluate.split, **found}))
     processes.finish()
