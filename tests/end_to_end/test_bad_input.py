@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import Program, assert_same_run, rows, tree
-from tvq import __main__, config
+from tvq import __main__, cluster, config, train
 from tvq.data.corpus import open_corpus
 
 Refuse = Callable[..., str]
@@ -210,6 +211,40 @@ def test_nothing_trained(tvq: Program, refuse: Refuse, tmp_path: Path, command: 
 def test_options(tvq: Program, refuse: Refuse, tmp_path: Path, arguments: list[str], expected: str) -> None:
     write_run(tvq, tmp_path / "run")
     assert expected in refuse(*arguments, f"--workdir={tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "tvq: interrupted\n"),
+        (cluster.ClusterError("process 3 is absent"), 1, "tvq: process 3 is absent\n"),
+        (train.DivergedError("the loss is nan"), 1, "tvq: the loss is nan\n"),
+    ],
+)
+def test_other_ends_without_a_traceback(
+    tvq: Program,
+    here: Here,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+    exit_code: int,
+    message: str,
+) -> None:
+    def fail(*_: Any) -> int:
+        raise error
+
+    monkeypatch.setitem(__main__.COMMANDS, "train", (fail, "fail", ""))
+    out, err = here("train", *tvq.options(tmp_path), exit_code=exit_code)
+    assert (out, err) == ("", message)
+    assert message in (tmp_path / "logs" / "process_0.log").read_text()
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(
+    tvq: Program, here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(__main__.COMMANDS, "train", (lambda *_: json.loads("{"), "fail", ""))
+    with pytest.raises(json.JSONDecodeError):
+        here("train", *tvq.options(tmp_path))
 
 
 @pytest.mark.xfail(strict=True, reason="cluster.Log makes its file before the input is checked")

@@ -1,11 +1,15 @@
 """The mesh is no part of a run's identity: one device or eight, and a change of them on the way."""
 
+import contextlib
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.program import Program, newest, rows
+from tests.end_to_end.program import Program, end, newest, rows
+from tests.fakes.pod import free_port
 
 pytestmark = pytest.mark.slow
 EIGHT = "--cpu_devices=8"
@@ -55,3 +59,33 @@ def test_saved_on_one_goes_on_with_eight(tvq: Program, unbroken: Path, tmp_path:
     assert "devices  8 x cpu" in stdout
     assert "going on from step 12" in stdout
     assert_same_losses(workdir, unbroken)
+
+
+def test_two_processes_train_as_one(tvq: Program, unbroken: Path, tmp_path: Path) -> None:
+    with together(tvq, tmp_path / "run") as processes:
+        (stdout, _), (other, _) = (end(process, 0) for process in processes)
+    assert "devices  2 x cpu, 4 sequences each" in stdout
+    assert all(line.startswith("[Gloo]") for line in other.splitlines()), "process 0 alone speaks"
+    assert_same_losses(tmp_path / "run", unbroken)
+
+
+def test_wrong_input_to_two_processes(tvq: Program, tmp_path: Path) -> None:
+    with together(tvq, tmp_path / "run", "--config.mesh.devices=4") as processes:
+        for i, process in enumerate(processes):
+            _, stderr = end(process, 2)
+            assert f"[{i}] tvq: config.mesh.devices is 4 but there are 2 cpu devices" in stderr
+            assert "Traceback" not in stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@contextlib.contextmanager
+def together(tvq: Program, workdir: Path, *more: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """A run of two processes on this machine, with a device each."""
+    place = {"TVQ_COORDINATOR": f"127.0.0.1:{free_port()}", "TVQ_N_PROCESS": "2"}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                tvq.start("train", *tvq.options(workdir, *more), **place, TVQ_PROCESS_ID=str(i))
+            )
+            for i in range(2)
+        ]
