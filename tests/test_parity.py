@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tvq import config, evaluate, interop, mesh, optimizer, sample, train_step
-from tvq.model import attention, layers, transformer, vq
+from tvq.model import layers, recurrence, transformer, vq
 from tvq.state import TrainState
 
 GOLDEN = Path(os.environ.get("TVQ_GOLDEN", Path(__file__).parent / "golden"))
@@ -278,7 +278,7 @@ def check_decode(spec: dict, arrays: dict) -> None:
     last, log_probs = decode(params, codebooks, inputs)
     close("decode", log_probs, arrays["out/logprobs_block1"])
     want = interop.state_from_original(under(arrays, "out/final_state_block1"))
-    ring = jax.vmap(attention.ring_from_state, in_axes=(0, None))(on_device(want.units), want.position)
+    ring = jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(on_device(want.units), want.position)
     trees_close("ring", last.rings, ring)
 
 

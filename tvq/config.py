@@ -18,21 +18,26 @@ from etils import epath
 from ml_collections import ConfigDict
 
 
-def field(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def field(default: Any, doc: str, at_least: float = -math.inf, below: float = math.inf) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "at_least": at_least, "below": below})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    n_vocab: int = field(259, "token ids; bytes need 259 (three special ids, then the byte values)")
-    n_layer: int = field(24, "layers; each is two gated attention units")
-    n_head: int = field(1, "heads")
-    d_model: int = field(768, "width of the residual stream")
-    d_k: int = field(128, "key width of a head")
-    d_v: int = field(1536, "value width of a head")
-    n_code: int = field(512, "codewords of a head")
-    block_len: int = field(512, "tokens of one attention block")
-    mem_len: int = field(512, "tokens before a block that are attended to exactly")
+    n_vocab: int = field(
+        259, "token ids; bytes need 259 (three special ids, then the byte values)", at_least=4
+    )
+    n_layer: int = field(24, "layers; each is two gated attention units", at_least=1)
+    n_head: int = field(1, "heads", at_least=1)
+    d_model: int = field(768, "width of the residual stream", at_least=1)
+    d_k: int = field(128, "key width of a head", at_least=1)
+    d_v: int = field(1536, "value width of a head", at_least=1)
+    n_code: int = field(512, "codewords of a head", at_least=1)
+    block_len: int = field(512, "tokens of one attention block", at_least=1)
+    mem_len: int = field(512, "tokens before a block that are attended to exactly", at_least=1)
+    n_parallel: int = field(
+        0, "blocks that attention computes at once; 0 takes what suits the device", at_least=0
+    )
     agg_cache: bool = field(True, "attend to the tokens before the window through the compressive cache")
     grad_thru_cache: bool = field(True, "let gradients pass from block to block within an update")
     pe_abs: bool = field(False, "add absolute sinusoidal positions to the embedding")
@@ -40,12 +45,12 @@ class Model:
     e_tie: bool = field(False, "use the embedding table as output projection")
     e_preln: bool = field(False, "normalise before the output projection")
     e_scale: float = field(1.0, "factor on the logits")
-    p_dropemb: float = field(0.0, "dropout on the embedding")
-    p_dropsin: float = field(0.0, "dropout on the sinusoids of relative positions")
-    p_dropres: float = field(0.0, "dropout on the output of each gated unit")
-    p_droplyr: float = field(0.0, "probability to skip a gated unit, a sequence")
-    c_gamma: float = field(0.99, "decay of the codebook's moving average")
-    c_beta: float = field(1e-4, "weight of the commitment loss")
+    p_dropemb: float = field(0.0, "dropout on the embedding", at_least=0, below=1)
+    p_dropsin: float = field(0.0, "dropout on the sinusoids of relative positions", at_least=0, below=1)
+    p_dropres: float = field(0.0, "dropout on the output of each gated unit", at_least=0, below=1)
+    p_droplyr: float = field(0.0, "probability to skip a gated unit, a sequence", at_least=0, below=1)
+    c_gamma: float = field(0.99, "decay of the codebook's moving average", at_least=0, below=1)
+    c_beta: float = field(1e-4, "weight of the commitment loss", at_least=0)
     remat: str = field("names", "kept of a unit for the backward pass: all, names (the costly) or nothing")
     dtype: str = field("float32", "dtype of activations: float32, bfloat16 or float64")
     param_dtype: str = field("float32", "dtype of parameters")
@@ -58,18 +63,18 @@ class Data:
     )
     path: str = field("", "file or folder of text, for source=text; prepared folder, for source=tokens")
     cache: str = field("", "folder for prepared tokens and compiled programs; empty: the user's cache folder")
-    workers: int = field(0, "processes that read ahead; 0 reads in threads of this one")
+    workers: int = field(0, "processes that read ahead; 0 reads in threads of this one", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
     name: str = field("adamw", "adamw, lion or adafactor")
-    lr_max: float = field(4e-4, "learning rate at the end of warm-up")
+    lr_max: float = field(4e-4, "learning rate at the end of warm-up", at_least=0)
     schedule: str = field("cosine", "cosine, linear or inv_sqrt, after linear warm-up")
-    n_warmup_step: int = field(10_000, "updates of warm-up")
-    n_max_step: int = field(125_000, "update at which the schedule reaches its floor of a tenth")
-    grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip")
-    wd_lam: float = field(2e-4, "weight decay an update, independent of the learning rate")
+    n_warmup_step: int = field(10_000, "updates of warm-up", at_least=0)
+    n_max_step: int = field(125_000, "update at which the schedule reaches its floor of a tenth", at_least=1)
+    grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip", at_least=0)
+    wd_lam: float = field(2e-4, "weight decay an update, independent of the learning rate", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,55 +84,69 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    steps: int = field(125_000, "parameter updates of the run")
-    global_batch_size: int = field(128, "sequences of a batch, over all devices")
-    sequence_len: int = field(8192, "tokens of a training sequence")
-    update_len: int = field(2048, "tokens of a sequence that one parameter update sees")
+    steps: int = field(125_000, "parameter updates of the run", at_least=1)
+    global_batch_size: int = field(128, "sequences of a batch, over all devices", at_least=1)
+    sequence_len: int = field(8192, "tokens of a training sequence", at_least=1)
+    update_len: int = field(2048, "tokens of a sequence that one parameter update sees", at_least=1)
     segment_len: int = field(
-        0, "tokens of an update held in memory at a time, at the cost of a second forward; 0: all of them"
+        0,
+        "tokens of an update held in memory at a time, at the cost of a second forward; 0: all of them",
+        at_least=0,
     )
-    seed: int = field(0, "decides initial parameters, data order and dropout")
+    seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    every: int = field(1000, "updates between evaluations while training; 0 evaluates never")
+    every: int = field(1000, "updates between evaluations while training; 0 evaluates never", at_least=0)
     split: str = field("validation", "train, validation or test")
-    batch_size: int = field(0, "sequences of an evaluation batch; 0 takes train.global_batch_size")
+    batch_size: int = field(
+        0, "sequences of an evaluation batch; 0 takes train.global_batch_size", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     prompt: str = field("", "text to continue")
-    n_sample: int = field(1, "continuations to draw")
-    length: int = field(256, "tokens to draw for each")
-    temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token")
+    n_sample: int = field(1, "continuations to draw", at_least=1)
+    length: int = field(256, "tokens to draw for each", at_least=1)
+    temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token", at_least=0)
     nucleus: float = field(0.9, "draw from the likeliest tokens that hold this much probability")
-    seed: int = field(0, "decides the draws")
+    seed: int = field(0, "decides the draws", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    every: int = field(1000, "updates between checkpoints")
-    keep: int = field(3, "latest checkpoints kept")
-    keep_every: int = field(10_000, "checkpoints at multiples of this update are kept for good; 0: none")
+    every: int = field(1000, "updates between checkpoints", at_least=1)
+    keep: int = field(3, "latest checkpoints kept", at_least=1)
+    keep_every: int = field(
+        10_000, "checkpoints at multiples of this update are kept for good; 0: none", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
-    every: int = field(100, "updates between rows of metrics.jsonl")
+    every: int = field(100, "updates between rows of metrics.jsonl", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
     coordinator: str = field("", "HOST:PORT of process 0 (PORT + 1 is used too); empty: the scheduler tells")
-    n_process: int = field(0, "processes of the run; 0: the scheduler tells, or there is one")
-    process_id: int = field(-1, "number of this process; -1: the scheduler tells")
-    local_devices: int = field(0, "devices that each process must find; 0: what the scheduler granted")
-    start_timeout: float = field(300.0, "seconds to wait until all processes have come")
-    step_timeout: float = field(600.0, "seconds without progress until the watchdog ends the process")
-    compile_timeout: float = field(3600.0, "the same for the first step, which compiles, and for restoring")
-    silence_timeout: float = field(60.0, "seconds without a sign of life until a process counts as lost")
+    n_process: int = field(0, "processes of the run; 0: the scheduler tells, or there is one", at_least=0)
+    process_id: int = field(-1, "number of this process; -1: the scheduler tells", at_least=-1)
+    local_devices: int = field(
+        0, "devices that each process must find; 0: what the scheduler granted", at_least=0
+    )
+    start_timeout: float = field(300.0, "seconds to wait until all processes have come", at_least=1)
+    step_timeout: float = field(
+        600.0, "seconds without progress until the watchdog ends the process", at_least=1
+    )
+    compile_timeout: float = field(
+        3600.0, "the same for the first step, which compiles, and for restoring", at_least=1
+    )
+    silence_timeout: float = field(
+        60.0, "seconds without a sign of life until a process counts as lost", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +167,7 @@ class Config:
 FILE = "config.json"
 # What may differ between a run and its resumption: everything else decides the numbers.
 CHANGEABLE = frozenset(
-    {"model.remat", "train.segment_len", "train.steps", "data.cache", "data.workers"}
+    {"model.n_parallel", "model.remat", "train.segment_len", "train.steps", "data.cache", "data.workers"}
     | {
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
@@ -250,13 +269,15 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def fields() -> dict[str, dataclasses.Field]:
+    """`{"section.field": its dataclass field}`."""
+    sections = get_type_hints(Config)
+    return {f"{name}.{f.name}": f for name, cls in sections.items() for f in dataclasses.fields(cls)}
+
+
 def docs() -> dict[str, str]:
     """`{"section.field": meaning}`."""
-    return {
-        f"{name}.{f.name}": f.metadata["doc"]
-        for name, cls in get_type_hints(Config).items()
-        for f in dataclasses.fields(cls)
-    }
+    return {name: f.metadata["doc"] for name, f in fields().items()}
 
 
 def nearest(name: str) -> str:
@@ -301,18 +322,23 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def validate(config: Config) -> None:
-    """Ranges and divisibility that need no device. ValueError holds one line for each broken rule."""
-    errors: list[str] = []
+def out_of_range(config: Config) -> list[str]:
+    """A line for each number that is not finite or outside the range of its field."""
+    errors = []
+    ranges = {name: (f.metadata["at_least"], f.metadata["below"]) for name, f in fields().items()}
     for name, value in flatten(config).items():
+        low, high = ranges[name]
         if isinstance(value, float) and not math.isfinite(value):
             errors.append(f"config.{name} must be finite, not {value}")
+        elif isinstance(value, int | float) and not low <= value < high:
+            span = f"at least {low}" if high == math.inf else f"in [{low}, {high})"
+            errors.append(f"config.{name} must be {span}, not {value}")
+    return errors
 
-    def at_least(low: float, *names: str) -> None:
-        flat = flatten(config)
-        errors.extend(
-            f"config.{n} must be at least {low}, not {flat[n]}" for n in names if not flat[n] >= low
-        )
+
+def validate(config: Config) -> None:
+    """Ranges and divisibility that need no device. ValueError holds one line for each broken rule."""
+    errors = out_of_range(config)
 
     def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:
@@ -326,32 +352,7 @@ def validate(config: Config) -> None:
             options = f"{down} or {up}" if down else str(up)
             errors.append(f"config.{name} {value} is not a multiple of config.{by_name} {by}; use {options}")
 
-    def probability(*names: str) -> None:
-        flat = flatten(config)
-        errors.extend(f"config.{n} must be in [0, 1), not {flat[n]}" for n in names if not 0 <= flat[n] < 1)
-
     m, t, o = config.model, config.train, config.optimizer
-    at_least(
-        1, *(f"model.{n}" for n in ("n_layer", "n_head", "d_model", "d_k", "d_v", "n_code", "block_len"))
-    )
-    at_least(1, "model.mem_len", "train.steps", "train.global_batch_size", "train.sequence_len")
-    at_least(1, "train.update_len", "log.every", "checkpoint.every", "checkpoint.keep")
-    at_least(1, "sample.n_sample", "sample.length", "optimizer.n_max_step")
-    at_least(0, "optimizer.lr_max", "optimizer.grad_clip", "optimizer.wd_lam", "optimizer.n_warmup_step")
-    at_least(
-        0,
-        "data.workers",
-        "evaluate.every",
-        "evaluate.batch_size",
-        "train.segment_len",
-        "checkpoint.keep_every",
-    )
-    at_least(0, "train.seed", "sample.seed", "sample.temperature", "model.c_beta")
-    at_least(4, "model.n_vocab")
-    at_least(0, "cluster.n_process", "cluster.local_devices")
-    at_least(-1, "cluster.process_id")
-    at_least(1, *(f"cluster.{n}_timeout" for n in ("start", "step", "compile", "silence")))
-    probability(*(f"model.{n}" for n in ("p_dropemb", "p_dropsin", "p_dropres", "p_droplyr", "c_gamma")))
     if not 0 <= config.sample.nucleus <= 1:
         errors.append(f"config.sample.nucleus must be in [0, 1], not {config.sample.nucleus}")
     if m.d_model % 2:

@@ -31,6 +31,7 @@ def make(config: Model, devices: Mesh, piece_len: int) -> Callable:
     It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
     piece_len, a multiple of block_len that divides T.
     """
+    config = transformer.suited(config, mesh.platform(devices))
 
     def score(params: dict, codebooks: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         B = batch["inputs"].shape[0]
@@ -42,8 +43,7 @@ def make(config: Model, devices: Mesh, piece_len: int) -> Callable:
             x_BTD, state, _ = transformer.forward(
                 params, codebooks, piece["inputs"], piece["loss_mask"], state, config
             )
-            log_probs_BTC = transformer.log_probs(params, x_BTD, config)
-            nll_BT = loss.token_nll(log_probs_BTC, piece["targets"], piece["loss_mask"])
+            nll_BT = loss.token_nll(params, x_BTD, piece["targets"], piece["loss_mask"], config)
             return state, (nll_BT.sum(1), piece["loss_mask"].sum(1))
 
         _, sums = lax.scan(read, empty, pieces)

@@ -51,6 +51,11 @@ def n_data(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in DATA_AXES]))
 
 
+def platform(mesh: Mesh) -> str:
+    """cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
+
+
 def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(mesh, spec)
 

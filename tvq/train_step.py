@@ -40,7 +40,7 @@ def loss_fn(
         x_BTD, state, stats = transformer.forward(
             params, codebooks, batch["inputs"], mask_BT, state, config, draws
         )
-        nll_BT = loss.token_nll(transformer.log_probs(params, x_BTD, config), batch["targets"], mask_BT)
+        nll_BT = loss.token_nll(params, x_BTD, batch["targets"], mask_BT, config)
         metrics = {
             # Masked positions count in the denominator; the mean of the mask is there to undo that.
             "loss_lm_per_token_unscaled": nll_BT.mean(),
@@ -68,6 +68,7 @@ def pieces(batch: dict, length: int) -> dict:
 
 def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """The jitted step `(state, batch [B_global,T]) -> (state, metrics)`; the old state is donated."""
+    model = transformer.suited(config.model, mesh.platform(devices))
     n_update = config.train.sequence_len // config.train.update_len
     schedule = optimizer.schedule(config.optimizer)
 
@@ -77,7 +78,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         """Gradients, codebook statistics and metrics of the whole batch, from the part on this device."""
         params = lax.pcast(params, mesh.DATA_AXES, to="varying")
         (_, (state, stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, codebooks, batch, state, draws, config.model, config.train.segment_len
+            params, codebooks, batch, state, draws, model, config.train.segment_len
         )
         grads, metrics = lax.pmean((grads, metrics), mesh.DATA_AXES)
         return grads, lax.psum(stats, mesh.DATA_AXES), metrics, lax.stop_gradient(state)

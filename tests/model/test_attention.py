@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from tests.model.small import close, jit
-from tvq.model import attention, vq
+from tvq.model import attention, recurrence, vq
 from tvq.model.attention import State
 
 B, K, V, S = 2, 3, 4, 5
@@ -203,10 +203,10 @@ def test_output_does_not_depend_on_block_len(agg_cache):
 
 
 @functools.partial(jit, static_argnames="agg_cache")
-def attend_one_by_one(x: Inputs, ring: attention.Ring, position: jax.Array, agg_cache: bool) -> tuple:
+def attend_one_by_one(x: Inputs, ring: recurrence.Ring, position: jax.Array, agg_cache: bool) -> tuple:
     def step(carry, token):
         ring, position = carry
-        o, ring = attention.attend_next(
+        o, ring = recurrence.attend_next(
             *token, x.c_HSK, x.u_HK, x.w_HK, x.r_BHEK[0], ring, position, agg_cache=agg_cache
         )
         return (ring, position + 1), o
@@ -222,16 +222,16 @@ def test_one_token_at_a_time(M, agg_cache):
         x = inputs(H=2, T=20, M=M, on_codes=True)
         x = x._replace(r_BHEK=jnp.broadcast_to(x.r_BHEK[:1], x.r_BHEK.shape))
         want, after = attend(*x, block_len=4, agg_cache=agg_cache)
-        first = attention.ring_from_state(x.state, jnp.int32(0))
+        first = recurrence.ring_from_state(x.state, jnp.int32(0))
         got, _ = attend_one_by_one(x.tokens(0, 16), first, jnp.int32(0), agg_cache)
         close(got, want[:, :, :16], 1e-9)
         # After 4 tokens a memory of 5 is not yet full; the others have been round.
-        middle = attention.ring_from_state(
+        middle = recurrence.ring_from_state(
             attend(*x.tokens(0, 4), block_len=4, agg_cache=agg_cache)[1], jnp.int32(4)
         )
         got, last = attend_one_by_one(x.tokens(4, 20), middle, jnp.int32(4), agg_cache)
         close(got, want[:, :, 4:], 1e-9)
-        close(last, attention.ring_from_state(after, jnp.int32(20)), 1e-9)
+        close(last, recurrence.ring_from_state(after, jnp.int32(20)), 1e-9)
 
 
 def to_bfloat16(x: Inputs) -> Inputs:
@@ -244,21 +244,21 @@ def to_bfloat16(x: Inputs) -> Inputs:
 
 
 def test_counts_stay_exact_in_bfloat16():
-    """A count in bfloat16 stops at 256, and one in float32 as it adds up bfloat16 ones must not."""
+    """There counts stop at 256, and odd numbers above it do not exist."""
+    T, M = 399, 2
     with jax.enable_x64(True):
-        x = inputs(H=1, T=400, M=2)
-        x = x._replace(z_BHT=jnp.zeros_like(x.z_BHT), v_BHTV=jnp.ones_like(x.v_BHTV))
-        x = to_bfloat16(x)
-    state = x.state
-    for _ in range(3):  # one block, then several
-        state = attend(*x._replace(state=state), block_len=400)[1]
-        state = attend(*x._replace(state=state), block_len=100)[1]
-    ring = attention.ring_from_state(state, jnp.int32(2400))
-    _, ring = attend_one_by_one(x, ring, jnp.int32(2400), agg_cache=True)
-    for memory, n_token in ((state, 2400), (ring, 2800)):
+        x = inputs(H=1, T=T, M=M)
+        x = to_bfloat16(x._replace(z_BHT=jnp.zeros_like(x.z_BHT), v_BHTV=jnp.ones_like(x.v_BHTV)))
+    state = empty_state(1, M, jnp.bfloat16)
+    for _ in range(2):  # one block, then several
+        state = attend(*x._replace(state=state), block_len=T)[1]
+        state = attend(*x._replace(state=state), block_len=T // 3)[1]
+    position = jnp.int32(4 * T)
+    _, ring = attend_one_by_one(x, recurrence.ring_from_state(state, position), position, agg_cache=True)
+    for memory, n_token in ((state, 4 * T), (ring, 5 * T)):
         assert memory.count_BHS.dtype == memory.sum_BHSV.dtype == jnp.float32
-        np.testing.assert_array_equal(memory.count_BHS[..., 0], n_token - 2)
-        np.testing.assert_array_equal(memory.sum_BHSV[:, :, 0], n_token - 2)
+        np.testing.assert_array_equal(memory.count_BHS[..., 0], n_token - M)
+        np.testing.assert_array_equal(memory.sum_BHSV[:, :, 0], n_token - M)
 
 
 def test_bfloat16_output():

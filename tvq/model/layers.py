@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims
 from tvq.config import Model
-from tvq.model import attention, vq
+from tvq.model import attention, recurrence, vq
 from tvq.model.attention import KEPT
 
 NORM_EPS = 1e-6
@@ -152,6 +152,7 @@ def gated_unit(
         position_keys(params, sinusoid_BED, config.n_head),
         state,
         block_len=config.block_len,
+        n_parallel=config.n_parallel,
         agg_cache=config.agg_cache,
         grad_thru_cache=config.grad_thru_cache,
     )
@@ -169,15 +170,15 @@ def gated_unit_next(
     c_HSK: jax.Array,
     r_HEK: jax.Array,
     x_BTD: jax.Array,
-    ring: attention.Ring,
+    ring: recurrence.Ring,
     position: jax.Array,
     config: Model,
-) -> tuple[jax.Array, attention.Ring]:
+) -> tuple[jax.Array, recurrence.Ring]:
     """`gated_unit` for one more token (T = 1) while decoding, in work and memory independent of context."""
     q_BHTK, k_BHTK, v_BHTV, gate_BTX = project(params, x_BTD, config)
     z_BHT = vq.nearest(k_BHTK, c_HSK)
     u_HK, w_HK = biases(params, config)
-    o_BHV, ring = attention.attend_next(
+    o_BHV, ring = recurrence.attend_next(
         q_BHTK[:, :, 0],
         v_BHTV[:, :, 0],
         z_BHT[:, :, 0],

@@ -9,6 +9,7 @@ Flax modules hold the parameters; everything else is a pure function of plain di
 All N = 2 n_layer units are one stack: their parameters have a leading dim N.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tvq.config import Model
-from tvq.model import attention, layers, vq
+from tvq.model import attention, layers, recurrence, vq
 
 # Applied to kernels [in, out] and to codebook sums [H,S,K].
 kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -90,6 +91,16 @@ class State(NamedTuple):
 
 def n_unit(config: Model) -> int:
     return 2 * config.n_layer
+
+
+def suited(config: Model, platform: str) -> Model:
+    """The config with n_parallel chosen for cpu, gpu or tpu, where it is 0.
+
+    A CPU is fastest while the scores of a few blocks stay in its cache, a TPU block by block with the state
+    in its fast memory, a GPU with all blocks at once.
+    """
+    best = {"cpu": max(1, 512 // config.block_len), "tpu": 1}
+    return dataclasses.replace(config, n_parallel=config.n_parallel or best.get(platform, 0))
 
 
 def init(config: Model, key: jax.Array) -> tuple[dict, dict]:
@@ -201,7 +212,7 @@ class Decoding(NamedTuple):
     """What `decode` needs and changes. Keys of codes and distances are made once, not at every token."""
 
     position: jax.Array  # int32, tokens seen
-    rings: attention.Ring  # every array with a leading N
+    rings: recurrence.Ring  # every array with a leading N
     c_NHSK: jax.Array
     r_NHEK: jax.Array
 
@@ -212,7 +223,7 @@ def decoding(params: dict, codebooks: dict, state: State, config: Model) -> Deco
     position_keys = lambda unit_params: layers.position_keys(unit_params, distance_1ED, config.n_head)[0]
     return Decoding(
         position=state.position,
-        rings=jax.vmap(attention.ring_from_state, in_axes=(0, None))(state.units, state.position),
+        rings=jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(state.units, state.position),
         c_NHSK=jax.vmap(vq.codewords)(codebooks),
         r_NHEK=jax.lax.map(position_keys, params["units"]),
     )
