@@ -1,4 +1,4 @@
-"""Every field at its default; the schema with the meaning of each is tvq/config.py. Not meant to be run."""
+"""Every field at its default; the meaning of each stands in tvq/schema.py. Not meant to be run."""
 
 from ml_collections import ConfigDict
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "config", "dims", "cluster", "mesh", "kernels", "model", "loss", "optimizer", "state", "train_step",
+    "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "loss", "optimizer", "state", "train_step",
     "data", "checkpoint", "metrics", "evaluate", "sample", "train", "bench", "plan", "interop", "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60
@@ -75,8 +75,7 @@ def test_there_are_no_cycles():
 
 
 def test_model_order():
-    """Within the model: vq, attention, layers, transformer."""
-    inside = ("model.vq", "model.attention", "model.layers", "model.transformer")
+    inside = ("model.vq", "model.attention", "model.recurrence", "model.layers", "model.transformer")
     assert set(inside) <= set(MODULES)
     for i, name in enumerate(inside):
         assert imported(name) & set(inside) <= set(inside[:i]), name

@@ -108,7 +108,12 @@ def draw(
 
 
 def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> list[str]:
-    """`sample.n_sample` texts that begin with `sample.prompt`, drawn by one device of this process."""
+    """`sample.n_sample` texts that begin with `sample.prompt`, drawn by one device of this process.
+
+    ValueError: the model has quadratic attention, which is there to be measured, not to decode.
+    """
+    if c.model.attention == "full":
+        raise ValueError("config.model.attention=full cannot decode; train with vq to draw samples")
     params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
     prompt = vocabulary.encode(c.sample.prompt.encode()).astype(np.int32)
     prompt_BT = np.tile(np.concatenate([[END], prompt]).astype(np.int32), (c.sample.n_sample, 1))

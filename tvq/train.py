@@ -304,7 +304,7 @@ def finish(run: Run, now: TrainState, stopped: bool) -> None:
     step = int(now.step)
     if stopped:
         run.console.say(f"stopped and saved at step {step}; the same command goes on")
-    elif run.processes.is_main:
+    elif run.processes.is_main and run.config.model.attention == "vq":
         run.watchdog.beat("sample", step, run.config.cluster.compile_timeout)
         texts = sample.texts(now.params, now.codebooks, run.corpus.vocabulary, run.config)
         path = sample.save(texts, run.workdir, step)

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims
 from tvq.config import Model
-from tvq.model import attention, recurrence, vq
+from tvq.model import attention, full, recurrence, vq
 from tvq.model.attention import KEPT
 
 NORM_EPS = 1e-6
@@ -140,22 +140,26 @@ def gated_unit(
     kz_BHTK = vq.lookup(z_BHT, c_HSK)
     e2_BHT = vq.squared_error(k_BHTK, kz_BHTK)
     u_HK, w_HK = biases(params, config)
+    r_BHEK = position_keys(params, sinusoid_BED, config.n_head)
 
-    o_BHTV, state = attention.attend(
-        q_BHTK,
-        vq.straight_through(k_BHTK, kz_BHTK),
-        v_BHTV,
-        z_BHT,
-        c_HSK,
-        u_HK,
-        w_HK,
-        position_keys(params, sinusoid_BED, config.n_head),
-        state,
-        block_len=config.block_len,
-        n_parallel=config.n_parallel,
-        agg_cache=config.agg_cache,
-        grad_thru_cache=config.grad_thru_cache,
-    )
+    if config.attention == "full":
+        o_BHTV = full.attend(q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=config.block_len)
+    else:
+        o_BHTV, state = attention.attend(
+            q_BHTK,
+            vq.straight_through(k_BHTK, kz_BHTK),
+            v_BHTV,
+            z_BHT,
+            c_HSK,
+            u_HK,
+            w_HK,
+            r_BHEK,
+            state,
+            block_len=config.block_len,
+            n_parallel=config.n_parallel,
+            agg_cache=config.agg_cache,
+            grad_thru_cache=config.grad_thru_cache,
+        )
     y_BTD = dense(merge_heads(o_BHTV) * gate_BTX, params["out"])
     stats = {
         "commit": jnp.mean(jnp.sum(e2_BHT, 1) * mask_BT.astype(e2_BHT.dtype)),
