@@ -77,7 +77,9 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
         )
         now, step, seconds = resume(c, corpus, devices, tx, checkpoints, console.say)
-        processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint})
+        # Process 0 wrote the config before the restore: who does not see it has another folder of that name.
+        shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
+        processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
         rows = None
         if processes.is_main:
             rows = stack.enter_context(
