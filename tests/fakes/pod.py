@@ -6,7 +6,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+# For short runs of real programs: what is compiled is kept, in half the time, and warnings are errors.
+SHORT_RUN = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true",  # one process compiles; see tests/fakes/cached.py
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "PYTHONWARNINGS": "error",
+}
 
 
 def free_port() -> int:
@@ -46,31 +55,39 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 class Pod:
-    """`n` processes of tests.fakes.worker. `one` overrides the environment of single processes."""
+    """`n` processes of one run, by default of tests.fakes.worker; what they print is in `folder`.
+
+    `one` overrides the environment of single processes, `own` adds options to them.
+    """
 
     def __init__(
         self,
-        workdir: Path,
+        folder: Path,
         n: int,
         *options: str,
-        one: dict[int, dict[str, str]] | None = None,
+        module: str = "tests.fakes.worker",
+        one: Mapping[int, Mapping[str, str]] | None = None,
+        own: Mapping[int, Sequence[str]] | None = None,
         port: int = 0,
+        **variables: str,
     ):
-        self.workdir, self.port = workdir, port or free_port()
+        self.folder, self.port = folder, port or free_port()
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        if module == "tests.fakes.worker":
+            options = (f"--workdir={folder}", *options)
         for i in range(n):
             place = {
                 "TVQ_COORDINATOR": f"127.0.0.1:{self.port}",
                 "TVQ_N_PROCESS": str(n),
                 "TVQ_PROCESS_ID": str(i),
             }
-            variables = (place if n > 1 else {}) | (one or {}).get(i, {})
-            if "ABSENT" in variables:
+            found = variables | (place if n > 1 else {}) | dict((one or {}).get(i, {}))
+            if "ABSENT" in found:
                 continue
-            with (workdir / f"output_{i}.txt").open("ab") as output:
+            with (folder / f"output_{i}.txt").open("ab") as output:
                 self.processes[i] = subprocess.Popen(
-                    [sys.executable, "-m", "tests.fakes.worker", f"--workdir={workdir}", *options],
-                    env=environment(**variables),
+                    [sys.executable, "-m", module, *options, *(own or {}).get(i, ())],
+                    env=environment(**found),
                     stdout=output,
                     stderr=output,
                 )
@@ -90,11 +107,11 @@ class Pod:
         return [p.wait(timeout=max(0.1, deadline - time.monotonic())) for p in self.processes.values()]
 
     def said(self, process: int) -> str:
-        return (self.workdir / f"output_{process}.txt").read_text()
+        return (self.folder / f"output_{process}.txt").read_text()
 
     def wait_for(self, path: str, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
-        while not (self.workdir / path).exists():
+        while not (self.folder / path).exists():
             alive = any(p.poll() is None for p in self.processes.values())
             if not alive or time.monotonic() > deadline:
                 raise AssertionError(f"{path} did not come; {[self.said(i) for i in self.processes]}")
