@@ -24,6 +24,13 @@ from tvq.state import TrainState
 # What a start leaves in a workdir that was killed before it was a run.
 STARTED = ("logs", f"{config.FILE}.tmp")
 
+# Metrics that end a run when they are not a number.
+WATCHED = {
+    "loss_lm_per_token_unscaled": "loss",
+    "grad_norm": "norm of the gradient",
+    "param_norm": "norm of the updated parameters",
+}
+
 
 class DivergedError(RuntimeError):
     """Loss or gradient is no longer a number."""
@@ -247,7 +254,7 @@ def read_metrics(unread: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
     """The metrics of the last step, on the host. DivergedError names the first step that went wrong."""
     found = jax.device_get(unread)
     for step, numbers in found:
-        for what, name in (("loss", "loss_lm_per_token_unscaled"), ("norm of the gradient", "grad_norm")):
+        for name, what in WATCHED.items():
             if not np.isfinite(numbers[name]):
                 raise DivergedError(f"the {what} is {numbers[name]} at step {step}")
     del unread[:-1]

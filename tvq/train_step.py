@@ -106,15 +106,17 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         grads, stats, metrics, attention_state = sharded_gradient(
             state.params, state.codebooks, piece, attention_state, draws
         )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         metrics |= transformer.codebook_metrics(state.codebooks)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
             "learning_rate": config.optimizer.lr_max * schedule(state.step),
         }
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             codebooks=vq.moving_average(state.codebooks, stats, config.model.c_gamma),
             opt_state=opt_state,
             key=state.key,
