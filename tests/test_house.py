@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "loss", "optimizer", "state", "train_step",
-    "data", "checkpoint", "metrics", "evaluate", "sample", "train", "bench", "plan", "interop", "__main__",
+    "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "loss", "optimizer", "state",
+    "train_step", "data", "checkpoint", "metrics", "evaluate", "sample", "train", "bench", "plan", "interop",
+    "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60
 # Longer, with the reason.

@@ -117,6 +117,18 @@ def test_adafactor_treats_each_unit_by_itself():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_an_update_of_one_unit_does_not_depend_on_the_other(name):
+    tx = optimizer.make(dataclasses.replace(CONFIG, name=name, n_warmup_step=0))
+    alone = lambda x: {**x, "units": jax.tree.map(lambda a: a.at[0].set(1e-3), x["units"])}
+    params, grads = tree(0), tree(1)
+    update = jax.jit(tx.update)
+    want, _ = update(grads, tx.init(params), params)
+    got, _ = update(alone(grads), tx.init(alone(params)), alone(params))
+    second = lambda updates: jax.tree.map(lambda a: a[1], updates["units"])
+    small.close(second(got), second(want), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_clipping_is_by_the_norm_of_all_gradients_and_zero_leaves_it_out(name):
     def updates(grad_clip: float, scale: float = 1.0) -> list:
         tx = optimizer.make(dataclasses.replace(CONFIG, name=name, grad_clip=grad_clip, n_warmup_step=0))

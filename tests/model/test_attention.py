@@ -123,7 +123,7 @@ def inputs(H: int, T: int, M: int, n_memory: int = 0, n_cached: int = 0, on_code
     )  # fmt: skip
 
 
-@functools.partial(jit, static_argnames=("attend", "block_len", "agg_cache", "grad_thru_cache"))
+@functools.partial(jit, static_argnames=("attend", "block_len", "agg_cache", "grad_thru_cache", "n_parallel"))
 def value_and_grads(x: Inputs, toward: tuple, attend, **options) -> tuple:
     """Output and next state, and the gradients of their product with `toward`."""
     smooth = {"k_BHMK", "v_BHMV", "sum_BHSV"}
@@ -170,6 +170,16 @@ def test_equals_dense_attention(L, M, T, H, switches):
             got = value_and_grads(x, toward(x), attention.attend, **options)
             want = value_and_grads(x, toward(x), dense_attend, **options)
             close(got, want, 1e-9)
+
+
+@pytest.mark.parametrize(("n_parallel", "grad_thru_cache"), [(1, True), (1, False), (3, True)])
+def test_blocks_in_turn_are_blocks_at_once(n_parallel, grad_thru_cache):
+    """Of 4 blocks 1 at a time, or 2: 3 at a time would leave one over."""
+    options = {"block_len": 3, "agg_cache": True, "grad_thru_cache": grad_thru_cache}
+    with jax.enable_x64(True):
+        x = inputs(H=2, T=12, M=4, n_memory=4, n_cached=40)
+        got = value_and_grads(x, toward(x), attention.attend, n_parallel=n_parallel, **options)
+        close(got, value_and_grads(x, toward(x), dense_attend, **options), 1e-9)
 
 
 def attend_in_two_calls(q, k, v, z, c, u, w, r, state, *, block_len, **switches):
