@@ -1,4 +1,4 @@
-"""The door, `tvq train|eval|sample`: reads the command line, starts the program, sets the exit code."""
+"""The door, `tvq train|eval|sample|bench`: reads the command line, starts the program, sets the exit code."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from tvq import cluster, config, evaluate, sample, train
+from tvq import bench, cluster, config, evaluate, sample, train
 from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
@@ -45,10 +45,20 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
             --temperature=0.8 --nucleus=0.95
         """,
     ),
+    "bench": (
+        bench.bench,
+        "measure speed and memory of programs that are checked to agree",
+        """
+        tvq bench train --config=configs/debug.py --output=runs/bench --lengths=512,2048,8192
+        tvq bench attention --config=configs/debug.py --output=runs/core --formulations=auto,serial,full
+        tvq bench decode --config=configs/debug.py --output=runs/decode --contexts=1000,10000
+        tvq bench data --config=configs/debug.py --output=runs/data
+        """,
+    ),
 }
 # Short forms: `--split=test` is `--config.evaluate.split=test`.
-SHORT = {"eval": config.Evaluate, "sample": config.Sample}
-SECTION = {"eval": "evaluate", "sample": "sample"}
+SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench}
+SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench"}
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -66,14 +76,22 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-        needed = name == "train"
+        if name == "bench":
+            command.add_argument("kind", choices=bench.KINDS, help="what to measure")
+            command.add_argument(
+                "--output", dest="workdir", required=True, metavar="DIR", help="folder for the results"
+            )
+        else:
+            command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+        needed = name in ("train", "bench")
         default = "" if needed else " (default: that of the run)"
         command.add_argument("--config", required=needed, metavar="FILE", help=f"config file{default}")
         command.add_argument(
             "--cpu_devices", type=int, metavar="N", help="use N CPU devices, whatever accelerator there is"
         )
         for field in dataclasses.fields(SHORT[name]) if name in SHORT else ():
+            if (name, field.name) == ("bench", "kind"):
+                continue  # it has no dashes, above
             option = f"--{field.name}"
             command.add_argument(option, metavar="VALUE", help=str(field.metadata["doc"]), dest=field.name)
     return top
@@ -119,7 +137,7 @@ def explained(say: Callable[[str], None]) -> Iterator[None]:
     """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
     try:
         yield
-    except (cluster.ClusterError, train.DivergedError) as error:
+    except (cluster.ClusterError, train.DivergedError, bench.DisagreementError) as error:
         say(f"tvq: {error}")
         sys.exit(cluster.EXIT_FAILED)
     except ValueError as error:
@@ -161,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f" {run.model.param_dtype} do not go together; use float64 for both or neither"
                 )
             jax.config.update("jax_enable_x64", True)  # or jax would compute in float32 and only warn
-        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        if arguments.command == "bench":
+            jax.config.update("jax_enable_compilation_cache", False)  # or no compile time would be true
+        elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             # A restart then compiles nothing.
             jax.config.update("jax_compilation_cache_dir", str(cache_folder(run.data) / "compiled"))
         place = cluster.find(run.cluster, os.environ, cluster.tpu_metadata(os.environ))

@@ -17,9 +17,23 @@ from typing import Any, get_type_hints
 from etils import epath
 from ml_collections import ConfigDict
 
-from tvq.schema import Checkpoint, Cluster, Config, Data, Evaluate, Log, Mesh, Model, Optimizer, Sample, Train
+from tvq.schema import (
+    Bench,
+    Checkpoint,
+    Cluster,
+    Config,
+    Data,
+    Evaluate,
+    Log,
+    Mesh,
+    Model,
+    Optimizer,
+    Sample,
+    Train,
+)
 
 __all__ = [
+    "Bench",
     "Checkpoint",
     "Cluster",
     "Config",
@@ -42,7 +56,7 @@ CHANGEABLE = frozenset(
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
         for f in dataclasses.fields(cls)
-        if name in ("mesh", "evaluate", "sample", "checkpoint", "log", "cluster")
+        if name in ("mesh", "evaluate", "sample", "bench", "checkpoint", "log", "cluster")
     }
 )
 # What may differ between the processes of one run.

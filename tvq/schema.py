@@ -104,6 +104,24 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    kind: str = field("train", "what to measure: train, attention, decode or data")
+    lengths: str = field("2048,8192", "tokens of a sequence and an update, for train and attention")
+    n_token: int = field(0, "tokens of a step, the same at each length; 0: the largest length", at_least=0)
+    formulations: str = field(
+        "auto,serial,all,full",
+        "vq by model.n_parallel 0, 1 or all blocks, and model.attention=full; auto:nothing sets model.remat",
+    )
+    contexts: str = field("1024,10240,102400", "tokens before those that decode measures")
+    batch_sizes: str = field("1,8", "sequences that decode works on at once")
+    n_draw: int = field(64, "tokens that one call of decode draws", at_least=1)
+    rounds: int = field(5, "times that each case is timed, in turn", at_least=1)
+    seconds: float = field(
+        0.0, "time limit: no case is added after 60 % of it and no round begun after it; 0: none", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every: int = field(1000, "updates between checkpoints", at_least=1)
     keep: int = field(3, "latest checkpoints kept", at_least=1)
@@ -146,6 +164,7 @@ class Config:
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     sample: Sample = Sample()
+    bench: Bench = Bench()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     cluster: Cluster = Cluster()
