@@ -93,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
             if (name, field.name) == ("bench", "kind"):
                 continue  # it has no dashes, above
             option = f"--{field.name}"
-            command.add_argument(option, metavar="VALUE", help=str(field.metadata["doc"]), dest=field.name)
+            command.add_argument(
+                option, metavar="VALUE", help=field.metadata["doc"].replace("%", "%%"), dest=field.name
+            )
     return top
 
 
