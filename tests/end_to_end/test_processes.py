@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import chaos
 from tests.end_to_end.program import Program, arrays, newest, rows
 from tests.fakes.pod import SHORT_RUN, Pod
 from tvq import cluster
@@ -151,3 +152,8 @@ def test_evaluation_by_two_processes_is_that_by_one(two: Path, tmp_path: Path) -
         assert "test loss" not in started.said(1) if n > 1 else True
     assert results[0] == results[1]
     assert json.loads(results[0][1])["split"] == "test"
+
+
+def test_a_run_survives_chaos(tvq: Program, tmp_path: Path) -> None:
+    """Three of the events of tests/chaos.py: a process stopped, one killed, one asked to stop."""
+    chaos.run(1, 3, 2, 2, tvq, tmp_path)
