@@ -4,6 +4,7 @@ All cases of a command are compiled, run once and compared, and only then timed:
 drawn anew each round, so that what disturbs the machine disturbs all alike.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -67,16 +68,22 @@ def conditions(s: Session) -> Row:
         "command": shlex.join(sys.orig_argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{s.devices.size} x {first.device_kind}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "peak_bytes_in_use": memory and memory.get("peak_bytes_in_use"),  # of all cases together
     }
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of every package that is installed; tvq may run from its sources."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def document(facts: Row, notes: list[str], found: list[Row]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    head = f"# tvq bench {facts['kind']}\n\n{facts['device']}, {facts['date']}; {versions}.\n"
+    known = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    head = f"# tvq bench {facts['kind']}\n\n{facts['device']}, {facts['date']}; {known}.\n"
     lines = "".join(f"- {note}\n" for note in notes)
     return f"{head}\n    {facts['command']}\n\n{report.markdown(found)}\n\n{lines}"

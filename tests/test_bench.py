@@ -1,0 +1,298 @@
+"""tvq bench: it times what it has checked, refuses what disagrees; its FLOPs are the compiler's."""
+
+import dataclasses
+import json
+import shlex
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.end_to_end.program import write_corpus
+from tests.test_launch import script
+from tvq import __main__ as door
+from tvq import bench, cluster, config, mesh
+from tvq.bench import cases, flops, report, session
+from tvq.model import attention, full, layers, transformer
+
+TINY = config.Model(
+    n_vocab=259, n_layer=1, d_model=8, d_k=4, d_v=8, n_code=8, block_len=8, mem_len=8, pe_lam=100.0
+)
+NOWHERE = cluster.find(config.Cluster(), {}, None)
+
+
+def tiny(tmp_path: Path, **fields: object) -> config.Config:
+    corpus = tmp_path / "corpus.txt"
+    write_corpus(corpus)
+    return config.Config(
+        model=TINY,
+        data=config.Data(source="text", path=str(corpus), cache=str(tmp_path / "cache")),
+        train=config.Train(steps=1, global_batch_size=1, sequence_len=32, update_len=32),
+        mesh=config.Mesh(devices=1),
+        bench=config.Bench(
+            **{
+                "lengths": "16,32",
+                "contexts": "8,16",
+                "batch_sizes": "1,2",
+                "n_draw": 2,
+                "rounds": 2,
+                **fields,
+            }
+        ),
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """A laptop, and clocks that need no long calls."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(session, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(cases, "N_BATCH", 3)
+
+
+def measured(tmp_path: Path, **fields: object) -> dict:
+    log = cluster.Log(tmp_path / "logs", NOWHERE)
+    with log.file:
+        assert bench.bench(tiny(tmp_path, **fields), epath.Path(tmp_path / "out"), NOWHERE, log) == 0
+    return json.loads((tmp_path / "out" / "bench.json").read_text())
+
+
+def lowered_flops(model: config.Model, n_token: int, backward: bool = False) -> float:
+    """XLA's count for one unit without loops, a token."""
+    params, codebooks = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    shapes = (params["units"], codebooks, transformer.initial_state(model, 1).units)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    x_BTD = jax.ShapeDtypeStruct((1, n_token, model.d_model), jnp.float32)
+
+    def unit(params, x_BTD, codebook, state):
+        mask_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+        sinusoid_BED = transformer.distances(model)[None]
+        y_BTD, _, stats = layers.gated_unit(params, codebook, x_BTD, mask_BT, sinusoid_BED, state, model)
+        return (y_BTD.sum(), stats) if backward else (y_BTD, stats)
+
+    program = jax.value_and_grad(unit, argnums=(0, 1), has_aux=True) if backward else unit
+    count = jax.jit(program).lower(one[0], x_BTD, *one[1:]).cost_analysis()["flops"]
+    return count / n_token
+
+
+@pytest.mark.parametrize("n_head", [1, 2])
+def test_flops_are_those_of_the_compiler(n_head):
+    """Elementwise work, which is not counted, is small beside products of wide values."""
+    model = dataclasses.replace(
+        config.Model(), d_model=512, d_v=1024, n_head=n_head, n_code=256, block_len=256, mem_len=256,
+        n_parallel=8,
+    )  # fmt: skip
+    counted = sum(flops.unit(model, 2048).values())
+    assert lowered_flops(model, 2048) == pytest.approx(counted, rel=0.03)
+    full_model = dataclasses.replace(model, attention="full")
+    assert sum(flops.unit(full_model, 2048).values()) > counted
+    # The backward pass computes the scores again, which does not count.
+    parts = flops.unit(model, 2048)
+    again = parts["scores"] + parts["relative scores"] + parts["cache scores"]
+    both = sum(flops.unit(model, 2048, backward=True).values()) + again
+    assert lowered_flops(model, 2048, backward=True) == pytest.approx(both, rel=0.05)
+
+
+def test_flops_of_full_attention_grow_with_the_square():
+    model = dataclasses.replace(TINY, attention="full")
+    scores = [flops.unit(model, T)["scores"] for T in (1023, 2047)]
+    assert scores[1] == 2 * scores[0]
+    assert flops.unit(TINY, 2047)["scores"] == flops.unit(TINY, 1023)["scores"]
+
+
+def test_peaks():
+    assert flops.peak("NVIDIA H200") == 989e12
+    assert flops.peak("NVIDIA H100 PCIe") < flops.peak("NVIDIA H100 80GB HBM3")
+    assert flops.peak("TPU v5 lite") < flops.peak("TPU v5p")
+    assert flops.peak("cpu") is None
+
+
+def test_train(tmp_path):
+    """Also the files and that nothing is missing in them."""
+    found = measured(tmp_path, kind="train", formulations="auto,serial:nothing,full")
+    labels = [(row["formulation"], row["T"]) for row in found["rows"]]
+    assert labels == [(name, T) for T in (16, 32) for name in ("auto", "serial:nothing", "full")]
+    for row in found["rows"]:
+        assert row["10 %"] <= row["ms"] <= row["90 %"]
+        assert row["tokens/s"] == pytest.approx(32 / (row["ms"] / 1e3))
+        assert row["compile s"] > 0
+        assert row["x full"] > 0
+    assert len([note for note in found["notes"] if note.startswith("checked: ")]) == 3
+    assert found["config"]["model"]["n_code"] == TINY.n_code
+    assert {"command", "date", "device", "versions"} <= set(found)
+    lines = (tmp_path / "out" / "bench.md").read_text()
+    assert lines.count("| serial:nothing |") == 2
+    assert found["command"] in lines
+
+
+def test_attention(tmp_path):
+    found = measured(tmp_path, kind="attention", lengths="32", formulations="full,auto,serial")
+    assert [row["formulation"] for row in found["rows"]] == ["full", "auto", "serial"]
+    assert len(found["notes"]) == 2
+
+
+def test_decode(tmp_path):
+    found = measured(tmp_path, kind="decode", contexts="5,16")
+    labels = [(row["work"], row["batch"], row["context"]) for row in found["rows"]]
+    assert labels == [(w, B, n) for B in (1, 2) for n in (8, 16) for w in ("prefill", "decode")]
+    assert len(found["notes"]) == 1
+    c = dataclasses.replace(tiny(tmp_path), model=dataclasses.replace(TINY, attention="full"))
+    with pytest.raises(ValueError, match="full does not decode"):
+        cases.prepare_decode(begun(c))
+
+
+def test_data(tmp_path):
+    found = measured(tmp_path, kind="data")
+    data, step = found["rows"]
+    assert data["work"] == "3 batches"
+    assert step["x step"] == 1
+    assert data["x step"] == pytest.approx(data["tokens/s"] / step["tokens/s"])
+
+
+def begun(c: config.Config) -> session.Session:
+    return session.Session(c, mesh.make(c.mesh, jax.devices()), lambda text: None, time.monotonic())
+
+
+@pytest.mark.parametrize("kind", ["train", "attention"])
+def test_no_speed_of_a_wrong_baseline(tmp_path, monkeypatch, kind):
+    right = full.attend
+    monkeypatch.setattr(full, "attend", lambda *args, **options: 1.01 * right(*args, **options))
+    with pytest.raises(bench.DisagreementError, match=r"no speed is given: .* full and"):
+        measured(tmp_path, kind=kind, lengths="16", formulations="auto,full")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_speed_of_a_wrong_formulation(tmp_path, monkeypatch):
+    right = attention.attend
+
+    def wrong(*arguments, n_parallel, **options):
+        o_BHTV, state = right(*arguments, n_parallel=n_parallel, **options)
+        return (1.1 if n_parallel == 1 else 1.0) * o_BHTV, state
+
+    monkeypatch.setattr(attention, "attend", wrong)
+    with pytest.raises(bench.DisagreementError, match="loss and gradient norm of serial and all"):
+        measured(tmp_path, kind="train", lengths="16", formulations="all,serial")
+
+
+def test_no_speed_of_wrong_decoding(tmp_path, monkeypatch):
+    right = transformer.decode
+
+    def wrong(*arguments):
+        log_probs_BC, state = right(*arguments)
+        return 1.01 * log_probs_BC, state
+
+    monkeypatch.setattr(transformer, "decode", wrong)
+    with pytest.raises(bench.DisagreementError, match="decoded and read in parallel"):
+        measured(tmp_path, kind="decode", contexts="8")
+
+
+def test_not_a_number_agrees_with_nothing(tmp_path):
+    with pytest.raises(bench.DisagreementError, match="nan"):
+        begun(tiny(tmp_path)).agree(float("nan"), float("nan"), "two")
+
+
+def test_rounds_are_interleaved_and_end_in_time(tmp_path):
+    called: list[str] = []
+    s = begun(tiny(tmp_path, rounds=4))
+    s.cases += [session.Case({"name": n}, lambda n=n: called.append(n), 1) for n in "abc"]
+    assert [len(times) for times in session.measure(s)] == [4, 4, 4]
+    rounds = [called[i : i + 3] for i in range(3, 15, 3)]  # after the warm-up
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
+    late = begun(tiny(tmp_path, rounds=4, seconds=1e-9))
+    late.cases += s.cases
+    assert [len(times) for times in session.measure(late)] == [1, 1, 1]
+    with late.trying(T=8) as go:
+        assert not go
+    assert late.notes[0].startswith("1 of 4 rounds")
+    assert late.notes[1].startswith("left out: 8")
+
+
+def test_what_does_not_fit_is_left_out(tmp_path):
+    s = begun(tiny(tmp_path))
+    with s.trying(formulation="full", T=8):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 100 GiB")
+    assert s.notes == ["left out: full 8 (out of memory)"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), s.trying(T=8):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lengths": "16,x"}, "config.bench.lengths must be whole numbers .* not '16,x'"),
+        ({"lengths": "16,24"}, "config.bench.n_token 24 is not a multiple of the 16 .* use 32"),
+        (
+            {"formulations": "fast"},
+            "config.bench.formulations must be of auto, serial, all, full, not 'fast'",
+        ),
+        ({"formulations": "auto:some"}, "config.model.remat"),
+        ({"lengths": "12"}, "block_len"),
+        ({"kind": "speed"}, "config.bench.kind must be one of"),
+    ],
+)
+def test_wrong_input_is_named(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        measured(tmp_path, **fields)
+
+
+def test_model_flops_use():
+    """Half the peak of two chips."""
+
+    class Chip:
+        device_kind = "TPU v4"
+
+    class Chips:
+        devices = np.array([Chip(), Chip()])
+
+    c = dataclasses.replace(config.Config(), model=dataclasses.replace(TINY, dtype="bfloat16"))
+    s = session.Session(c, Chips(), print, 0.0)
+    s.cases.append(session.Case({}, print, 10, {}, 275e12 / 10, 2))
+    assert report.rows(s, [[1.0, 1.0, 5.0]])[0]["MFU"] == 0.5
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="only the extra bench has it")
+    rows = [{"formulation": n, "T": T, "tokens/s": 1e3 * T} for n in ("auto", "full") for T in (8, 16)]
+    assert report.plot(rows, epath.Path(tmp_path / "bench.png"))
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_door(tmp_path, capsys, monkeypatch):
+    seen = []
+    program = lambda run, output, *_: seen.append((run.bench, output)) or 0
+    monkeypatch.setitem(door.COMMANDS, "bench", (program, *door.COMMANDS["bench"][1:]))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    arguments = ["--config=configs/debug.py", f"--output={tmp_path}", "--lengths=64", "--rounds=7"]
+    assert door.main(["bench", "attention", *arguments]) == 0
+    ((asked, output),) = seen
+    assert (asked.kind, asked.lengths, asked.rounds, output) == ("attention", "64", 7, epath.Path(tmp_path))
+    with pytest.raises(SystemExit) as refused:
+        door.main(["bench", "speed", *arguments])
+    assert refused.value.code == 2
+    assert "train, attention, decode, data" in capsys.readouterr().err.replace("'", "")
+
+
+def test_the_script_for_a_gpu():
+    """Each command that it would run is one that the door takes."""
+    shown = script("bench_gpu.sh", "--dry-run", "--seconds", "100", "--output", "here")
+    assert shown.returncode == 0, shown.stderr
+    commands = [shlex.split(line) for line in shown.stdout.splitlines() if line.startswith("timeout")]
+    limits = 0
+    for command in commands:
+        limits += int(command[1])
+        arguments, overrides = door.parser().parse_known_args(command[command.index("tvq") + 1 :])
+        run = door.read_config(arguments, overrides)
+        assert run.model.dtype == "bfloat16"
+        assert all(trial.train.update_len == T for T, _, trial in cases.sweep(run))
+    assert [command[-1] for command in commands] == [
+        f"--output=here/{name}" for name in ("enwik8", "pg19", "decode")
+    ]
+    assert limits <= 100
+    refused = script("bench_gpu.sh", "--dry-run", "--wheels", "/no/such/folder")
+    assert (refused.returncode, "is no folder" in refused.stderr) == (2, True)
