@@ -59,6 +59,11 @@ def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
             c.train, sequence_len=T, update_len=T, segment_len=0, steps=1, global_batch_size=n_token // T
         )
         trial = dataclasses.replace(c, train=trained, model=formulated(c.model, name.strip()))
+        if trial.model.attention == "full" and not (c.model.agg_cache and c.model.grad_thru_cache):
+            raise ValueError(
+                "config.model.agg_cache and config.model.grad_thru_cache must be true where full attention is"
+                " the baseline: without them vq attention is another function; or leave out full"
+            )
         config.validate(trial)
         yield T, name.strip(), trial
 
