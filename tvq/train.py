@@ -179,6 +179,7 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
     )
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
     run.watchdog.beat("compile", int(now.step), run.config.cluster.compile_timeout)
+    run.console.progress("compiling the train step", brief=True)
     began = time.monotonic()
     update = train_step.make(run.config, run.devices, tx).lower(now, batch).compile()
     text = f"compile  {metrics.duration(time.monotonic() - began)}"
@@ -186,6 +187,7 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
     if memory is not None:  # not every backend says
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         text += f", {needed / 2**20:,.0f} MiB a device"
+    run.console.progress("training", brief=True)
     run.console.say(text)
     return update
 

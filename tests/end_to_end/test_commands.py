@@ -31,7 +31,7 @@ def test_the_command_is_installed() -> None:
 @pytest.mark.parametrize("command", __main__.COMMANDS)
 def test_help(here: Here, command: str) -> None:
     stdout, _ = here(command, "--help")
-    assert f"tvq {command} --" in stdout.partition("examples:")[2]
+    assert f"tvq {command} " in stdout.partition("examples:")[2]
     lines = stdout.partition("every field of the config")[2].splitlines()
     fields = [line for line in lines if line.startswith("  --config.")]
     assert len(fields) == len(config.docs())
@@ -109,6 +109,7 @@ def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
         os.close(ours)
         end(process, 0)
     output = b"".join(chunks).decode()
+    assert CLEAR + "compiling" in output
     assert output.count(CLEAR + "step 20 of 20, loss ") >= 1
     assert output.count(CLEAR + "evaluating: batch 1 of 1") == 1
     lines = render(output)
