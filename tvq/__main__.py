@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = cluster.find(run.cluster, os.environ, cluster.tpu_metadata(os.environ))
         log = open_log(arguments.workdir, place)
     # The guard is outside: with several processes it must see the exit, to leave at once.
-    with log.file, cluster.guard(place, log.say), explained(log.say):
+    with contextlib.closing(log), cluster.guard(place, log.say), explained(log.say):
         return COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log)
 
 

@@ -111,6 +111,8 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
 def check_workdir(workdir: epath.Path, c: Config) -> None:
     """ValueError if the folder holds another run, or something that is no run."""
     path = workdir / config.FILE
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is not a folder; use another")
     if path.exists():
         differing = config.differences(config.recorded(path), config.to_dict(c))
         if differing:
@@ -149,11 +151,16 @@ def resume(
 
 
 def record(workdir: epath.Path, c: Config) -> None:
-    """Writes the config of the run, whole or not at all."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / f"{config.FILE}.tmp"
-    temporary.write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
-    temporary.replace(workdir / config.FILE)
+    """Writes the config of the run, whole or not at all. ValueError: the workdir cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / f"{config.FILE}.tmp"
+        temporary.write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
+        temporary.replace(workdir / config.FILE)
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir}: cannot write there ({error.strerror}); use another folder"
+        ) from error
 
 
 def describe(run: Run, now: TrainState, step: int) -> str:

@@ -1,10 +1,12 @@
 """The log that each process writes for itself."""
 
+import functools
 import re
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 from tvq.cluster.place import Place
 
@@ -20,17 +22,34 @@ def log_folder(workdir: str) -> Path:
 
 
 class Log:
-    """`folder/process_N.log`, and the terminal's error stream; kept open until the process ends."""
+    """`folder/process_N.log`, and the terminal's error stream.
+
+    With one process there is no file until `file` is first asked for, by the watchdog of a run that has
+    begun: a start that is refused leaves nothing behind.
+    """
 
     def __init__(self, folder: Path, place: Place):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"process_{place.process_id}.log"
-        self.file = self.path.open("a", buffering=1)
         self.prefix = f"[{place.process_id}] " if place.n_process > 1 else ""
+        self._opened = False
+        if place.n_process > 1:
+            self.say(str(place))
+
+    @functools.cached_property
+    def file(self) -> TextIO:
+        """Open to append, line by line. OSError: the folder cannot be written."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._opened = True
+        return self.path.open("a", buffering=1)
 
     def say(self, text: str) -> None:
         """One or more lines, with the time, to the file and the terminal."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         for line in text.splitlines():
-            self.file.write(f"{stamp} {line}\n")
+            if self._opened or self.prefix:
+                self.file.write(f"{stamp} {line}\n")
             print(f"{self.prefix}{line}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._opened:
+            self.file.close()

@@ -107,6 +107,8 @@ class Processes:
         """SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C ends the process."""
 
         def on_interrupt(number: int, frame: Any) -> None:
+            # Not print: a handler may have interrupted one.
+            os.write(2, b"\nstopping once this step is done and saved; Ctrl-C again ends at once\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self.client is None:
                 self._stop.set()
@@ -138,7 +140,6 @@ def start(
         ClusterError: processes are missing, the port is taken, an accelerator is held by another process.
         ValueError: the processes differ, or found another number of devices than they were given.
     """
-    say(str(place))
     if glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
         clear_stale_lock(TPU_LOCK, say)
     hosts = place.hosts
