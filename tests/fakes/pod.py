@@ -57,7 +57,8 @@ def environment(**variables: str) -> dict[str, str]:
 class Pod:
     """`n` processes of one run, by default of tests.fakes.worker; what they print is in `folder`.
 
-    `one` overrides the environment of single processes, `own` adds options to them.
+    `one` overrides the environment of single processes, `own` adds options to them, `on` starts them through
+    another command.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Pod:
         module: str = "tests.fakes.worker",
         one: Mapping[int, Mapping[str, str]] | None = None,
         own: Mapping[int, Sequence[str]] | None = None,
+        on: Mapping[int, Sequence[str]] | None = None,
         port: int = 0,
         **variables: str,
     ):
@@ -86,7 +88,7 @@ class Pod:
                 continue
             with (folder / f"output_{i}.txt").open("ab") as output:
                 self.processes[i] = subprocess.Popen(
-                    [sys.executable, "-m", module, *options, *(own or {}).get(i, ())],
+                    [*(on or {}).get(i, ()), sys.executable, "-m", module, *options, *(own or {}).get(i, ())],
                     env=environment(**found),
                     stdout=output,
                     stderr=output,
