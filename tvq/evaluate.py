@@ -101,6 +101,11 @@ def batch_size(c: Config) -> int:
     return c.evaluate.batch_size or c.train.global_batch_size
 
 
+def piece_len(c: Config) -> int:
+    """Tokens read at a time: as many as training holds in memory."""
+    return c.train.segment_len or c.train.update_len
+
+
 def line(name: str, result: dict[str, float], corpus: Corpus) -> str:
     """The result of a split for the eye, beside what gzip makes of it."""
     info = corpus.info(name)
@@ -167,7 +172,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     with metrics.Console(quiet=not processes.is_main) as console:
         now = restore(c, workdir, devices, console.say).state
         found = split(
-            make(c.model, devices, c.train.update_len),
+            make(c.model, devices, piece_len(c)),
             now.params,
             now.codebooks,
             corpus,

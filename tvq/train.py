@@ -206,7 +206,7 @@ def loop(
     c = run.config
     n_update = c.train.sequence_len // c.train.update_len
     clock = metrics.Clock(c.train.global_batch_size * c.train.update_len, seconds)
-    score = evaluate.make(c.model, run.devices, c.train.update_len)
+    score = evaluate.make(c.model, run.devices, evaluate.piece_len(c))
     batches = training_batches(
         sequences,
         batch_size=c.train.global_batch_size,

@@ -1,0 +1,47 @@
+"""The README's commands, in its order, on the tiny model."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.end_to_end.program import REPOSITORY, Program
+
+README = (REPOSITORY / "README.md").read_text()
+# What is large in the README, and here.
+SMALLER = {
+    "--config.train.steps=2000": "--config.train.steps=24",
+    "--config.train.sequence_len=131072": "--config.train.sequence_len=64",
+    "--config.train.update_len=131072": "--config.train.update_len=64",
+    "--config.train.segment_len=4096": "--config.train.segment_len=16",
+    "--lengths=2048,8192": "--lengths=16,32",
+    "--length=200": "--length=20",
+}
+
+
+def commands() -> list[list[str]]:
+    """The words of each line of the README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.slow
+def test_quick_tour(tvq: Program) -> None:
+    found = [words[1:] for words in commands() if words[0] == ".venv/bin/tvq"]
+    assert {words[0] for words in found} == {"train", "eval", "sample", "bench"}
+    for words in found:
+        arguments = [SMALLER.get(word, word).replace("=runs/", f"={tvq.folder}/tour/") for word in words]
+        if "--config=configs/debug.py" in arguments:
+            tiny = [word for word in tvq.options(tvq.folder) if not word.startswith("--workdir")]
+            arguments = [arguments[0], *tiny, *arguments[1:]]
+            arguments.remove("--config=configs/debug.py")
+        out, _ = tvq.run(*arguments)
+        assert out, words
+
+
+def test_make_targets_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = [words[1] for words in commands() if words[0] == "make"]
+    assert targets[:2] == ["train", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
