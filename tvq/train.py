@@ -223,12 +223,12 @@ def loop(
             run.watchdog.beat("data", step)
             batch = mesh.global_batch(run.devices, next(batches), c.train.global_batch_size)
             run.watchdog.beat("ready", step)
-            run.processes.batch_ready(step)
+            run.processes.batch_ready()
             run.watchdog.beat("step", step)
             now, numbers = update(now, batch)
             step += n_update
             unread.append((step, numbers))
-            stopped = run.processes.stop_requested(step // n_update)  # counts by one, as jax requires
+            stopped = run.processes.stop_requested()
             last = step == c.train.steps
 
             # The rows of a step are written before its checkpoint: a resumed run then has each row once.

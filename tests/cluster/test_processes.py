@@ -135,6 +135,16 @@ def test_a_signal_to_process_0_saves_and_stops(tmp_path: Path, number: signal.Si
         assert pod.codes() == [cluster.EXIT_STOPPED] * n
 
 
+def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"step": 50, "sum": 0.0}')
+    with Pod(tmp_path, 2, "--steps=100", "--pause=1") as pod:
+        pod.wait_for_line(1, "processes are here")
+        for process in pod.processes.values():
+            process.send_signal(signal.SIGTERM)
+        assert pod.codes() == [cluster.EXIT_STOPPED] * 2
+    assert "stopped and saved at step 51" in pod.said(0)
+
+
 def test_an_exception_on_one_process_ends_all_at_once(tmp_path: Path) -> None:
     fault = {"TVQ_TEST_FAULT": '{"process": 1, "kind": "raise", "step": 2}'}
     began = time.monotonic()

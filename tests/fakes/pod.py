@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 # For short runs of real programs: what is compiled is kept, in half the time, and warnings are errors.
@@ -112,9 +112,15 @@ class Pod:
         return (self.folder / f"output_{process}.txt").read_text()
 
     def wait_for(self, path: str, timeout: float = 60) -> None:
+        self._wait(lambda: (self.folder / path).exists(), path, timeout)
+
+    def wait_for_line(self, process: int, text: str, timeout: float = 60) -> None:
+        self._wait(lambda: text in self.said(process), text, timeout)
+
+    def _wait(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while not (self.folder / path).exists():
+        while not condition():
             alive = any(p.poll() is None for p in self.processes.values())
             if not alive or time.monotonic() > deadline:
-                raise AssertionError(f"{path} did not come; {[self.said(i) for i in self.processes]}")
+                raise AssertionError(f"{what} did not come; {[self.said(i) for i in self.processes]}")
             time.sleep(0.02)

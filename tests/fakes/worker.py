@@ -58,7 +58,7 @@ def work(
             misbehave(fault, me, "data", step)
             batch = np.full((jax.local_device_count(), 2), step, np.float32)
             watchdog.beat("ready", step)
-            processes.batch_ready(step)
+            processes.batch_ready()
             watchdog.beat("step", step, section.compile_timeout if step == state["step"] else None)
             misbehave(fault, me, "raise", step)
             x = jax.make_array_from_process_local_data(
@@ -66,7 +66,7 @@ def work(
             )
             state = {"step": step + 1, "sum": state["sum"] + float(total(x))}
             time.sleep(arguments.pause)
-            stopped = processes.stop_requested(step)
+            stopped = processes.stop_requested()
             if stopped or state["step"] == arguments.steps or state["step"] % arguments.every == 0:
                 watchdog.beat("save", step)
                 misbehave(fault, me, "save", step)

@@ -35,6 +35,7 @@ class Processes:
         self.place, self.hosts, self.timeout = place, hosts, timeout
         self.client = distributed.global_state.client if place.n_process > 1 else None
         self._stop = threading.Event()
+        self._n_asked = 0
 
     @property
     def is_main(self) -> bool:
@@ -80,23 +81,25 @@ class Processes:
         if unequal:
             raise ValueError("the processes of this run differ:\n  " + "\n  ".join(unequal))
 
-    def batch_ready(self, step: int) -> None:
-        """Waits until every process holds its part of the batch of this step.
+    def batch_ready(self) -> None:
+        """Waits until every process holds its part of the next batch.
 
         A host that reads slowly is then waited for here, where the watchdog can name it, and not inside a
         device collective that dies of it. About 1 ms, beside the step that the devices still run.
         """
-        del step  # the same barrier each time: it keeps the coordinator's memory constant
         self.barrier("batch")
 
-    def stop_requested(self, step: int) -> bool:
-        """True at the same step in all processes, once any of them got SIGTERM or SIGINT.
+    def stop_requested(self) -> bool:
+        """True at the same call in all processes, once any of them got SIGTERM or SIGINT.
 
         Call it at every step: one process answers at once, several need it to settle on a step.
         """
         if self.client is None:
             return self._stop.is_set()
-        return multihost_utils.reached_preemption_sync_point(step)
+        # From 1, not from the step that a run goes on from: a signal before the first call would settle on
+        # call 1, which jax then takes to be missed, and the stop would be lost.
+        self._n_asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._n_asked)
 
     def finish(self) -> None:
         """The common end: waits for all at jax's own barrier."""
