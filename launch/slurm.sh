@@ -65,7 +65,8 @@ job() {
     kill -0 "$step" 2>/dev/null || break
   done
   say "job $SLURM_JOB_ID ended with exit code $code"
-  if [ "$code" -eq 75 ] && [ "$stopping" = no ]; then
+  # 143: SIGTERM came before the run had begun, and there was nothing to save.
+  if { [ "$code" -eq 75 ] || [ "$code" -eq 143 ]; } && [ "$stopping" = no ]; then
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"

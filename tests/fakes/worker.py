@@ -36,6 +36,7 @@ def work(
     items = {"tvq code": "as tested"} | json.loads(os.environ.get("TVQ_TEST_ITEMS", "{}"))
     workdir, me = Path(arguments.workdir), place.process_id
     processes = cluster.start(place, section, items, log.say)
+    workdir.mkdir(parents=True, exist_ok=True)
     with cluster.Watchdog(processes, section, log) as watchdog:
         saved = workdir / "state.json"
         state = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "sum": 0.0}
