@@ -1,6 +1,6 @@
 """Signals at random moments to the processes of a supervised run, which must end like an unbroken one.
 
-    python -m tests.chaos --seed=0 --events=20 --processes=4     (about a quarter of an hour on two cores)
+    python -m tests.chaos --seed=0 --events=20 --processes=4     (about ten minutes on two cores)
 
 Every event is SIGKILL, SIGTERM or SIGSTOP to one process or to all, at a point of the run: in one of the
 phases that processes tell, or while a checkpoint waits for its commit. A process that is stopped must be
@@ -60,7 +60,7 @@ def plan(seed: int, n_event: int, n_process: int) -> list[Event]:
     for i, (point, number) in enumerate(zip(points, numbers, strict=True)):
         one, everyone = (draw.randrange(n_process),), tuple(range(n_process))
         victims = everyone if draw.random() < 0.25 else one
-        events.append(Event(point, number, victims, STEPS_BETWEEN * i, draw.uniform(0, 0.03)))
+        events.append(Event(point, number, victims, STEPS_BETWEEN * i, draw.uniform(0, 0.01)))
     return events
 
 
@@ -145,36 +145,33 @@ class Chaos:
             assert time.monotonic() < deadline, f"{event} never came: {[self.phase(i) for i in range(4)]}"
             time.sleep(0.001)
         time.sleep(event.delay)
-        self.struck = {i: self.phase(i).pid for i in range(self.n_process)}
+        pids = {i: self.phase(i).pid for i in range(self.n_process)}
+        # At the start the others go on waiting for the victims, with no need to start again themselves.
+        if event.point != "start":
+            self.struck = pids
+        elif event.number != signal.SIGSTOP:
+            self.struck |= {i: pids[i] for i in event.victims}
         logs = self.logs()
-        for i in event.victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.struck[i], event.number)
+        send(event.number, [pids[i] for i in event.victims])
         at = self.phase(event.victims[0])
         who = "all" if len(event.victims) == self.n_process > 1 else f"process {event.victims[0]}"
         text = f"{event.number.name} to {who} at {event.point!r}, in {at.name!r} of step {at.step}"
-        return f"{text}: {self.wake(event, logs)}" if event.number == signal.SIGSTOP else text
+        if event.number == signal.SIGSTOP:
+            text += f": {self.named(event, logs)}"
+            send(signal.SIGCONT, [pids[i] for i in event.victims])
+        return text
 
-    def wake(self, event: Event, before: str) -> str:
-        """Lets stopped processes go on once they are named, or all have stood still for too long."""
-        began, allowed = time.monotonic(), DEADLINE.get(event.point, 2 * SILENCE + 15)
-        found = ""
+    def named(self, event: Event, before: str) -> str:
+        """Waits until stopped processes are named, or all have stood still for too long."""
         if len(event.victims) == self.n_process:
             time.sleep(SILENCE + 3)
-            found = "nobody is left to see it"
-        while not found:
+            return "nobody is left to see it"
+        began, allowed = time.monotonic(), DEADLINE.get(event.point, 2 * SILENCE + 15)
+        while not (line := named_in(self.logs()[len(before) :], event.victims[0])):
             took = time.monotonic() - began
-            named = named_in(self.logs()[len(before) :], event.victims[0])
-            if named:
-                found = f"after {took:.0f} s: {named}"
             assert took < allowed, f"{event}: not named within {allowed} s:\n{self.logs()[len(before) :]}"
             time.sleep(0.1)
-        for i in event.victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.struck[i], signal.SIGCONT)
-        if event.point == "start":
-            self.struck = {}  # it came in time: all go on without a new start
-        return found
+        return f"after {time.monotonic() - began:.0f} s: {line}"
 
     def logs(self) -> str:
         return (self.folder / "supervised.txt").read_text(errors="replace")
@@ -185,6 +182,12 @@ class Chaos:
         differing = [name for name, array in found.items() if array.tobytes() != wanted[name].tobytes()]
         assert not differing, f"other values: {differing}"
         assert rows(self.workdir) == rows(self.unbroken), "other rows in metrics.jsonl"
+
+
+def send(number: signal.Signals, pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def is_alive(pid: int) -> bool:
