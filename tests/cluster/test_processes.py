@@ -61,10 +61,9 @@ def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
 def test_a_process_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     port = free_port()
     with Pod(tmp_path, 2, one={1: {"ABSENT": "1"}}, port=port) as first:
-        time.sleep(6)
+        first.wait_for_line(0, "1 of 2 processes are here; missing: process 1")
         with Pod(tmp_path, 2, one={0: {"ABSENT": "1"}}, port=port) as second:
             assert second.codes() + first.codes() == [0, 0]
-    assert "1 of 2 processes are here; missing: process 1" in first.said(0)
 
 
 def test_two_processes_of_one_number(tmp_path: Path) -> None:
