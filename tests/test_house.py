@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "loss", "optimizer", "state",
+    "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss", "optimizer", "state",
     "train_step", "data", "checkpoint", "metrics", "evaluate", "sample", "train", "bench", "plan", "interop",
     "__main__",
 )  # fmt: skip

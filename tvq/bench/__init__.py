@@ -54,7 +54,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
         if report.plot(found, output / "bench.png"):
             written += ", bench.png"
         else:
-            console.say("no plot: matplotlib is not installed (pip install 'tvq[bench]')")
+            console.say("no plot: matplotlib is not installed (pip install 'tvq[plots]')")
     console.say(f"{output}: {written}")
     return 0
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tvq import config, loss, mesh, optimizer, sample, state, train_step
-from tvq.bench import flops
+from tvq import config, flops, loss, mesh, optimizer, sample, state, train_step
 from tvq.bench.session import STEP, Case, DisagreementError, Row, Session, compiled
 from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tvq.bench import flops
+from tvq import flops
 from tvq.bench.session import STEP, Row, Session
 
 # Every number that a row may have, and how a table shows it; what else is in a row tells it apart.
