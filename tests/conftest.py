@@ -10,5 +10,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A shell starts what it puts into the background deaf to Ctrl-C, and bash could not mend that in its scripts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# A background job is deaf to Ctrl-C, and one under nohup to a hang-up; bash cannot mend that in its scripts. What
+# is ignored is inherited, a handler is not.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)

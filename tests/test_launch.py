@@ -1,5 +1,6 @@
 """The real scripts of launch/, against a pretended gcloud and SLURM that start local processes."""
 
+import contextlib
 import json
 import os
 import re
@@ -40,16 +41,31 @@ def script(
     )
 
 
-def background(name: str, *arguments: str, root: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(root / "launch" / name), *arguments],
+@contextlib.contextmanager
+def background(
+    name: str, *arguments: str, root: Path = ROOT, **variables: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A script in a session of its own; what is left of that at the end of the block is killed."""
+    with in_session([str(root / "launch" / name), *arguments], root, **variables) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def in_session(command: list[str], where: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        command,
         env=environment(**variables),
-        cwd=root,
+        cwd=where,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(condition, what: str, seconds: float = 60) -> None:
@@ -301,7 +317,7 @@ class Cloud:
             "tpu.sh", what, *self.common, *arguments, root=self.checkout, **self.variables, **variables
         )
 
-    def start(self, what: str, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, what: str, *arguments: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
         return background("tpu.sh", what, *self.common, *arguments, root=self.checkout, **self.variables)
 
     def command(self, workdir: Path, *options: str) -> list[str]:
@@ -534,15 +550,7 @@ def follow(section: str, where: Path, variables: dict[str, str], saved: Path, **
     for command in commands(section):
         for word, value in {"us-west4-a": "us-west4-a --poll 0.3", **words}.items():
             command = command.replace(word, value)
-        with subprocess.Popen(
-            ["bash", "-c", command],
-            cwd=where,
-            env=environment(**variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
+        with in_session(["bash", "-c", command], where, **variables) as process:
             if "logs" in command:
                 wait_for(saved.exists, "no checkpoint")
                 time.sleep(0.5)
