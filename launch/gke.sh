@@ -10,8 +10,8 @@
 #     -- train --config=configs/debug.py --workdir=gs://BUCKET/run1 | kubectl apply -f -
 #
 # A pod that stops with exit code 75 or fails is started again by Kubernetes, on average --restarts times a
-# pod (default 20); exit code 2, a wrong configuration, ends the job at once. `kubectl delete job NAME` asks all
-# pods to save and gives them two minutes.
+# pod (default 20); exit codes 2, a wrong configuration, and 3, diverged, end the job at once. `kubectl delete
+# job NAME` asks all pods to save and gives them two minutes.
 
 set -u
 # shellcheck source=launch/common.sh
@@ -74,7 +74,7 @@ spec:
         onExitCodes:
           containerName: tvq
           operator: In
-          values: [2]
+          values: [2, 3]
   template:
     spec:
       subdomain: $name

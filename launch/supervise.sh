@@ -11,9 +11,9 @@
 #                  then asked to save (SIGTERM)
 #   --record FILE  FILE.pid gets the number of this process, FILE.code its exit code at the end
 #
-# Exit codes of the command: 0 done; 2 wrong configuration or input, given up at once; 75 stopped and saved,
-# started again; all others are failures. SIGTERM, SIGINT or SIGHUP to this script reach the command as one
-# SIGTERM, and it is not started again.
+# Exit codes of the command: 0 done; 2 wrong configuration or input, and 3 diverged, given up at once; 75 stopped
+# and saved, started again; all others are failures. SIGTERM, SIGINT or SIGHUP to this script reach the command
+# as one SIGTERM, and it is not started again.
 
 set -u
 # shellcheck source=launch/common.sh
@@ -100,6 +100,7 @@ while :; do
   lasted=$((SECONDS - started))
   [ "$code" -ne 0 ] || exit 0
   [ "$code" -ne 2 ] || die 2 "wrong configuration or input (exit 2): a restart would not help"
+  [ "$code" -ne 3 ] || die 3 "diverged (exit 3): a restart would diverge again"
   [ "$stopping" = no ] || die "$code" "stopped (exit $code)"
   if [ "$lasted" -ge "$settled" ]; then
     delay=$backoff

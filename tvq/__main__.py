@@ -139,9 +139,12 @@ def explained(say: Callable[[str], None]) -> Iterator[None]:
     """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
     try:
         yield
-    except (cluster.ClusterError, train.DivergedError, bench.DisagreementError) as error:
+    except (cluster.ClusterError, bench.DisagreementError) as error:
         say(f"tvq: {error}")
         sys.exit(cluster.EXIT_FAILED)
+    except train.DivergedError as error:
+        say(f"tvq: {error}")
+        sys.exit(cluster.EXIT_DIVERGED)
     except ValueError as error:
         # Raised by us it is the user's to mend; raised by a library it is our mistake, with its traceback.
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -165,7 +168,7 @@ def open_log(workdir: str, place: cluster.Place) -> cluster.Log:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 75 stopped and saved)."""
+    """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 3 diverged, 75 saved)."""
     arguments, overrides = parser().parse_known_args(argv)
     with explained(lambda text: print(text, file=sys.stderr)):
         run = read_config(arguments, overrides)

@@ -84,8 +84,8 @@ class JsonlWriter:
 
     def __init__(self, path: epath.PathLike, resume_step: int):
         self._path = epath.Path(path)
-        if self._path.exists():
-            _drop_after(self._path, resume_step)
+        #: Splits that have a row of `resume_step` already.
+        self.splits = _drop_after(self._path, resume_step) if self._path.exists() else set()
         self._file = self._path.open("a")
 
     def write(self, row: Row) -> None:
@@ -101,16 +101,18 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _drop_after(path: epath.Path, last_step: int) -> None:
-    """Rewrites the file of rows without those of later steps, in one commit."""
+def _drop_after(path: epath.Path, last_step: int) -> set[str]:
+    """Rewrites the file of rows without those of later steps, in one commit; the splits of the last step."""
     content = path.read_bytes()
     # What follows the last newline is empty, or torn.
     lines = content.split(b"\n")[:-1]
-    kept = [line + b"\n" for i, line in enumerate(lines) if _step_of(path, i + 1, line) <= last_step]
+    steps = [_step_of(path, i + 1, line) for i, line in enumerate(lines)]
+    kept = [line + b"\n" for step, line in zip(steps, lines, strict=True) if step <= last_step]
     if b"".join(kept) != content:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(path)
+    return {json.loads(line)["split"] for step, line in zip(steps, lines, strict=True) if step == last_step}
 
 
 def _step_of(path: epath.Path, number: int, line: bytes) -> int:

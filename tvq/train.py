@@ -36,6 +36,10 @@ class DivergedError(RuntimeError):
     """Loss or gradient is no longer a number."""
 
 
+class StopAskedError(Exception):
+    """An evaluation was given up, at the same batch in all processes, because a stop was asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What the parts of a run work with."""
@@ -92,12 +96,15 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             rows = stack.enter_context(
                 contextlib.closing(metrics.JsonlWriter(workdir / "metrics.jsonl", step))
             )
+        # The stop that made this checkpoint may have left out the evaluation of its step.
+        missed = is_evaluated(c, step) and rows is not None and c.evaluate.split not in rows.splits
+        missed = processes.gather("missed evaluation", missed)[0]
         run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, rows)
         console.say(describe(run, now, step))
-        if step < c.train.steps:
+        if step < c.train.steps or missed:
             update = compile_step(run, now, tx)
             try:
-                now, stopped = loop(run, now, step, seconds, update, sequences)
+                now, stopped = loop(run, now, step, seconds, update, sequences, missed)
             except DivergedError as error:
                 raise DivergedError(f"{error}; {way_out(run)}") from error
             finish(run, now, stopped)
@@ -200,9 +207,18 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
 
 
 def loop(
-    run: Run, now: TrainState, step: int, seconds: float, update: Callable, sequences: Sequences
+    run: Run,
+    now: TrainState,
+    step: int,
+    seconds: float,
+    update: Callable,
+    sequences: Sequences,
+    missed: bool,
 ) -> tuple[TrainState, bool]:
-    """Updates until the last step, or until a stop is asked for: (state, stopped). Either way it is saved."""
+    """Updates until the last step, or until a stop is asked for: (state, stopped). Either way it is saved.
+
+    `missed`: the evaluation of `step` comes first.
+    """
     c = run.config
     n_update = c.train.sequence_len // c.train.update_len
     clock = metrics.Clock(c.train.global_batch_size * c.train.update_len, seconds)
@@ -218,6 +234,8 @@ def loop(
     unread: list[tuple[int, dict]] = []  # (step, metrics on the device), since they were last looked at
     stopped, line = False, ""
     with contextlib.closing(batches):
+        if missed:
+            stopped = not evaluate_now(run, score, now, step)
         clock.start(step)
         while step < c.train.steps and not stopped:
             run.watchdog.beat("data", step)
@@ -234,24 +252,36 @@ def loop(
             # The rows of a step are written before its checkpoint: a resumed run then has each row once.
             if last or is_due(c.log.every, step, n_update):
                 line = log_metrics(run, clock, step, unread)
-            if c.evaluate.every and (last or is_due(c.evaluate.every, step, n_update)):
+            if is_evaluated(c, step) and not stopped:
                 with clock.pause():
-                    evaluate_now(run, score, now, step)
+                    stopped = not evaluate_now(run, score, now, step)
                     run.console.progress(line, brief=True)  # training goes on
             if last or stopped or is_due(c.checkpoint.every, step, n_update):
                 read_metrics(unread)  # a state that is not a number is never saved
                 with clock.pause():
-                    run.watchdog.beat("save", step)
-                    data = {
-                        "next_batch": step // n_update,
-                        "fingerprint": run.corpus.fingerprint,
-                        "vocabulary": run.corpus.vocabulary.name,
-                        "train_seconds": clock.seconds,
-                    }
-                    run.checkpoints.save(step, now, data, config.to_dict(c))
+                    save(run, now, step, clock.seconds)
         run.watchdog.beat("save", step)
         run.checkpoints.wait()
     return now, stopped
+
+
+def save(run: Run, now: TrainState, step: int, seconds: float) -> None:
+    """Begins to save: written in the background."""
+    run.watchdog.beat("save", step)
+    data = {
+        "next_batch": step // (run.config.train.sequence_len // run.config.train.update_len),
+        "fingerprint": run.corpus.fingerprint,
+        "vocabulary": run.corpus.vocabulary.name,
+        "train_seconds": seconds,
+    }
+    run.checkpoints.save(step, now, data, config.to_dict(run.config))
+
+
+def is_evaluated(c: Config, step: int) -> bool:
+    """Whether an evaluation belongs to a step."""
+    n_update = c.train.sequence_len // c.train.update_len
+    last = step == c.train.steps
+    return step > 0 and c.evaluate.every > 0 and (last or is_due(c.evaluate.every, step, n_update))
 
 
 def is_due(every: int, step: int, n_update: int) -> bool:
@@ -294,27 +324,34 @@ def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[in
     return line
 
 
-def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> None:
-    """A row for the whole split of config.evaluate."""
+def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> bool:
+    """A row for the whole split of config.evaluate. False: a stop was asked for before its end, no row."""
+    c = run.config
 
     def progress(done: int, of: int) -> None:
-        run.watchdog.beat("evaluate", step, run.config.cluster.compile_timeout if done == 1 else None)
+        run.watchdog.beat("evaluate", step)
         run.console.progress(f"evaluating: batch {done} of {of}", brief=True)
+        if run.processes.stop_requested():
+            raise StopAskedError
 
-    c = run.config
-    result = evaluate.split(
-        score,
-        now.params,
-        now.codebooks,
-        run.corpus,
-        c.evaluate.split,
-        run.devices,
-        sequence_len=c.train.sequence_len,
-        batch_size=evaluate.batch_size(c),
-        progress=progress,
-    )
+    run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
+    try:
+        result = evaluate.split(
+            score,
+            now.params,
+            now.codebooks,
+            run.corpus,
+            c.evaluate.split,
+            run.devices,
+            sequence_len=c.train.sequence_len,
+            batch_size=evaluate.batch_size(c),
+            progress=progress,
+        )
+    except StopAskedError:
+        return False
     run.write({"step": step, "split": c.evaluate.split, **result})
     run.console.say(f"step {step:,}: " + evaluate.line(c.evaluate.split, result, run.corpus))
+    return True
 
 
 def finish(run: Run, now: TrainState, stopped: bool) -> None:

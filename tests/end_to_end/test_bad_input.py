@@ -213,7 +213,7 @@ def test_options(tvq: Program, refuse: Refuse, tmp_path: Path, arguments: list[s
     [
         (KeyboardInterrupt(), 130, "tvq: interrupted\n"),
         (cluster.ClusterError("process 3 is absent"), 1, "tvq: process 3 is absent\n"),
-        (train.DivergedError("the loss is nan"), 1, "tvq: the loss is nan\n"),
+        (train.DivergedError("the loss is nan"), 3, "tvq: the loss is nan\n"),
     ],
 )
 def test_other_ends_without_a_traceback(
@@ -290,7 +290,7 @@ def test_a_run_that_diverges_stops_and_can_go_on(tvq: Program, unbroken: Path, r
     bad["optimizer"]["lr_max"] = 1e30
     recorded.write_text(json.dumps(bad))
     before = tree(run / "checkpoints")
-    stdout, stderr = tvq.train(run, "--config.optimizer.lr_max=1e30", "--config.train.steps=30", exit_code=1)
+    stdout, stderr = tvq.train(run, "--config.optimizer.lr_max=1e30", "--config.train.steps=30", exit_code=3)
     assert "going on from step 18" in stdout
     message = stderr.splitlines()[-1]
     assert message.startswith(("tvq: the loss is nan at step 2", "tvq: the norm of the gradient is "))
@@ -307,7 +307,7 @@ def test_a_run_that_diverges_stops_and_can_go_on(tvq: Program, unbroken: Path, r
 
 @pytest.mark.slow
 def test_a_run_that_diverges_at_once(tvq: Program, tmp_path: Path) -> None:
-    _, stderr = tvq.train(tmp_path, "--config.optimizer.lr_max=1e30", exit_code=1)
+    _, stderr = tvq.train(tmp_path, "--config.optimizer.lr_max=1e30", exit_code=3)
     assert "there is no checkpoint yet: lower config.optimizer.lr_max" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     assert tree(tmp_path / "checkpoints") == {}

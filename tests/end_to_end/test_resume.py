@@ -71,16 +71,26 @@ def test_killed(
     assert_same_run(tmp_path, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped(tvq: Program, unbroken: Path, tmp_path: Path, number: signal.Signals) -> None:
-    with held(tvq, "row:8", tmp_path) as process:
+@pytest.mark.parametrize(
+    ("number", "row", "saved"),
+    [
+        pytest.param(signal.SIGTERM, 10, 12, id="the update under way is finished"),
+        pytest.param(signal.SIGINT, 8, 8, id="the evaluation under way is given up"),
+        pytest.param(signal.SIGTERM, 20, 20, id="and so is the last one"),
+    ],
+)
+def test_stopped(
+    tvq: Program, unbroken: Path, tmp_path: Path, number: signal.Signals, row: int, saved: int
+) -> None:
+    with held(tvq, f"row:{row}", tmp_path) as process:
         os.killpg(process.pid, number)  # as Ctrl-C reaches all processes of the terminal
         stdout, stderr = end(process, 75)
-    assert "stopped and saved at step 10; the same command goes on" in stdout
+    assert f"stopped and saved at step {saved}; the same command goes on" in stdout
     assert "Traceback" not in stderr
-    assert newest(tmp_path).step == 10  # the update under way is finished
+    assert newest(tmp_path).step == saved
+    assert (rows(tmp_path)[-1]["step"], rows(tmp_path)[-1]["split"]) == (saved, "train")
     stdout, _ = tvq.train(tmp_path)
-    assert "going on from step 10" in stdout
+    assert f"going on from step {saved}" in stdout
     assert_same_run(tmp_path, unbroken)
 
 
@@ -90,7 +100,7 @@ def test_killed_with_worker_processes(tvq: Program, unbroken: Path, tmp_path: Pa
     with held(tvq, "row:14", tmp_path, workers) as process:
         os.killpg(process.pid, signal.SIGINT)
         stdout, stderr = end(process, 75)
-    assert "stopped and saved at step 16" in stdout
+    assert "stopped and saved at step 16" in stdout  # and not evaluated
     assert "Traceback" not in stderr
     tvq.train(tmp_path, workers)
     assert_same_run(tmp_path, unbroken)

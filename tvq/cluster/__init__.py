@@ -5,7 +5,14 @@ once and holds barriers, agreement and the stop at one step; `watchdog` ends a p
 and names the one that holds it up; `log` is the file each process writes for itself.
 """
 
-from tvq.cluster.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, EXIT_STUCK, ClusterError
+from tvq.cluster.errors import (
+    EXIT_DIVERGED,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_STOPPED,
+    EXIT_STUCK,
+    ClusterError,
+)
 from tvq.cluster.log import Log, log_folder
 from tvq.cluster.meeting import code_version
 from tvq.cluster.place import Place, find, tpu_metadata
@@ -13,6 +20,7 @@ from tvq.cluster.processes import Processes, guard, start
 from tvq.cluster.watchdog import Watchdog
 
 __all__ = [
+    "EXIT_DIVERGED",
     "EXIT_FAILED",
     "EXIT_INPUT",
     "EXIT_STOPPED",
