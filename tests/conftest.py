@@ -10,8 +10,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A background job is deaf to Ctrl-C, one under nohup to a hang-up, and bash cannot mend that in its scripts: what
-# is ignored is inherited, a handler is not.
+# A background job is deaf to Ctrl-C, one under nohup to a hang-up, and bash cannot mend that in its scripts.
+# What is ignored is inherited, a handler is not.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda number, frame: None)
