@@ -261,9 +261,14 @@ def validate(config: Config) -> None:
     one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))
     one_of("data.source", config.data.source, ("stdlib", "text", "tokens"))
     one_of("evaluate.split", config.evaluate.split, ("train", "validation", "test"))
+    if config.data.mix and (config.data.source, config.data.path) != ("tokens", ""):
+        errors.append(
+            "config.data.mix names prepared folders: it needs config.data.source=tokens and an empty"
+            f" config.data.path, not {config.data.source!r} and {config.data.path!r}"
+        )
     if config.data.source == "text" and not config.data.path:
         errors.append("config.data.source=text needs config.data.path, a file or folder of text")
-    if config.data.source == "tokens" and not config.data.path:
+    if config.data.source == "tokens" and not config.data.path and not config.data.mix:
         errors.append("config.data.source=tokens needs config.data.path, a prepared folder")
     if config.data.source == "stdlib" and config.data.path:
         errors.append(

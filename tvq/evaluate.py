@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from tvq import cluster, config, loss, mesh, metrics, optimizer, state
 from tvq.checkpoint import Checkpoints, Restored
 from tvq.config import Config, Model
-from tvq.data.corpus import Corpus, open_corpus
+from tvq.data import vocabulary
+from tvq.data.corpus import AnyCorpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import evaluation_batches
 from tvq.model import transformer
@@ -106,7 +107,7 @@ def piece_len(c: Config) -> int:
     return c.train.segment_len or c.train.update_len
 
 
-def line(name: str, result: dict[str, float], corpus: Corpus) -> str:
+def line(name: str, result: dict[str, float], corpus: AnyCorpus) -> str:
     """The result of a split for the eye, beside what gzip makes of it."""
     info = corpus.info(name)
     text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits a byte"
@@ -115,7 +116,7 @@ def line(name: str, result: dict[str, float], corpus: Corpus) -> str:
     return text
 
 
-def check_vocabulary(corpus: Corpus, config: Model) -> None:
+def check_vocabulary(corpus: AnyCorpus, config: Model) -> None:
     """ValueError if the data's ids are not those of the model."""
     if corpus.vocabulary.size != config.n_vocab:
         raise ValueError(
@@ -124,11 +125,22 @@ def check_vocabulary(corpus: Corpus, config: Model) -> None:
         )
 
 
+def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
+    """ValueError if a model of as many ids was trained on others."""
+    ours = vocabulary.describe(corpus.vocabulary)
+    theirs = {name: restored.data["vocabulary"][name] for name in ours}
+    if ours != theirs:
+        raise ValueError(
+            f"the data in {corpus.folder} has the vocabulary {ours}, checkpoint {restored.step} was trained"
+            f" on {theirs}; prepare the data with the checkpoint's"
+        )
+
+
 def split(
     score: Callable,
     params: dict,
     codebooks: dict,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     name: str,
     devices: Mesh,
     *,
@@ -170,7 +182,9 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     devices = mesh.make(c.mesh, jax.devices())
     mesh.check_batch(devices, "evaluate.batch_size", batch_size(c))
     with metrics.Console(quiet=not processes.is_main) as console:
-        now = restore(c, workdir, devices, console.say).state
+        restored = restore(c, workdir, devices, console.say)
+        check_same_vocabulary(corpus, restored)
+        now = restored.state
         found = split(
             make(c.model, devices, piece_len(c)),
             now.params,

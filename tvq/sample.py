@@ -9,7 +9,7 @@ from etils import epath
 
 from tvq import cluster, evaluate, mesh, metrics
 from tvq.config import Config, Mesh, Model
-from tvq.data.vocabulary import END, VOCABULARIES, Vocabulary
+from tvq.data.vocabulary import END, Vocabulary, from_json
 from tvq.model import transformer
 
 REMOVED = -1e10
@@ -127,7 +127,10 @@ def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> l
         temperature=c.sample.temperature,
         p_nucleus=c.sample.nucleus,
     )
-    return [c.sample.prompt + vocabulary.decode(tokens).decode(errors="replace") for tokens in drawn_BT]
+    # Decoded together: where the prompt ends decides how the first piece is written.
+    return [
+        vocabulary.decode(np.concatenate([prompt, tokens])).decode(errors="replace") for tokens in drawn_BT
+    ]
 
 
 def show(found: list[str]) -> str:
@@ -150,7 +153,7 @@ def sample(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     if place.n_process > 1:
         raise ValueError(f"tvq sample is for one process, but {place}; start it by itself")
     restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
-    vocabulary = VOCABULARIES[restored.data["vocabulary"]]()
+    vocabulary = from_json(restored.data["vocabulary"])
     now = restored.state
     metrics.Console().say(show(texts(now.params, now.codebooks, vocabulary, c)))
     return 0

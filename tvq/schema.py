@@ -50,6 +50,9 @@ class Data:
         "stdlib", "stdlib (the running Python's library, nothing to download), text, or tokens"
     )
     path: str = field("", "file or folder of text, for source=text; prepared folder, for source=tokens")
+    mix: str = field(
+        "", "FOLDER:WEIGHT,FOLDER:WEIGHT: prepared folders with their shares, in the place of source and path"
+    )
     cache: str = field("", "folder for prepared tokens and compiled programs; empty: the user's cache folder")
     workers: int = field(0, "processes that read ahead; 0 reads in threads of this one", at_least=0)
 

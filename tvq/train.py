@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from tvq import cluster, config, evaluate, mesh, metrics, optimizer, sample, state, train_step
 from tvq.checkpoint import Checkpoints
 from tvq.config import Config
-from tvq.data.corpus import Corpus, open_corpus
+from tvq.data import vocabulary
+from tvq.data.corpus import AnyCorpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.state import TrainState
@@ -46,7 +47,7 @@ class Run:
 
     config: Config
     workdir: epath.Path
-    corpus: Corpus
+    corpus: AnyCorpus
     devices: Mesh
     processes: cluster.Processes
     watchdog: cluster.Watchdog
@@ -133,7 +134,7 @@ def check_workdir(workdir: epath.Path, c: Config) -> None:
 
 def resume(
     c: Config,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     devices: Mesh,
     tx: Any,
     checkpoints: Checkpoints,
@@ -271,7 +272,7 @@ def save(run: Run, now: TrainState, step: int, seconds: float) -> None:
     data = {
         "next_batch": step // (run.config.train.sequence_len // run.config.train.update_len),
         "fingerprint": run.corpus.fingerprint,
-        "vocabulary": run.corpus.vocabulary.name,
+        "vocabulary": vocabulary.to_json(run.corpus.vocabulary),
         "train_seconds": seconds,
     }
     run.checkpoints.save(step, now, data, config.to_dict(run.config))
@@ -314,9 +315,8 @@ def way_out(run: Run) -> str:
 
 def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[int, dict]]) -> str:
     """A row of metrics, and the live line, which is returned."""
-    info = run.corpus.info("train")
     numbers = read_metrics(unread)
-    row = metrics.row(step, "train", numbers, clock.lap(step), info.n_byte / info.n_token)
+    row = metrics.row(step, "train", numbers, clock.lap(step), run.corpus.bytes_per_token)
     run.write(row)
     steps = run.config.train.steps
     line = metrics.progress_line(row, steps, clock.left(step, steps))

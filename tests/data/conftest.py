@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tvq import config
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
-from tvq.data.documents import SPLITS, Document
+from tvq.data.documents import Piece
 from tvq.data.vocabulary import ByteVocabulary
 
 
@@ -18,17 +19,13 @@ def corpus_of(tmp_path: Path) -> Callable[..., Corpus]:
     """Builds a corpus from the documents of each split: `corpus_of(train=[b"ab"], validation=[])`."""
 
     def build(**texts: list[bytes]) -> Corpus:
-        documents = []
-        for split in SPLITS:
-            for i, text in enumerate(texts.get(split, [])):
-                path = tmp_path / f"{split}{i}.txt"
-                path.write_bytes(text)
-                documents.append(
-                    Document(split=split, name=path.name, path=path, start=0, stop=len(text), mtime_ns=0)
-                )
         folder = tmp_path / "prepared"
         folder.mkdir()
-        prepared.write(folder, documents, ByteVocabulary(), {"name": "made"})
+        splits = {
+            split: [Piece(f"{split}{i}.txt", text, last=True) for i, text in enumerate(found)]
+            for split, found in texts.items()
+        }
+        prepared.write(epath.Path(folder), splits, prepared.text_form(ByteVocabulary()), {"name": "made"})
         return open_corpus(config.Data(source="tokens", path=str(folder)))
 
     return build

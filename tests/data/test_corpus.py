@@ -1,4 +1,6 @@
+import builtins
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tvq import config
 from tvq.data import documents, prepared
@@ -27,6 +30,9 @@ def text(tmp_path) -> config.Data:
 @pytest.fixture
 def tokens(text) -> config.Data:
     return config.Data(source="tokens", path=str(open_corpus(text).folder))
+
+
+NO_MODEL = hashlib.sha256(b"").hexdigest()
 
 
 def edit_manifest(data: config.Data, **changes: object) -> None:
@@ -105,7 +111,7 @@ def test_default_cache(monkeypatch):
 def test_another_process_was_first(text, monkeypatch):
     write = prepared.write
 
-    def slow_write(folder: Path, *rest: object) -> None:
+    def slow_write(folder: epath.Path, *rest: object) -> None:
         write(folder, *rest)
         monkeypatch.setattr(prepared, "write", write)
         open_corpus(text)
@@ -179,9 +185,12 @@ def test_missing_token_file(tokens):
         open_corpus(tokens)
 
 
-def test_newer_format(tokens):
-    edit_manifest(tokens, version=2)
-    with pytest.raises(ValueError, match=r"format version 2, this tvq reads up to 1; update tvq, or prepare"):
+def test_other_format(tokens):
+    edit_manifest(tokens, version=3)
+    with pytest.raises(ValueError, match=r"format version 3, this tvq reads 2; update tvq, or prepare it"):
+        open_corpus(tokens)
+    edit_manifest(tokens, version=1)
+    with pytest.raises(ValueError, match=r"format version 1, this tvq reads 2; prepare it again"):
         open_corpus(tokens)
 
 
@@ -197,8 +206,14 @@ def test_damaged_manifest(tokens, content):
 @pytest.mark.parametrize(
     ("vocabulary", "wanted"),
     [
-        ({"name": "runes", "size": 9}, r"made with the vocabulary 'runes', this tvq knows bytes; update"),
-        ({"name": "bytes", "size": 260}, r"made with 260 ids of 'bytes', which has 259; prepare"),
+        (
+            {"name": "runes", "size": 9, "sha256": ""},
+            r"made with the vocabulary 'runes', this tvq knows bytes, sentencepiece; update",
+        ),
+        (
+            {"name": "bytes", "size": 260, "sha256": NO_MODEL},
+            r"made with 260 ids of 'bytes', which has 259; prepare",
+        ),
         ({"name": "bytes"}, r"damaged manifest\.json"),
     ],
 )
@@ -217,13 +232,23 @@ def test_empty_train_split(corpus_of):
 
 def test_opening_reads_no_tokens(tokens, monkeypatch):
     monkeypatch.setattr(np, "memmap", None)
-    opened = []
-    path_open = Path.open
+    opened, real = [], open
     monkeypatch.setattr(
-        Path, "open", lambda path, *rest, **kw: opened.append(path) or path_open(path, *rest, **kw)
+        builtins, "open", lambda path, *rest, **kw: opened.append(path) or real(path, *rest, **kw)
     )
     open_corpus(tokens)
-    assert [path.name for path in opened] == ["manifest.json"]
+    assert [Path(path).suffix for path in opened] == [".json", *[".documents"] * 3]
+
+
+def test_an_index_that_does_not_match_its_tokens(tokens):
+    path = Path(tokens.path, "validation.documents")
+    rows = np.fromfile(path, "<u8")
+    (rows + 1).tofile(path)
+    with pytest.raises(ValueError, match=r"validation\.documents ends at token, byte and word \[52, 51, "):
+        open_corpus(tokens)
+    rows[:2].tofile(path)
+    with pytest.raises(ValueError, match=r"validation\.documents has 16 bytes, its manifest says 24; "):
+        open_corpus(tokens)
 
 
 def test_stdlib(tmp_path):

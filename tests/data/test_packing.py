@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tvq.data.packing import Sequences, example
+from tvq.data.packing import FILLER, Sequences
 
 
 def test_by_hand(corpus_of):
@@ -29,11 +29,21 @@ def test_one_long_sequence_is_padded(corpus_of):
     np.testing.assert_array_equal(sequences[0]["loss_mask"], [1, 1, 0, 0])
 
 
-def test_filler_is_masked_and_valid():
-    filler = example(np.empty(0, np.uint16), 4)
-    np.testing.assert_array_equal(filler["inputs"], [1, 0, 0, 0])
-    np.testing.assert_array_equal(filler["targets"], [0, 0, 0, 0])
-    np.testing.assert_array_equal(filler["loss_mask"], [0, 0, 0, 0])
+def test_filler_is_masked_and_valid(random_corpus):
+    filler = Sequences(random_corpus, "train", 4).batch([FILLER])
+    np.testing.assert_array_equal(filler["inputs"], [[1, 0, 0, 0]])
+    np.testing.assert_array_equal(filler["targets"], [[0, 0, 0, 0]])
+    np.testing.assert_array_equal(filler["loss_mask"], [[0, 0, 0, 0]])
+
+
+def test_a_batch_is_its_sequences(random_corpus):
+    sequences = Sequences(random_corpus, "train", 16)
+    order = [10, 0, 3, 3, FILLER]
+    batch = sequences.batch(order)
+    for row, index in enumerate(order[:-1]):
+        for name, values in sequences[index].items():
+            assert batch[name].dtype == np.int32
+            np.testing.assert_array_equal(batch[name][row], values)
 
 
 @pytest.mark.parametrize("sequence_len", [1, 2, 7, 16, 1000])

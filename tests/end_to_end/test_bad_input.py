@@ -125,9 +125,9 @@ def test_other_tokens_than_the_vocabulary(tvq: Program, refuse: Refuse, tmp_path
 
     manifest = folder / "manifest.json"
     found = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(found | {"vocabulary": {"name": "bytes", "size": 300}}))
+    manifest.write_text(json.dumps(found | {"vocabulary": found["vocabulary"] | {"size": 300}}))
     assert "was made with 300 ids of 'bytes', which has 259" in refuse("train", *command)
-    manifest.write_text(json.dumps(found | {"vocabulary": {"name": "words", "size": 300}}))
+    manifest.write_text(json.dumps(found | {"vocabulary": found["vocabulary"] | {"name": "words"}}))
     assert "was made with the vocabulary 'words', this tvq knows bytes" in refuse("train", *command)
     manifest.unlink()
     assert "is not a prepared folder" in refuse("train", *command)

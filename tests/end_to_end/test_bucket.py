@@ -1,19 +1,29 @@
 """A workdir on gs://, on a pretended bucket: what tvq itself writes there. Orbax brings its own driver."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tvq import cluster, config, metrics, sample, train
+from tvq.data import prepared
+from tvq.data.corpus import open_corpus
+from tvq.data.documents import SPLITS, Piece
+from tvq.data.packing import Sequences
+from tvq.data.pipeline import training_batches
+from tvq.data.vocabulary import ByteVocabulary
 
 
 class Bucket(MemoryFileSystem):
     protocol = ("gcs", "gs")
     store: dict = {}  # noqa: RUF012  # the declaration of the parent, which this must not share
     pseudo_dirs = [""]  # noqa: RUF012
+    fetched: list[tuple[int, int]] = []  # noqa: RUF012  # ranges and bytes of each request
 
     def __init__(self, finalize_on_close: bool = True):
         super().__init__()
@@ -22,10 +32,15 @@ class Bucket(MemoryFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return MemoryFileSystem._strip_protocol(path.replace("gs://", "memory://"))
 
+    def cat_ranges(self, paths: list[str], starts: list[int], ends: list[int], **options: Any) -> list[bytes]:
+        self.fetched.append((len(paths), sum(ends) - sum(starts)))
+        return super().cat_ranges(paths, starts, ends, **options)
+
 
 @pytest.fixture
 def workdir() -> epath.Path:
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    for protocol in Bucket.protocol:
+        fsspec.register_implementation(protocol, Bucket, clobber=True)
     return epath.Path("gs://bucket/run")
 
 
@@ -48,6 +63,31 @@ def test_rows_and_samples_go_to_a_bucket(workdir: epath.Path) -> None:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert lines == ['{"step": 2, "split": "train"}', '{"step": 4, "split": "train"}']
     assert sample.save(["text"], workdir, 4).read_text() == "text\n"
+
+
+def test_hosts_read_only_their_part_of_prepared_tokens(workdir: epath.Path, tmp_path: Path) -> None:
+    splits = {split: [Piece("a", bytes(range(100)), last=True)] for split in SPLITS}
+    corpora = []
+    for folder in (epath.Path(tmp_path / "local"), workdir / "tokens"):
+        folder.mkdir(parents=True)
+        prepared.write(folder, splits, prepared.text_form(ByteVocabulary()), {})
+        corpora.append(open_corpus(config.Data(source="tokens", path=str(folder))))
+    local, remote = (Sequences(corpus, "train", 10) for corpus in corpora)
+    assert corpora[0].fingerprint == corpora[1].fingerprint
+    Bucket.fetched.clear()
+    options = {"batch_size": 8, "seed": 0, "rows": slice(2, 5)}
+    with (
+        contextlib.closing(training_batches(local, **options)) as ours,
+        contextlib.closing(training_batches(remote, **options)) as theirs,
+    ):
+        for _ in range(3):
+            wanted, found = next(ours), next(theirs)
+            for name, array in wanted.items():
+                np.testing.assert_array_equal(found[name], array)
+    assert len(Bucket.fetched) >= 3
+    # Twenty bytes a row; the last sequence is short.
+    assert all((n, size) <= (3, 3 * 20) for n, size in Bucket.fetched), "more than the rows of this process"
+    assert {n for n, _ in Bucket.fetched} == {3}, "each batch is one request"
 
 
 def test_logs_stay_on_the_machine() -> None:

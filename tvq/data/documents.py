@@ -8,14 +8,23 @@ import hashlib
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tvq import config
 
 SPLITS = ("train", "validation", "test")
 SPLIT_RULE = "folder: 98/1/1 % by sha256 of the name; file: 90/5/5 % of its bytes, in order"
 CHUNK = 1 << 20
+
+
+class Piece(NamedTuple):
+    """A stretch of a document: `raw` is some of its text, or an image."""
+
+    document: str
+    raw: bytes
+    last: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,14 @@ class Document:
                     yield chunk
         except OSError as error:
             raise unreadable(self.path, error) from error
+
+
+def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
+    """The text of the documents, at most `CHUNK` bytes at a time."""
+    for document in documents:
+        for chunk in document.chunks():
+            yield Piece(document.name, chunk, last=False)
+        yield Piece(document.name, b"", last=True)
 
 
 def unreadable(path: Path, error: OSError) -> ValueError:

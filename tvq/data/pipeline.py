@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from tvq.data.packing import Example, Sequences, example
+from tvq.data.packing import FILLER, Example, Sequences
 
 Batches = Generator[Example, None, None]
 ALL_ROWS = slice(None)
@@ -48,14 +48,9 @@ class _Batches:
 
     def __getitem__(self, index: int) -> Example:
         """int32 [rows, T] each."""
-        first = (self._start + index) * self._batch_size
-        examples = [self._example(first + row) for row in self._rows]
-        return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-
-    def _example(self, position: int) -> Example:
-        if position < len(self._order):
-            return self._sequences[self._order[position]]
-        return example(np.empty(0, np.uint16), self._sequences.sequence_len)
+        first, end = (self._start + index) * self._batch_size, len(self._order)
+        positions = [first + row for row in self._rows]
+        return self._sequences.batch([self._order[p] if p < end else FILLER for p in positions])
 
 
 def training_batches(
@@ -72,11 +67,20 @@ def training_batches(
     `batch_size` is global; this process is given its `rows`: `inputs, targets, doc_ids, loss_mask`, int32
     [rows, T] each. `workers` processes read ahead; 0 reads in threads. `close()` ends them.
     """
-    # Grain's epochs use seed, seed + 1, ...: hashed first, so that neighbouring seeds share no epoch.
-    hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(len(sequences)).shuffle(seed=hashed).repeat(None)
-    batches = _Batches(sequences, order, batch_size=batch_size, rows=rows, start=start)
+    batches = _Batches(sequences, _order(sequences, seed), batch_size=batch_size, rows=rows, start=start)
     return _read(batches, workers)
+
+
+def _order(sequences: Sequences, seed: int) -> grain.MapDataset:
+    """Sequence numbers without end: of each folder epoch after epoch, mixed by the folders' weights."""
+    spans = list(zip(sequences.starts[:-1], sequences.starts[1:], strict=True))
+    # Grain's epochs use seed, seed + 1, ...: hashed first, so that neighbouring seeds share no epoch.
+    seeds = np.random.SeedSequence(seed).generate_state(len(spans)).tolist()
+    orders = [
+        grain.MapDataset.range(first, end).shuffle(seed=hashed).repeat(None)
+        for (first, end), hashed in zip(spans, seeds, strict=True)
+    ]
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, sequences.corpus.weights)
 
 
 def evaluation_batches(sequences: Sequences, *, batch_size: int, rows: slice = ALL_ROWS) -> Batches:
