@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on all hosts of a Cloud TPU slice, from your own machine. Needs gcloud, logged in.
+# A run on all hosts of a Cloud TPU slice, or of several, from your own machine. Needs gcloud, logged in.
 #
 #   launch/tpu.sh run --name NAME --zone ZONE --type v5litepod-16 --version v2-alpha-tpuv5-lite [--spot] \
 #     -- .venv/bin/tvq train --config=configs/debug.py --workdir=gs://BUCKET/run1
@@ -15,9 +15,12 @@
 #   delete    stop, then delete the slice; --now deletes without saving
 #
 #   --name, --zone, --project    of the slice (--project: gcloud's own default)
+#   --slices N                   N slices of this type (NAME-0, NAME-1, ...) as one run: multislice. For every
+#                                command; workers are counted through all slices
 #   --type, --version            accelerator type and runtime version, for create and run
 #   --spot | --preemptible       cheaper, may be taken away
-#   --queued                     through a queued resource of the same name
+#   --queued                     through a queued resource of the same name, as several slices always are. For
+#                                every command
 #   --restarts N                 run: slices to make again (default 50); workers: failures to forgive (default 10)
 #   --install CMD                how workers install, in the checkout (default: make setup)
 #   --dirty                      copy the files as they are, not the commit
@@ -31,8 +34,8 @@ set -u
 . "$(dirname "$0")/common.sh"
 
 at_once=16 # gcloud processes in parallel: each takes about 100 MB here
-name='' zone='' project=() type='' version='' price=() queued=no restarts='' install='make setup' dirty=no
-poll=30 grace=300 worker=0 now=no command=()
+name='' zone='' project=() type='' version='' price=() slices=1 queued=no restarts='' install='make setup' dirty=no
+poll=30 grace=300 worker=0 now=no command=() nodes=() per_slice=''
 
 options() {
   while [ $# -gt 0 ]; do
@@ -43,6 +46,7 @@ options() {
       --type) type=$(option_value type "$@") || exit ; shift 2 ;;
       --version) version=$(option_value version "$@") || exit ; shift 2 ;;
       --spot | --preemptible) price=("$1"); shift ;;
+      --slices) slices=$(option_value slices "$@") || exit ; shift 2 ;;
       --queued) queued=yes; shift ;;
       --restarts) restarts=$(option_value restarts "$@") || exit ; shift 2 ;;
       --install) install=$(option_value install "$@") || exit ; shift 2 ;;
@@ -61,6 +65,13 @@ options() {
   [ -z "$restarts" ] || whole_number --restarts "$restarts" 0
   whole_number --grace "$grace" 1
   whole_number --worker "$worker" 0
+  whole_number --slices "$slices" 1
+  nodes=("$name")
+  if [ "$slices" -gt 1 ]; then
+    queued=yes # there is no other way to several slices
+    mapfile -t nodes < <(seq -f "$name-%.0f" 0 $((slices - 1)))
+  fi
+  [ "$queued" = no ] || [ "${price[*]-}" != --preemptible ] || die 2 "a queued resource is --spot, not --preemptible"
 }
 
 need_type() {
@@ -82,9 +93,9 @@ show_tpu() { # the same, or printed under --dry-run
   run gcloud compute tpus "$@" --zone="$zone" ${project[@]+"${project[@]}"}
 }
 
-state() { # READY, CREATING, PREEMPTED, ...; ABSENT when there is none; nothing when gcloud fails otherwise
+state_of() { # state_of KIND NAME FIELD: ABSENT when there is none; nothing when gcloud fails otherwise
   local text
-  if text=$(tpu tpu-vm describe "$name" --format='value(state)' 2>&1); then
+  if text=$(tpu "$1" describe "$2" --format="value($3)" 2>&1); then
     echo "${text##*$'\n'}"
   elif [[ $text == *NOT_FOUND* || $text == *"not found"* ]]; then
     echo ABSENT
@@ -93,14 +104,25 @@ state() { # READY, CREATING, PREEMPTED, ...; ABSENT when there is none; nothing 
   fi
 }
 
+state() { # READY when all slices are, else what the first is that is not: CREATING, PREEMPTED, ABSENT, ...
+  local node seen=''
+  for node in "${nodes[@]}"; do
+    seen=$(state_of tpu-vm "$node" state)
+    [ "$seen" = READY ] || break
+  done
+  # Before its slices are there, and after they are gone, the queued resource has the word.
+  [ "$seen" != ABSENT ] || [ "$queued" = no ] || seen=$(state_of queued-resources "$name" state.state)
+  echo "$seen"
+}
+
 create() {
   need_type
   if [ "$dry" = no ] && [ "$(state)" != ABSENT ]; then
     say "$name is there already"
-  elif [ "$dry" = no ] && [ "$queued" = yes ] && tpu queued-resources describe "$name" >/dev/null 2>&1; then
-    say "$name is queued already"
   elif [ "$queued" = yes ]; then
-    show_tpu queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
+    local ids=(--node-id="$name")
+    [ "$slices" -eq 1 ] || ids=(--node-count="$slices" --node-prefix="$name")
+    show_tpu queued-resources create "$name" "${ids[@]}" --accelerator-type="$type" \
       --runtime-version="$version" ${price[@]+"${price[@]}"} || die 1 "could not queue for $name"
   else
     show_tpu tpu-vm create "$name" --accelerator-type="$type" --version="$version" \
@@ -112,8 +134,10 @@ create() {
     [ "$seen" = "$last" ] || say "$name is ${seen:-unknown}; waiting"
     last=$seen
     case $seen in
-      PREEMPTED | TERMINATED | STOPPED) die 1 "$name is $seen; delete it first: $script delete --now" ;;
-      ABSENT) [ "$queued" = yes ] || die 1 "$name is gone again" ;;
+      PREEMPTED | TERMINATED | STOPPED | SUSPENDED | FAILED)
+        die 1 "$name is $seen; delete it first: $script delete --now"
+        ;;
+      ABSENT) die 1 "$name is gone again" ;;
     esac
     sleep "$poll"
   done
@@ -130,25 +154,36 @@ remove() {
 
 # --- its workers ------------------------------------------------------------------------------------------
 
-n_worker() {
+count_workers() { # sets per_slice; all slices are of one type
   local text
-  text=$(tpu tpu-vm describe "$name" --format='value(networkEndpoints[].ipAddress)') ||
+  [ -z "$per_slice" ] || return 0
+  text=$(tpu tpu-vm describe "${nodes[0]}" --format='value(networkEndpoints[].ipAddress)') ||
     die 1 "$name in $zone cannot be asked for its workers"
-  grep -c . <<<"${text//[;,]/$'\n'}"
+  per_slice=$(grep -c . <<<"${text//[;,]/$'\n'}")
 }
 
-on_worker() { # on_worker I COMMAND: in the checkout on that worker
-  tpu tpu-vm ssh "$name" --worker="$1" --command="$2"
+on_worker() { # on_worker I COMMAND: in its home
+  local slice=0 i=$1
+  if [ "$slices" -gt 1 ] && [ "$i" -gt 0 ]; then
+    count_workers
+    slice=$((i / per_slice)) i=$((i % per_slice))
+    [ "$slice" -lt "$slices" ] || die 2 "there are $((per_slice * slices)) workers, 0 to $((per_slice * slices - 1))"
+  fi
+  show_tpu tpu-vm ssh "${nodes[slice]}" --worker="$i" --command="$2"
 }
 
 # The same command on all workers, some at a time; says which failed, with its last lines.
 on_all() { # on_all WHAT COMMAND
+  local node
   if [ "$dry" = yes ]; then
-    show_tpu tpu-vm ssh "$name" --worker=EACH --command="$2"
+    for node in "${nodes[@]}"; do
+      show_tpu tpu-vm ssh "$node" --worker=EACH --command="$2"
+    done
     return
   fi
   local n folder i failed=0 asked=()
-  n=$(n_worker) || exit
+  count_workers
+  n=$((per_slice * slices))
   folder=$(mktemp -d)
   for ((i = 0; i < n; i++)); do
     while [ "$(jobs -pr | wc -l)" -gt "$at_once" ]; do sleep 0.1; done
@@ -175,7 +210,7 @@ setup() {
   if [ "$dirty" = no ] && [ -n "$(git -C "$root" status --porcelain)" ]; then
     die 2 "the checkout has changes that are in no commit; commit them, or give --dirty"
   fi
-  local archive
+  local archive node
   archive=$(mktemp -d)/tvq.tgz
   if [ "$dirty" = yes ]; then
     git -C "$root" ls-files -z --cached --others --exclude-standard | (cd "$root" && xargs -0 ls -d 2>/dev/null) |
@@ -183,7 +218,9 @@ setup() {
   else
     git -C "$root" archive --format=tar.gz -o "$archive" HEAD || die 1 "could not pack $root"
   fi
-  show_tpu tpu-vm scp "$archive" "$name:tvq.tgz" --worker=all || die 1 "could not copy to all workers"
+  for node in "${nodes[@]}"; do
+    show_tpu tpu-vm scp "$archive" "$node:tvq.tgz" --worker=all || die 1 "could not copy to all workers of $node"
+  done
   rm -r "$(dirname "$archive")"
   # Files of an older commit must not stay; whatever else is there may.
   on_all setup "mkdir -p tvq && cd tvq && { [ ! -x launch/worker.sh ] || launch/worker.sh report | \
@@ -206,7 +243,7 @@ report="if [ -x tvq/launch/worker.sh ]; then tvq/launch/worker.sh report; else e
 
 status() {
   if [ "$dry" = yes ]; then
-    show_tpu tpu-vm describe "$name" --format='value(state)'
+    show_tpu tpu-vm describe "${nodes[0]}" --format='value(state)'
   else
     local seen
     seen=$(state)
@@ -218,7 +255,7 @@ status() {
 
 logs() {
   trap 'say "left the log; the run goes on"; exit 0' INT
-  show_tpu tpu-vm ssh "$name" --worker="$worker" --command="tail -n 100 -F tvq/run.log"
+  on_worker "$worker" "tail -n 100 -F tvq/run.log"
 }
 
 stop() {
@@ -271,16 +308,17 @@ follow() { # until the run has ended (its exit code), worker 0 has lost it (201)
 run_all() {
   need_type
   need_command
-  local budget=${restarts:-50} made=0 there=no code
+  local budget=${restarts:-50} made=0 there=no seen code
   if [ "$dry" = yes ]; then
     create && setup && train && logs
     return
   fi
   while :; do
-    case $(state) in
-      PREEMPTED | TERMINATED | STOPPED | SUSPENDED)
+    seen=$(state)
+    case $seen in
+      PREEMPTED | TERMINATED | STOPPED | SUSPENDED | FAILED)
         there=yes
-        say "$name was taken away; making it again"
+        say "$name was taken away ($seen); making it again"
         remove || say "could not delete $name; trying on"
         ;;
     esac

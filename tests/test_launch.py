@@ -324,6 +324,10 @@ class Cloud:
     def command(self, workdir: Path, *options: str) -> list[str]:
         return ["--", ".venv/bin/python", "-m", "tests.fakes.worker", f"--workdir={workdir}", *options]
 
+    def put(self, file: str, **values: str) -> None:
+        content = json.loads((self.folder / file).read_text())
+        (self.folder / file).write_text(json.dumps(content | values))
+
     def calls(self) -> str:
         return (self.folder / "calls.txt").read_text()
 
@@ -368,31 +372,36 @@ def test_tpu_names_the_worker_that_failed_with_its_last_lines(cloud: Cloud) -> N
     assert "[worker 1] no space left on device" in failed.stderr
 
 
-def test_tpu_run_follows_a_run_to_its_end(cloud: Cloud, tmp_path: Path) -> None:
-    workdir = tmp_path / "work"
-    done = cloud.tpu("run", *cloud.make, *cloud.command(workdir))
-    assert done.returncode == 0, done.stderr
-    assert [r["devices"] for r in result(workdir, 2)] == [4, 4]
-    assert "worker 1: ended 0" in cloud.tpu("status").stdout
-    assert cloud.tpu("delete").returncode == 0
-    assert "pod: ABSENT" in cloud.tpu("status").stdout
-
-
 @pytest.mark.slow
-def test_tpu_run_makes_a_preempted_slice_again_and_goes_on(cloud: Cloud, tmp_path: Path) -> None:
-    workdir = tmp_path / "work"
-    arguments = (*cloud.make, "--spot", *cloud.command(workdir, "--steps=100", "--pause=0.05"))
+@pytest.mark.parametrize("slices", [1, 2])
+def test_tpu_run_makes_slices_again_when_one_is_taken_and_goes_on(
+    cloud: Cloud, tmp_path: Path, slices: int
+) -> None:
+    """A slice of two workers is preempted; of two slices of one worker one is gone, the request suspended."""
+    cloud.variables["FAKE_CLOUD_WORKERS"] = str(2 // slices)
+    cloud.common += ["--slices", str(slices)]
+    workdir, taken = tmp_path / "work", "pod" if slices == 1 else "pod-1"
+    arguments = (*cloud.make, "--spot", *cloud.command(workdir, "--steps=50", "--pause=0.05"))
     with cloud.start("run", *arguments) as process:
         wait_for((workdir / "state.json").exists, "no checkpoint")
-        file = cloud.folder / "pod.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "PREEMPTED"}))
-        kill_marked("FAKE_SLICE=pod", "supervise")
-        kill_marked("FAKE_SLICE=pod")
+        if slices == 1:
+            cloud.put("pod.json", state="PREEMPTED")
+        else:
+            cloud.put("pod.queue", state="SUSPENDED")
+            (cloud.folder / "pod-1.json").unlink()
+        kill_marked(f"FAKE_SLICE={taken}", "supervise")
+        kill_marked(f"FAKE_SLICE={taken}")
         output = process.communicate(timeout=100)[0]
     assert process.returncode == 0, output
     assert "restart 1 of 50" in output
-    assert cloud.calls().count("tpu-vm create pod") == 2
-    assert [r["sum"] for r in result(workdir, 2)] == [8.0 * sum(range(100))] * 2
+    create = (
+        "queued-resources create pod --node-count=2 --node-prefix=pod" if slices == 2 else "tpu-vm create pod"
+    )
+    assert cloud.calls().count(create) == 2
+    assert [(r["devices"], r["sum"]) for r in result(workdir, 2)] == [(4, 8.0 * sum(range(50)))] * 2
+    assert "worker 1: ended 0" in cloud.tpu("status").stdout
+    assert cloud.tpu("delete").returncode == 0
+    assert "pod: ABSENT" in cloud.tpu("status").stdout
 
 
 @pytest.mark.slow
