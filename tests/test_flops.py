@@ -54,8 +54,8 @@ def test_flops_of_full_attention_grow_with_the_square():
     assert flops.unit(small.MODEL, 2047)["scores"] == flops.unit(small.MODEL, 1023)["scores"]
 
 
-def test_peaks():
-    assert flops.peak("NVIDIA H200") == 989e12
-    assert flops.peak("NVIDIA H100 PCIe") < flops.peak("NVIDIA H100 80GB HBM3")
-    assert flops.peak("TPU v5 lite") < flops.peak("TPU v5p")
-    assert flops.peak("cpu") is None
+def test_chips():
+    assert flops.chip("NVIDIA H200").bfloat16 == 989e12
+    assert flops.chip("NVIDIA H100 PCIe").bfloat16 < flops.chip("NVIDIA H100 80GB HBM3").bfloat16
+    assert flops.chip("TPU v5 lite").memory < flops.chip("TPU v5p").memory
+    assert flops.chip("cpu") is None

@@ -1,4 +1,4 @@
-"""The door, `tvq train|eval|sample|bench`: reads the command line, starts the program, sets the exit code."""
+"""The door, `tvq train|eval|sample|bench|plan`: reads the command line, runs it, sets the exit code."""
 
 import argparse
 import contextlib
@@ -10,11 +10,12 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
 
-from tvq import bench, cluster, config, evaluate, sample, train
+from tvq import bench, cluster, config, evaluate, plan, sample, train
 from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
@@ -55,10 +56,18 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         tvq bench data --config=configs/debug.py --output=runs/data
         """,
     ),
+    "plan": (
+        plan.plan,
+        "say what a train step costs on a machine that is not there",
+        """
+        tvq plan --config=configs/debug.py --topology=v5e:4x4
+        tvq plan --config=configs/debug.py --topology=h200:8 --sweep
+        """,
+    ),
 }
 # Short forms: `--split=test` is `--config.evaluate.split=test`.
-SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench}
-SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench"}
+SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench, "plan": config.Plan}
+SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench", "plan": "plan"}
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -81,21 +90,26 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--output", dest="workdir", required=True, metavar="DIR", help="folder for the results"
             )
+        elif name == "plan":
+            command.set_defaults(workdir=".", cpu_devices=1)  # it writes nothing, and computes nothing
         else:
             command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-        needed = name in ("train", "bench")
+        needed = name in ("train", "bench", "plan")
         default = "" if needed else " (default: that of the run)"
         command.add_argument("--config", required=needed, metavar="FILE", help=f"config file{default}")
-        command.add_argument(
-            "--cpu_devices", type=int, metavar="N", help="use N CPU devices, whatever accelerator there is"
-        )
+        if name != "plan":
+            command.add_argument(
+                "--cpu_devices",
+                type=int,
+                metavar="N",
+                help="use N CPU devices, whatever accelerator there is",
+            )
         for field in dataclasses.fields(SHORT[name]) if name in SHORT else ():
             if (name, field.name) == ("bench", "kind"):
                 continue  # it has no dashes, above
-            option = f"--{field.name}"
-            command.add_argument(
-                option, metavar="VALUE", help=field.metadata["doc"].replace("%", "%%"), dest=field.name
-            )
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
+            doc = field.metadata["doc"].replace("%", "%%")
+            command.add_argument(f"--{field.name}", metavar="VALUE", help=doc, dest=field.name, **switch)
     return top
 
 
@@ -184,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f" {run.model.param_dtype} do not go together; use float64 for both or neither"
                 )
             jax.config.update("jax_enable_x64", True)  # or jax would compute in float32 and only warn
-        if arguments.command == "bench":
+        if arguments.command in ("bench", "plan"):
             jax.config.update("jax_enable_compilation_cache", False)  # or no compile time would be true
         elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             # A restart then compiles nothing.

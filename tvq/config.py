@@ -28,6 +28,7 @@ from tvq.schema import (
     Mesh,
     Model,
     Optimizer,
+    Plan,
     Sample,
     Train,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Mesh",
     "Model",
     "Optimizer",
+    "Plan",
     "Sample",
     "Train",
 ]
@@ -56,7 +58,7 @@ CHANGEABLE = frozenset(
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
         for f in dataclasses.fields(cls)
-        if name in ("mesh", "evaluate", "sample", "bench", "checkpoint", "log", "cluster")
+        if name in ("mesh", "evaluate", "sample", "bench", "plan", "checkpoint", "log", "cluster")
     }
 )
 # What may differ between the processes of one run.

@@ -125,6 +125,12 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    topology: str = field("", "machine to plan for: a TPU slice (v5e:4x4), or GPUs of one host (h200:8)")
+    sweep: bool = field(False, "try every shape of the mesh and rank them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every: int = field(1000, "updates between checkpoints", at_least=1)
     keep: int = field(3, "latest checkpoints kept", at_least=1)
@@ -168,6 +174,7 @@ class Config:
     evaluate: Evaluate = Evaluate()
     sample: Sample = Sample()
     bench: Bench = Bench()
+    plan: Plan = Plan()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     cluster: Cluster = Cluster()

@@ -20,7 +20,7 @@ COLUMNS = {
 
 def rows(s: Session, seconds: list[list[float]]) -> list[Row]:
     """A row a case: median and 10-90 % range of the milliseconds a call, and what follows from the median."""
-    chip = flops.peak(s.devices.devices.flat[0].device_kind) if s.config.model.dtype == "bfloat16" else None
+    chip = flops.chip(s.devices.devices.flat[0].device_kind) if s.config.model.dtype == "bfloat16" else None
     found = []
     for case, times in zip(s.cases, seconds, strict=True):
         middle = statistics.median(times)
@@ -35,7 +35,7 @@ def rows(s: Session, seconds: list[list[float]]) -> list[Row]:
             **case.facts,
         }
         if chip and case.flops:
-            row["MFU"] = case.flops * row["tokens/s"] / (chip * case.n_device)
+            row["MFU"] = case.flops * row["tokens/s"] / (chip.bfloat16 * case.n_device)
         found.append(row)
     eaten = [row["tokens/s"] for row in found if row.get("work") == STEP]
     baseline = {row["T"]: row["tokens/s"] for row in found if row.get("formulation") == "full"}

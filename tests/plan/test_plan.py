@@ -1,0 +1,165 @@
+"""tvq plan: what it says of the real train step, compiled for the CPU devices of the tests."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.model import small
+from tvq import __main__ as door
+from tvq import cluster, config, flops, mesh, optimizer, plan, state, train_step
+from tvq.plan import step, targets
+from tvq.plan.step import TooLargeError
+
+ROOT = Path(__file__).parents[2]
+NOWHERE = cluster.find(config.Cluster(), {}, None)
+CHIP = flops.Chip(1e12, 1e12, 1e12, 1e11, 16 * flops.GIB, 1e10)
+CONFIG = config.Config(
+    model=dataclasses.replace(small.MODEL, d_model=128, d_k=32, d_v=256, n_code=64, block_len=64, mem_len=64),
+    train=config.Train(global_batch_size=8, sequence_len=512, update_len=256, steps=2),
+    plan=config.Plan(topology="v5e:2x4"),
+)
+
+
+@pytest.fixture(autouse=True)
+def eight_chips(monkeypatch):
+    monkeypatch.setattr(targets, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(flops, "chip", lambda kind: CHIP)
+    right = jax.stages.Lowered.compile
+    quick = {"xla_backend_optimization_level": 0}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: right(lowered, quick))
+
+
+@functools.cache
+def found() -> step.Estimate:
+    return step.estimate(CONFIG, mesh.make(config.Mesh(), jax.devices()))
+
+
+def run(c: config.Config) -> int:
+    return plan.plan(c, epath.Path("."), NOWHERE, cluster.Log(Path("none"), NOWHERE))
+
+
+def test_work_is_what_the_mathematics_needs():
+    """The backward pass computes the scores again, which does not count."""
+    parts = flops.unit(CONFIG.model, CONFIG.train.update_len)
+    again = 2 * (parts["scores"] + parts["relative scores"] + parts["cache scores"])  # two units
+    needed = found().analytic + again * found().n_token / 8
+    assert found().compiled == pytest.approx(needed, rel=0.03)
+
+
+def test_memory_is_that_of_one_device():
+    memory, params = found().memory, state.abstract(CONFIG.model, optimizer.make(CONFIG.optimizer)).params
+    assert memory["parameters"] == sum(4 * x.size for x in jax.tree.leaves(params))
+    assert memory["optimizer state"] == pytest.approx(2 * memory["parameters"], rel=0.01)
+    assert memory["batch"] == 4 * 4 * 512  # four arrays of one sequence
+    assert min(memory.values()) > 0
+
+
+def test_gradients_are_all_that_devices_exchange():
+    (((kind, axes), (_, sent)),) = found().links.items()
+    assert (kind, axes) == ("all-reduce", "devices")
+    reduced = found().memory["parameters"] + found().memory["codebooks"]
+    assert sent == pytest.approx(2 * (2 * 7 / 8) * reduced, rel=0.01)  # in each of two updates
+
+
+def test_the_old_state_is_donated():
+    """The metrics and nothing else need new memory."""
+    assert found().memory["metrics"] < 1000
+
+
+def test_a_deeper_model_is_no_longer_program():
+    def lines(n_layer: int) -> int:
+        c = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layer=n_layer))
+        devices, tx = mesh.make(config.Mesh(), jax.devices()), optimizer.make(c.optimizer)
+        carried = mesh.with_sharding(devices, state.abstract(c.model, tx))
+        batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), jnp.zeros((8, 512), jnp.int32))
+        return len(train_step.make(c, devices, tx).lower(carried, batch).as_text().splitlines())
+
+    assert lines(3) == lines(12)
+
+
+def test_page(capsys, monkeypatch):
+    monkeypatch.setattr(step, "estimate", lambda *_: found())
+    assert run(CONFIG) == 0
+    text = capsys.readouterr().out
+    assert f"parameters          {found().n_param:,}" in text
+    assert "optimizer state" in text
+    assert "all-reduce along devices" in text
+    small_chip = dataclasses.replace(found(), chip=CHIP._replace(memory=1e6))
+    monkeypatch.setattr(step, "estimate", lambda *_: small_chip)
+    assert run(CONFIG) == 1
+    assert "does not fit: " in capsys.readouterr().out
+
+
+def test_the_compiler_may_say_that_it_does_not_fit(capsys, monkeypatch):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries"
+                " (384.00G) exceeds available HBM (15.75G)."
+            )
+
+    with pytest.raises(TooLargeError) as error:
+        step.compiled(Lowered())
+    assert error.value.args == ("384.00G", "15.75G")
+    monkeypatch.setattr(train_step, "make", lambda *_: type("Step", (), {"lower": lambda *_: Lowered()}))
+    assert run(CONFIG) == 1
+    assert "does not fit: 384.00G" in capsys.readouterr().out
+
+
+def test_sweep_ranks(capsys, monkeypatch):
+    def fake(c: config.Config, devices) -> step.Estimate:
+        if c.mesh.devices == 2:
+            raise TooLargeError("30G", "16G")
+        slower = {name: 2 * share for name, share in found().seconds.items()}
+        return found() if c.mesh.devices == 8 else dataclasses.replace(found(), seconds=slower)
+
+    monkeypatch.setattr(step, "estimate", fake)
+    monkeypatch.setattr(mesh, "make", lambda *_: None)
+    trial = lambda n: dataclasses.replace(CONFIG, mesh=config.Mesh(devices=n))
+    shapes = [("four", trial(4)), ("eight", trial(8)), ("three", trial(3)), ("two", trial(2))]
+    monkeypatch.setattr(plan, "shapes", lambda *_: shapes)
+    assert run(dataclasses.replace(CONFIG, plan=config.Plan(topology="v5e:2x4", sweep=True))) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| eight", "| four", "| three", "| two"]
+    assert "is not a multiple of" in table[-2]
+    assert "30G" in table[-1]
+
+
+def test_shapes_multiply_to_the_devices():
+    assert sorted(plan.factors(12, 2)) == [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]
+    for _, trial in plan.shapes(CONFIG, 8):
+        sizes = [getattr(trial.mesh, f.name) for f in dataclasses.fields(config.Mesh) if f.type is int]
+        assert np.prod(sizes) == 8
+
+
+def test_the_door(monkeypatch, capsys):
+    monkeypatch.undo()
+    seen = []
+    program = lambda run, *_: seen.append(run.plan) or 0
+    monkeypatch.setitem(door.COMMANDS, "plan", (program, *door.COMMANDS["plan"][1:]))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    arguments = ["plan", f"--config={ROOT}/configs/debug.py", "--topology=v5e:4x4"]
+    assert door.main([*arguments, "--sweep"]) == 0
+    assert door.main(arguments) == 0
+    assert [(asked.topology, asked.sweep) for asked in seen] == [("v5e:4x4", True), ("v5e:4x4", False)]
+
+
+@pytest.mark.parametrize("topology", ["", "v5e", "v5e:4y4", "h200:0", "h200:2x2", "abacus:4"])
+def test_machines_that_are_not_known(monkeypatch, topology):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is not known; use a TPU slice such as v5e:4x4"):
+        targets.devices(topology)
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v4:2x2x1", "tpu"), ("h100:8", "cuda")])
+def test_a_compiler_that_is_not_installed(monkeypatch, topology, extra):
+    monkeypatch.undo()
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"pip install 'tvq\[{extra}\]'"):
+        targets.devices(topology)
