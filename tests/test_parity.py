@@ -58,7 +58,7 @@ def trees_close(name: str, got: object, want: object, tolerance: float = TOLERAN
 def model_config(original: dict) -> config.Model:
     names = {field.name for field in dataclasses.fields(config.Model)}
     known = {name: value for name, value in original.items() if name in names}
-    return config.Model(**known | {"pe_lam": float(original["pe_lam"])})
+    return config.Model(**known | {"pe_lam": float(original["pe_lam"]), "attend_across_documents": True})
 
 
 def on_device(tree: object) -> object:

@@ -20,8 +20,9 @@ from tvq.state import TrainState
 B, T, U = 8, 16, 8
 N_UPDATE = T // U
 DROPOUT = dataclasses.replace(
-    small.MODEL, p_dropemb=0.1, p_dropsin=0.2, p_dropres=0.3, p_droplyr=0.3, c_beta=0.01
-)
+    small.MODEL, p_dropemb=0.1, p_dropsin=0.2, p_dropres=0.3, p_droplyr=0.3, c_beta=0.01,
+    attend_across_documents=False,
+)  # fmt: skip
 RUN = config.Config(
     model=DROPOUT,
     optimizer=config.Optimizer(lr_max=3e-3, n_warmup_step=4, n_max_step=40, grad_clip=0.5),

@@ -37,8 +37,8 @@ def make(config: Model, devices: Mesh, piece_len: int) -> Callable:
     def score(params: dict, codebooks: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         B = batch["inputs"].shape[0]
         pieces = jax.tree.map(lambda x: x.reshape(B, -1, piece_len).swapaxes(0, 1), batch)
-        empty = transformer.initial_state(config, B)
-        empty = empty._replace(units=lax.pcast(empty.units, mesh.DATA_AXES, to="varying"))
+        position, *of_sequences = transformer.initial_state(config, B)
+        empty = transformer.State(position, *lax.pcast(of_sequences, mesh.DATA_AXES, to="varying"))
 
         def read(state: transformer.State, piece: dict) -> tuple:
             x_BTD, state, _ = transformer.forward(

@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
+# Ids that every vocabulary has: padding, the end of a document (it begins the next), an unknown piece.
+PAD, END, UNKNOWN = 0, 1, 2
+
 
 def field(default: Any, doc: str, at_least: float = -math.inf, below: float = math.inf) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "at_least": at_least, "below": below})
@@ -25,6 +28,10 @@ class Model:
     attention: str = field("vq", "vq: linear time; full: exact and quadratic, the baseline of benchmarks")
     n_parallel: int = field(
         0, "blocks that attention computes at once; 0 takes what suits the device", at_least=0
+    )
+    attend_across_documents: bool = field(
+        False,
+        "attend to earlier documents of the sequence, as the paper does; off: window and cache end there",
     )
     agg_cache: bool = field(True, "attend to the tokens before the window through the compressive cache")
     grad_thru_cache: bool = field(True, "let gradients pass from block to block within an update")

@@ -17,7 +17,7 @@ from tvq.model import transformer, vq
 from tvq.model.layers import Draws
 from tvq.state import TrainState
 
-ATTENTION_STATE = transformer.State(position=mesh.WHOLE, units=mesh.STATE)  # type: ignore[arg-type]
+ATTENTION_STATE = transformer.State(mesh.WHOLE, mesh.STATE, mesh.BATCH)  # type: ignore[arg-type]
 
 
 def loss_fn(

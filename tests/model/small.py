@@ -14,7 +14,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 MODEL = config.Model(
     n_vocab=11, n_layer=1, n_head=2, d_model=16, d_k=8, d_v=8, n_code=16, block_len=4, mem_len=6,
-    pe_lam=100.0,
+    pe_lam=100.0, attend_across_documents=True,
 )  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from tvq.model.attention import State
 B, K, V, S = 2, 3, 4, 5
 
 
-def dense(q_TK, k_TK, v_TV, z_T, c_SK, u_K, w_K, r_EK, state, *, block_len, agg_cache, grad_thru_cache):
+def dense(
+    q_TK, k_TK, v_TV, z_T, c_SK, u_K, w_K, r_EK, state, start_X, *, block_len, agg_cache, grad_thru_cache
+):
     """One sequence and head: one score for each pair of tokens, one softmax; O(T^2)."""
     L, T, M, S = block_len, len(q_TK), len(r_EK) - 1, len(c_SK)
     if not grad_thru_cache:
@@ -34,6 +36,8 @@ def dense(q_TK, k_TK, v_TV, z_T, c_SK, u_K, w_K, r_EK, state, *, block_len, agg_
     own_block = (block_start <= j) & (j <= i)
     if not agg_cache:
         window, old = window & (distance <= M), np.zeros_like(old)
+    own_TX = start_X[M + 1 :, None] == start_X[None, 1:]
+    window, old = window & own_TX, old & own_TX
 
     def attach(pair_TX, x_X):
         """x for each pair of tokens; no gradient where one block reads an earlier one, if so configured."""
@@ -51,29 +55,33 @@ def dense(q_TK, k_TK, v_TV, z_T, c_SK, u_K, w_K, r_EK, state, *, block_len, agg_
 
     # What was carried in as a cache: count_s keys of code s, whose values add up to sum_s.
     score_TS = qu_TK @ c_SK.T if agg_cache else jnp.full((T, S), -jnp.inf)
+    score_TS = jnp.where(start_X[M + 1 :, None] == start_X[None, :1], score_TS, -jnp.inf)
     largest = jnp.maximum(score_TX.max(1), score_TS.max(1))[:, None]
     e_TX, e_TS = jnp.exp(score_TX - largest), jnp.exp(score_TS - largest)
     total_T1 = e_TX.sum(1, keepdims=True) + e_TS @ state.count_BHS[:, None]
     o_TV = (
-        jnp.einsum("tx,txv->tv", e_TX, attach(np.ones_like(window), v_XV)) + e_TS @ state.sum_BHSV
+        jnp.einsum("tx,txv->tv", e_TX, attach(np.ones_like(own_block), v_XV)) + e_TS @ state.sum_BHSV
     ) / total_T1
 
-    # All but the last M tokens have left the memory.
-    hit_XS = z_X[:T, None] == jnp.arange(S)[None, :]
+    # All but the last M tokens have left the memory; of those the cache holds the document of the last.
+    hit_XS = (z_X[:T, None] == jnp.arange(S)[None, :]) & (start_X[1 : T + 1] == start_X[T])[:, None]
+    kept = jnp.where(start_X[0] == start_X[T], 1.0, 0.0)
     after = State(
         z_X[T:],
         k_XK[T:],
         v_XV[T:],
-        state.count_BHS + hit_XS.sum(0),
-        state.sum_BHSV + hit_XS.T.astype(v_XV.dtype) @ v_XV[:T],
+        kept * state.count_BHS + hit_XS.sum(0),
+        kept * state.sum_BHSV + hit_XS.T.astype(v_XV.dtype) @ v_XV[:T],
     )
     return o_TV, after if grad_thru_cache else lax.stop_gradient(after)
 
 
-def dense_attend(q, k, v, z, c, u, w, r, state, **options):
-    heads = jax.vmap(functools.partial(dense, **options))
-    sequences = jax.vmap(heads, in_axes=(0, 0, 0, 0, None, None, None, 0, 0))
-    return sequences(q, k, v, z, c, u, w, r, state)
+def dense_attend(q, k, v, z, c, u, w, r, state, *, start_BX=None, **options):
+    if start_BX is None:
+        start_BX = jnp.zeros((len(q), r.shape[2] + q.shape[2]), jnp.int32)
+    heads = jax.vmap(functools.partial(dense, **options), in_axes=(*[0] * 9, None))
+    sequences = jax.vmap(heads, in_axes=(0, 0, 0, 0, None, None, None, 0, 0, 0))
+    return sequences(q, k, v, z, c, u, w, r, state, start_BX)
 
 
 class Inputs(NamedTuple):
@@ -170,6 +178,46 @@ def test_equals_dense_attention(L, M, T, H, switches):
             got = value_and_grads(x, toward(x), attention.attend, **options)
             want = value_and_grads(x, toward(x), dense_attend, **options)
             close(got, want, 1e-9)
+
+
+def starts(L: int, M: int, T: int) -> list[jax.Array]:
+    """int32 `[B,M+1+T]` each: at edges of blocks and beside them; several in a block, and one longer than
+    many windows; at the ends of the memory and before it; at random, often and seldom.
+    """
+    rng = np.random.default_rng(0)
+    scattered = lambda rate: (np.arange(-M - 1, T)[rng.random(M + 1 + T) < rate]).tolist()
+    begun = [
+        ([0, L, 2 * L], [L - 1, 2 * L + 1]),
+        ([1, 2, L - 1, L], [T - 1]),
+        ([-M, -1, 1], [-M - 1]),
+        ([-M - 1, -M], [T - M - 1, T - M]),
+        ([], scattered(0.1)),
+        (scattered(0.5), scattered(0.5)),
+    ]
+    last = lambda row, x: max([-M - 2] + [t for t in row if t <= x])
+    return [jnp.asarray([[last(row, x) for x in range(-M - 1, T)] for row in rows]) for rows in begun]
+
+
+# (L, M, T), (agg_cache, grad_thru_cache), blocks at once.
+APART = [((4, 6, 16), switches, 0) for switches in SWITCHES] + [
+    ((5, 3, 15), (True, True), 0), ((3, 8, 18), (True, True), 2), ((3, 8, 18), (True, False), 1),
+    ((1, 1, 6), (True, True), 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "switches", "n_parallel"), APART, ids=str)
+def test_equals_dense_attention_within_documents(sizes, switches, n_parallel):
+    L, M, T = sizes
+    options = {"block_len": L, "agg_cache": switches[0], "grad_thru_cache": switches[1]}
+    with jax.enable_x64(True):
+        for n_memory, n_cached in ((0, 0), (M, 40)):
+            x = inputs(2, T, M, n_memory, n_cached)
+            for start_BX in starts(L, M, T):
+                got = value_and_grads(
+                    x, toward(x), attention.attend, n_parallel=n_parallel, start_BX=start_BX, **options
+                )
+                want = value_and_grads(x, toward(x), dense_attend, start_BX=start_BX, **options)
+                close(got, want, 1e-9)
 
 
 @pytest.mark.parametrize(("n_parallel", "grad_thru_cache"), [(1, True), (1, False), (3, True)])

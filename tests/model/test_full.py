@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.model.small import jit
 from tvq.model import attention, full
 
 B, H, K, V, S = 2, 2, 4, 6, 5
@@ -16,7 +17,7 @@ def inputs(T: int, M: int) -> tuple:
     return tuple(jax.random.normal(key, shape, jnp.float64) for key, shape in zip(keys, shapes, strict=True))
 
 
-def plain(q, k, v, u, w, r):
+def plain(q, k, v, u, w, r, start_BT=None):
     T, M = q.shape[2], r.shape[2] - 1
     distance = np.arange(T)[:, None] - np.arange(T)[None]
     content = jnp.einsum("bhik,bhjk->bhij", q + u[None, :, None], k)
@@ -24,13 +25,15 @@ def plain(q, k, v, u, w, r):
     index = jnp.broadcast_to(jnp.clip(distance, 0, M)[None, None], content.shape)
     near = jnp.where((distance >= 0) & (distance <= M), jnp.take_along_axis(near, index, 3), 0.0)
     scores = jnp.where(distance >= 0, content + near, -jnp.inf)
+    if start_BT is not None:
+        scores = jnp.where((start_BT[:, :, None] == start_BT[:, None])[:, None], scores, -jnp.inf)
     return jnp.einsum("bhij,bhjv->bhiv", jax.nn.softmax(scores), v)
 
 
 def same(f, g, x) -> None:
     """Equal outputs and gradients of all inputs."""
 
-    @jax.jit
+    @jit
     def both(x, toward):
         return [(o, pull(toward)) for o, pull in (jax.vjp(f, *x), jax.vjp(g, *x))]
 
@@ -43,6 +46,19 @@ def same(f, g, x) -> None:
 def test_is_a_plain_softmax(T, L, M):
     with jax.enable_x64(True):
         same(lambda *x: full.attend(*x, block_len=L), plain, inputs(T, M))
+
+
+def test_keeps_documents_apart():
+    T, L, M = 8, 4, 3
+    begun = np.zeros((B, T), np.int32)
+    begun[0, [1, 5]], begun[1, 7] = [1, 5], 7
+    start = jnp.asarray(np.maximum.accumulate(begun, 1))
+    with jax.enable_x64(True):
+        same(
+            lambda *x: full.attend(*x, block_len=L, start_BT=start),
+            lambda *x: plain(*x, start),
+            inputs(T, M),
+        )
 
 
 def test_is_linear_attention_whose_window_holds_all():

@@ -14,17 +14,17 @@ from tests.model.small import MODEL, close, jit
 from tvq.config import Model
 from tvq.model import layers, transformer
 from tvq.model.layers import Draws
+from tvq.schema import END
 
 # Every option that changes what is computed without randomness.
 OTHER = dataclasses.replace(MODEL, pe_abs=True, e_tie=True, e_preln=True, e_scale=0.5, block_len=5, mem_len=3)
+APART, OTHER_APART = (dataclasses.replace(m, attend_across_documents=False) for m in (MODEL, OTHER))
 
 
 @functools.partial(jit, static_argnums=0)
-def sensitivity(model: Model, params: dict, codebooks: dict) -> jax.Array:
-    """How much each output depends on each input `[T,T]`: the largest entry of their Jacobian."""
-    n_token = model.n_vocab  # token t is id t, so that a row of the table is one position
-    tokens = jnp.arange(n_token)[None]
-    toward = jax.random.normal(jax.random.key(1), (n_token, model.n_vocab))
+def sensitivity(model: Model, params: dict, codebooks: dict, tokens: jax.Array) -> jax.Array:
+    """How much each output depends on each row of the table `[T,C]`: the largest entry of their Jacobian."""
+    toward = jax.random.normal(jax.random.key(1), (tokens.shape[1], model.n_vocab))
 
     def outputs(table: jax.Array) -> jax.Array:
         tree = params | {"embed": params["embed"] | {"table": table}}
@@ -38,7 +38,8 @@ def sensitivity(model: Model, params: dict, codebooks: dict) -> jax.Array:
 def test_causality_by_jacobian(agg_cache):
     T, M = 30, 3
     model = dataclasses.replace(MODEL, n_vocab=T, block_len=5, mem_len=M, agg_cache=agg_cache)
-    got = np.asarray(sensitivity(model, *small.parameters(model)))
+    # Token t is id t, so that a row of the table is one position.
+    got = np.asarray(sensitivity(model, *small.parameters(model), jnp.arange(T)[None]))
     back = np.arange(T)[:, None] - np.arange(T)[None, :]
     assert (got[back < 0] == 0).all(), "an output sees a later token"
     # Two units reach back twice the memory; everything before comes through the cache alone.
@@ -63,6 +64,41 @@ def test_a_later_token_changes_no_earlier_output():
         assert np.all(np.abs(got - want)[0, t:].max(-1) > 0)
 
 
+def test_a_document_is_the_same_alone_and_behind_others():
+    """Its log-probabilities; and nothing of it pulls at the others, nor they at it."""
+    documents = [(0, 7), (7, 16), (16, 17), (17, 29), (29, 40)]
+    tokens = np.arange(2, 42)[None]
+    tokens[0, [start for start, _ in documents]] = END
+    with jax.enable_x64(True):
+        # Not tied: a row of the table is then nothing but an input.
+        model = dataclasses.replace(
+            OTHER_APART, n_vocab=42, e_tie=False, dtype="float64", param_dtype="float64"
+        )
+        params, codebooks = small.parameters(model)
+        empty = transformer.initial_state(model, 1)
+        packed, _ = small.log_probs(params, codebooks, tokens, empty, model)
+        for start, stop in documents:
+            alone = np.pad(tokens[:, start:stop], [(0, 0), (0, 40 - (stop - start))])
+            got, _ = small.log_probs(params, codebooks, alone, empty, model)
+            close(got[:, : stop - start], packed[:, start:stop], 1e-9)
+        pull = np.asarray(sensitivity(model, params, codebooks, tokens))[:, tokens[0]]
+    number = np.searchsorted([start for start, _ in documents], np.arange(40), "right")
+    other, end = number[:, None] != number[None], tokens == END
+    assert (pull[other & ~end] == 0).all(), "a document pulls at another"
+    assert (pull[~other & np.tri(40, dtype=bool)] > 1e-12).all(), "a document does not see itself"
+
+
+def test_decoding_goes_on_only_with_the_document():
+    """What a carried state holds of documents that have ended is as if it never was."""
+    params, codebooks = small.parameters(APART)
+    head = jnp.full((1, 8), 5).at[0, [0, 6]].set(END)
+    states = []
+    for tokens in (head, head.at[0, 1:6].set(7)):
+        _, state = small.log_probs(params, codebooks, tokens, transformer.initial_state(APART, 1), APART)
+        states.append(decode_all(params, codebooks, small.tokens(1, 12), state, APART))
+    np.testing.assert_array_equal(*states)
+
+
 @functools.partial(jit, static_argnums=4)
 def decode_all(
     params: dict, codebooks: dict, tokens: jax.Array, state: transformer.State, model: Model
@@ -76,9 +112,10 @@ def decode_all(
 
 WINDOW_ALONE = dataclasses.replace(MODEL, agg_cache=False)
 DECODED = [(MODEL, "float64"), (MODEL, "float32"), (OTHER, "float64"), (WINDOW_ALONE, "float64")]
+DECODED += [(APART, "float32"), (OTHER_APART, "float64")]
 
 
-@pytest.mark.parametrize(("model", "dtype"), DECODED, ids=["plain", "float32", "other", "window"])
+@pytest.mark.parametrize(("model", "dtype"), DECODED, ids=lambda x: x if isinstance(x, str) else "")
 def test_decoding_is_the_forward(model, dtype):
     tolerance = {"float32": 1e-5, "float64": 1e-9}[dtype]
     with jax.enable_x64(dtype == "float64"):
@@ -94,15 +131,16 @@ def test_decoding_is_the_forward(model, dtype):
         close(jnp.concatenate([head, tail], 1), want, tolerance)
 
 
-def test_pieces_are_the_whole():
+@pytest.mark.parametrize("model", [OTHER, OTHER_APART], ids=["across", "apart"])
+def test_pieces_are_the_whole(model):
     """One call, or one for each block, with the state carried: the same outputs and the same last state."""
-    params, codebooks = small.parameters(OTHER)
-    L = OTHER.block_len
-    tokens, state = small.tokens(2, 4 * L), transformer.initial_state(OTHER, 2)
-    want, last = small.log_probs(params, codebooks, tokens, state, OTHER)
+    params, codebooks = small.parameters(model)
+    L = model.block_len
+    tokens, state = small.tokens(2, 4 * L), transformer.initial_state(model, 2)
+    want, last = small.log_probs(params, codebooks, tokens, state, model)
     got = []
     for t in range(0, 4 * L, L):
-        piece, state = small.log_probs(params, codebooks, tokens[:, t : t + L], state, OTHER)
+        piece, state = small.log_probs(params, codebooks, tokens[:, t : t + L], state, model)
         got.append(piece)
     close(jnp.concatenate(got, 1), want, 1e-5)
     close(state, last, 1e-5)
@@ -208,7 +246,7 @@ def test_layer_drop_skips_a_unit_for_a_whole_sequence():
 
     @jit
     def skipping(keep: jax.Array) -> jax.Array:
-        x = transformer.embed(params, tokens, jnp.int32(0), model)
+        x = transformer.embed(params, tokens, jnp.arange(8)[None], model)
         state = transformer.initial_state(model, n_sequence).units
         sinusoid = jnp.broadcast_to(transformer.distances(model)[None], (n_sequence, model.mem_len + 1, 16))
         for unit in range(2):

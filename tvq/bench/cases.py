@@ -162,9 +162,13 @@ def core(model: Model) -> Callable[..., tuple]:
 
     def attend(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTV: jax.Array, fixed: tuple) -> jax.Array:
         z_BHT, c_HSK, u_HK, w_HK, r_BHEK = fixed
+        B, H, T, K, V, E = *q_BHTK.shape[:3], model.d_k, model.d_v, model.mem_len + 1
+        start_BX = None if model.attend_across_documents else jnp.zeros((B, E + T), jnp.int32)
         if model.attention == "full":
-            return full.attend(q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=model.block_len)
-        B, H, K, V = *q_BHTK.shape[:2], model.d_k, model.d_v
+            return full.attend(
+                q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK,
+                block_len=model.block_len, start_BT=None if start_BX is None else start_BX[:, E:],
+            )  # fmt: skip
         o_BHTV, _ = attention.attend(
             q_BHTK,
             k_BHTK,
@@ -179,6 +183,7 @@ def core(model: Model) -> Callable[..., tuple]:
             n_parallel=model.n_parallel,
             agg_cache=model.agg_cache,
             grad_thru_cache=model.grad_thru_cache,
+            start_BX=start_BX,
         )
         return o_BHTV
 
@@ -237,7 +242,8 @@ def prepare_decode(s: Session) -> None:
 
 def repeated(now: transformer.State, n_sequence: int) -> transformer.State:
     """The state of one sequence as that of many."""
-    return now._replace(units=jax.tree.map(lambda x: jnp.repeat(x, n_sequence, 1), now.units))
+    times = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, n_sequence, axis), tree)
+    return now._replace(units=times(now.units, 1), start_BE=times(now.start_BE, 0))
 
 
 def random_tokens(model: Model, n_sequence: int, n_token: int, seed: int) -> jax.Array:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from tvq.data import optional
+from tvq.schema import END, PAD, UNKNOWN
 
-PAD, END, UNKNOWN = 0, 1, 2
-N_SPECIAL = 3
+N_SPECIAL = len((PAD, END, UNKNOWN))
 
 
 class Vocabulary(Protocol):

@@ -4,6 +4,9 @@ The tokens of a call are cut into R blocks of L. A query attends to its window, 
 and the block up to itself, key by key; and to everything before the window through a cache of one count and
 one sum of values a code, since keys of equal code have equal scores. All blocks are computed in parallel:
 block sums, then one running sum over blocks, then one softmax over window and cache together.
+
+Documents can be kept apart. A document is told by its start, the position of its first token. The cache then
+holds but the document of the last token that left the memory: none that left before is of the queries' own.
 """
 
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims
+from tvq.model import cache
 
 # Names what a rematerialised unit keeps: projections, codes, cache means, output and normaliser.
 KEPT = "kept"
@@ -48,33 +52,6 @@ def initial_state(
         count_BHS=jnp.zeros((B, H, S), wide),
         sum_BHSV=jnp.zeros((B, H, S, d_v), wide),
     )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def code_sums(z_BHRL: jax.Array, v_BHRLV: jax.Array, n_code: int, dtype: jnp.dtype) -> tuple:
-    """Number `[B,H,R,S]` and sum of values `[B,H,R,S,V]` of each code in each block; code S adds to none."""
-    # A matrix product, not a scatter: its order of summation is fixed, so runs repeat bitwise on a GPU.
-    hit_BHRLS = jax.nn.one_hot(z_BHRL, n_code, dtype=v_BHRLV.dtype)
-    sum_BHRSV = jnp.einsum("bhrls,bhrlv->bhrsv", hit_BHRLS, v_BHRLV, preferred_element_type=dtype)
-    return jnp.sum(hit_BHRLS, 3, dtype=dtype), sum_BHRSV
-
-
-def _code_sums_forward(z_BHRL: jax.Array, v_BHRLV: jax.Array, n_code: int, dtype: jnp.dtype) -> tuple:
-    return code_sums(z_BHRL, v_BHRLV, n_code, dtype), (z_BHRL, v_BHRLV[:, :, :0])
-
-
-def _code_sums_backward(n_code: int, dtype: jnp.dtype, kept: tuple, cotangents: tuple) -> tuple:
-    z_BHRL, like = kept
-    rows = jax.vmap(jax.vmap(jax.vmap(lambda g_SV, z_L: g_SV.at[z_L].get(mode="fill", fill_value=0))))
-    return None, rows(cotangents[1].astype(like.dtype), z_BHRL)
-
-
-code_sums.defvjp(_code_sums_forward, _code_sums_backward)
-
-
-def running(x0_BHX: jax.Array, x_BHRX: jax.Array) -> jax.Array:
-    """`x0 + x_0 + ... + x_{r-1}` for r = 0 .. R, along axis 2."""
-    return jnp.cumsum(jnp.concatenate([x0_BHX[:, :, None], x_BHRX], 2), 2)
 
 
 def skew(a_BHRLE: jax.Array) -> jax.Array:
@@ -110,13 +87,15 @@ def attend(
     n_parallel: int = 0,
     agg_cache: bool = True,
     grad_thru_cache: bool = True,
+    start_BX: jax.Array | None = None,
 ) -> tuple[jax.Array, State]:
     """Output `[B,H,T,V]` in the dtype of v, and the state after the T tokens.
 
     q and k (quantised, straight-through) are scaled by K^-1/4 already, as are u, w and r. z holds the codes
     of k, c the codewords. r is the position key of each distance 0 .. M. T must be a multiple of block_len.
     With agg_cache off a query sees the M tokens before it alone; with grad_thru_cache off no gradient passes
-    from block to block. c gets no gradient.
+    from block to block. c gets no gradient. Documents are kept apart by start, that of the document of each
+    of the M + 1 tokens before and the T of the call, int32 `[B,M+1+T]`; without it there is but one.
 
     All blocks are computed at once, or n_parallel of them and then the next: the result is the same.
     """
@@ -125,18 +104,22 @@ def attend(
     at_once = max((n for n in range(1, min(n_parallel, n_block) + 1) if n_block % n == 0), default=n_block)
 
     def chunk(state: State, tokens: tuple) -> tuple[State, jax.Array]:
-        q, k, v, z = tokens
+        (q, k, v, z), start = tokens
         o_BHTV, state = attend_at_once(
-            q, k, v, z, c_HSK, u_HK, w_HK, r_BHEK, state, block_len, agg_cache, grad_thru_cache
+            q, k, v, z, c_HSK, u_HK, w_HK, r_BHEK, state, start, block_len, agg_cache, grad_thru_cache
         )
         return state, o_BHTV
 
     tokens = (q_BHTK, k_BHTK, v_BHTV, z_BHT)
     if at_once == n_block:
-        state, o_BHTV = chunk(state, tokens)
+        state, o_BHTV = chunk(state, (tokens, start_BX))
         return o_BHTV, state
     cut = lambda x: jnp.moveaxis(x.reshape(B, H, -1, at_once * block_len, *x.shape[3:]), 2, 0)
-    state, o_XBHTV = lax.scan(chunk, state, jax.tree.map(cut, tokens))
+    if start_BX is not None:
+        n_before, length = start_BX.shape[1] - T, at_once * block_len
+        index_XX = jnp.arange(0, T, length)[:, None] + jnp.arange(n_before + length)[None]
+        start_BX = jnp.moveaxis(start_BX[:, index_XX], 1, 0)
+    state, o_XBHTV = lax.scan(chunk, state, (jax.tree.map(cut, tokens), start_BX))
     return jnp.moveaxis(o_XBHTV, 0, 2).reshape(v_BHTV.shape), state
 
 
@@ -150,6 +133,7 @@ def attend_at_once(
     w_HK: jax.Array,
     r_BHEK: jax.Array,
     state: State,
+    start_BX: jax.Array | None,
     block_len: int,
     agg_cache: bool,
     grad_thru_cache: bool,
@@ -162,17 +146,18 @@ def attend_at_once(
     B, H, T, S, M, L = size["B"], size["H"], size["T"], size["S"], size["M"], block_len
     assert size["E"] == M + 1, f"{size['E']} distances for a memory of {M}"
     assert T % L == 0, f"{T} tokens in blocks of {L}"
-    R, wide, narrow = T // L, state.sum_BHSV.dtype, state.k_BHMK.dtype
+    assert start_BX is None or start_BX.shape == (B, M + 1 + T), f"starts {start_BX.shape}, T is {T}"
+    R, narrow = T // L, state.k_BHMK.dtype
     past = (lambda x: x) if grad_thru_cache else lax.stop_gradient
 
     z_all = jnp.concatenate([state.z_BHM, z_BHT], 2)
     k_all = jnp.concatenate([state.k_BHMK, k_BHTK.astype(narrow)], 2)
     v_all = jnp.concatenate([state.v_BHMV, v_BHTV], 2)
 
-    # The cache that block r sees: what was carried in and the first r blocks to leave the memory.
     blocks = lambda x: x[:, :, :T].reshape(B, H, R, L, *x.shape[3:])
-    count_BHRS, sum_BHRSV = code_sums(blocks(z_all), past(blocks(v_all)), S, wide)
-    count_BHRS, sum_BHRSV = running(state.count_BHS, count_BHRS), running(state.sum_BHSV, sum_BHRSV)
+    count_BHRS, sum_BHRSV = cache.before_blocks(
+        state.count_BHS, state.sum_BHSV, blocks(z_all), past(blocks(v_all)), start_BX
+    )
     after = State(z_all[:, :, T:], k_all[:, :, T:], v_all[:, :, T:], count_BHRS[:, :, R], sum_BHRSV[:, :, R])
     after = jax.tree.map(past, after)
     count_BHRS, sum_BHRSV = count_BHRS[:, :, :R], past(sum_BHRSV[:, :, :R])
@@ -187,12 +172,27 @@ def attend_at_once(
         pieces(k_all, L, M, past),
         pieces(v_all, L, M, past),
         pieces(z_all, L, M, past, fill=S),
+        None if start_BX is None else documents(start_BX, L, M),
         lax.stop_gradient(c_HSK).astype(narrow),
         mean_BHRSV,
         count_BHRS,
         agg_cache,
     )
     return o_BHRLV.reshape(B, H, T, -1), after
+
+
+class Documents(NamedTuple):
+    """The starts of the documents of each block's queries, of the keys of its window, and of its cache."""
+
+    query_B1RL: jax.Array
+    keys_B1RL: list[jax.Array]
+    cache_B1R: jax.Array
+
+
+def documents(start_BX: jax.Array, block_len: int, mem_len: int) -> Documents:
+    keys = pieces(start_BX[:, None, 1:], block_len, mem_len, lambda x: x)
+    # Before the memory lies the token that was the last to leave it.
+    return Documents(keys[-1], keys, start_BX[:, None, : -mem_len - 1 : block_len])
 
 
 def pieces(x: jax.Array, block_len: int, mem_len: int, past: Callable, fill: int = 0) -> list[jax.Array]:
@@ -215,6 +215,7 @@ def _scores(
     r_BHEK: jax.Array,
     ks_BHRLK: list[jax.Array],
     zs_BHRL: list[jax.Array],
+    apart: Documents | None,
     c_HSK: jax.Array,
     count_BHRS: jax.Array,
     agg_cache: bool,
@@ -234,10 +235,16 @@ def _scores(
         columns = slice(p * L, (p + 1) * L)
         score = jnp.einsum("bhrlk,bhrjk->bhrlj", qu_BHRLK, k_BHRLK, preferred_element_type=wide)
         visible = seen_LW[None, None, None, :, columns] & (z_BHRL < S)[:, :, :, None, :]
+        if apart is not None:
+            visible &= apart.query_B1RL[..., None] == apart.keys_B1RL[p][..., None, :]
         scores.append(jnp.where(visible, score + near_BHRLW[..., columns], UNSEEN))
     if agg_cache:
         score = jnp.einsum("bhrlk,hsk->bhrls", qu_BHRLK, c_HSK, preferred_element_type=wide)
-        scores.append(score + log_count(count_BHRS)[:, :, :, None, :])
+        score += log_count(count_BHRS)[:, :, :, None, :]
+        if apart is not None:
+            own_B1RL = apart.query_B1RL == apart.cache_B1R[..., None]
+            score = jnp.where(own_B1RL[..., None], score, UNSEEN)
+        scores.append(score)
     return scores
 
 
@@ -246,7 +253,7 @@ def log_count(count: jax.Array) -> jax.Array:
     return jnp.where(count > 0, jnp.log(jnp.maximum(count, 1.0)), UNSEEN)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(9,))
+@partial(jax.custom_vjp, nondiff_argnums=(10,))
 def window_and_cache(
     qu_BHRLK: jax.Array,
     qw_BHRLK: jax.Array,
@@ -254,6 +261,7 @@ def window_and_cache(
     ks_BHRLK: list[jax.Array],
     vs_BHRLV: list[jax.Array],
     zs_BHRL: list[jax.Array],
+    apart: Documents | None,
     c_HSK: jax.Array,
     mean_BHRSV: jax.Array,
     count_BHRS: jax.Array,
@@ -265,7 +273,17 @@ def window_and_cache(
     to queries, position keys, window keys, values and cache means.
     """
     return _attend_forward(
-        qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, c_HSK, mean_BHRSV, count_BHRS, agg_cache
+        qu_BHRLK,
+        qw_BHRLK,
+        r_BHEK,
+        ks_BHRLK,
+        vs_BHRLV,
+        zs_BHRL,
+        apart,
+        c_HSK,
+        mean_BHRSV,
+        count_BHRS,
+        agg_cache,
     )[0]
 
 
@@ -276,13 +294,14 @@ def _attend_forward(
     ks_BHRLK: list[jax.Array],
     vs_BHRLV: list[jax.Array],
     zs_BHRL: list[jax.Array],
+    apart: Documents | None,
     c_HSK: jax.Array,
     mean_BHRSV: jax.Array,
     count_BHRS: jax.Array,
     agg_cache: bool,
 ) -> tuple:
-    inputs = (qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, c_HSK, mean_BHRSV, count_BHRS)
-    scores = _scores(qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, zs_BHRL, c_HSK, count_BHRS, agg_cache)
+    inputs = (qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, apart, c_HSK, mean_BHRSV, count_BHRS)
+    scores = _scores(qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, zs_BHRL, apart, c_HSK, count_BHRS, agg_cache)
     values = [*vs_BHRLV, mean_BHRSV] if agg_cache else vs_BHRLV
     o_BHRLV, lse_BHRL1 = softmax_sum(scores, values)
     o_BHRLV = checkpoint_name(o_BHRLV.astype(mean_BHRSV.dtype), KEPT)
@@ -291,10 +310,10 @@ def _attend_forward(
 
 def _attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple:
     inputs, o_BHRLV, lse_BHRL1 = kept
-    qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, c_HSK, mean_BHRSV, count_BHRS = inputs
+    qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, apart, c_HSK, mean_BHRSV, count_BHRS = inputs
     wide, narrow = lse_BHRL1.dtype, qu_BHRLK.dtype
     product = partial(jnp.einsum, preferred_element_type=wide)
-    scores = _scores(qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, zs_BHRL, c_HSK, count_BHRS, agg_cache)
+    scores = _scores(qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, zs_BHRL, apart, c_HSK, count_BHRS, agg_cache)
     values = [*vs_BHRLV, mean_BHRSV] if agg_cache else vs_BHRLV
     do_o_BHRL1 = jnp.sum(do_BHRLV.astype(wide) * o_BHRLV.astype(wide), -1, keepdims=True)
     dscores, dvalues = [], []
@@ -325,6 +344,7 @@ def _attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple
         dks,
         dvalues[:n_piece],
         [None] * n_piece,
+        None,
         None,
         dvalues[-1] if agg_cache else jnp.zeros_like(mean_BHRSV),
         None,

@@ -27,11 +27,13 @@ def attend(
     r_BHEK: jax.Array,
     *,
     block_len: int,
+    start_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Output `[B,H,T,V]` in the dtype of v, for a whole sequence from its first token on.
 
-    Arguments as for `attention.attend`, with the keys themselves. One block of queries at a time, whose
-    scores are computed again in the backward pass, so that memory grows with T alone.
+    Arguments as for `attention.attend`, with the keys themselves, and the starts of the T tokens alone. One
+    block of queries at a time, whose scores are computed again in the backward pass, so that memory grows
+    with T alone.
     """
     size = dims.check(q_BHTK=q_BHTK, k_BHTK=k_BHTK, v_BHTV=v_BHTV, u_HK=u_HK, w_HK=w_HK, r_BHEK=r_BHEK)
     B, H, T, M, L = size["B"], size["H"], size["T"], size["E"] - 1, block_len
@@ -41,6 +43,7 @@ def attend(
     # M empty keys in front: the window of every block then begins at its own first column.
     front = lambda x: jnp.pad(x.astype(narrow), [(0, 0), (0, 0), (M, 0), (0, 0)])
     k_all, v_all = front(k_BHTK), front(v_BHTV)
+    start_BX = None if start_BT is None else jnp.pad(start_BT, [(0, 0), (M, 0)])
     q_RBHLK = jnp.moveaxis(q_BHTK.reshape(B, H, -1, L, q_BHTK.shape[-1]), 2, 0)
 
     def group(first: int, last: int) -> jax.Array:
@@ -58,8 +61,11 @@ def attend(
             window = lax.dynamic_slice_in_dim(score, r * L, M + L, axis=3) + near
             score = lax.dynamic_update_slice_in_dim(score, window, r * L, axis=3)
             last_LX = (M + r * L + jnp.arange(L))[:, None]
-            seen_LX = (column_X[None] >= M) & (column_X[None] <= last_LX)
-            o_BHLV, _ = softmax_sum([jnp.where(seen_LX[None, None], score, UNSEEN)], [v])
+            seen_BHLX = ((column_X[None] >= M) & (column_X[None] <= last_LX))[None, None]
+            if start_BX is not None:
+                start_BL = lax.dynamic_slice_in_dim(start_BX, M + r * L, L, axis=1)
+                seen_BHLX &= (start_BL[:, :, None] == start_BX[:, None, : k.shape[2]])[:, None]
+            o_BHLV, _ = softmax_sum([jnp.where(seen_BHLX, score, UNSEEN)], [v])
             return o_BHLV.astype(narrow)
 
         return lax.map(block, (q_RBHLK[first:last], jnp.arange(first, last)))

@@ -71,10 +71,10 @@ def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype))
 
 
-def sinusoid(position_T: jax.Array, width: int, pe_lam: float, dtype: jnp.dtype) -> jax.Array:
-    """Sines, then cosines, of each position at width/2 wavelengths: `[T, width]`."""
+def sinusoid(position: jax.Array, width: int, pe_lam: float, dtype: jnp.dtype) -> jax.Array:
+    """Sines, then cosines, of each position at width/2 wavelengths: `[..., width]`."""
     exponent = jnp.arange(0, width, 2, dtype=dtype) / width
-    angle = position_T.astype(dtype)[:, None] * (pe_lam**-exponent)[None, :]
+    angle = jnp.multiply.outer(position.astype(dtype), pe_lam**-exponent)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
@@ -127,11 +127,13 @@ def gated_unit(
     sinusoid_BED: jax.Array,
     state: attention.State,
     config: Model,
+    start_BX: jax.Array | None = None,
 ) -> tuple[jax.Array, attention.State, dict]:
     """The unit's output `[B,T,D]` (no residual), its next state, and what the losses and codebook need.
 
     The last is `{"commit", "codebook": {"sum", "count"}, "metrics"}`: the mean over B and T of the masked
     squared error summed over heads, the statistics of the moving average, and means of key metrics.
+    Documents are kept apart by start `[B,M+1+T]`, as for `attention.attend`.
     """
     dims.check(x_BTD=x_BTD, mask_BT=mask_BT, sinusoid_BED=sinusoid_BED, z_BHM=state.z_BHM)
     c_HSK = vq.codewords(codebook)
@@ -143,7 +145,10 @@ def gated_unit(
     r_BHEK = position_keys(params, sinusoid_BED, config.n_head)
 
     if config.attention == "full":
-        o_BHTV = full.attend(q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=config.block_len)
+        start_BT = None if start_BX is None else start_BX[:, -x_BTD.shape[1] :]
+        o_BHTV = full.attend(
+            q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=config.block_len, start_BT=start_BT
+        )
     else:
         o_BHTV, state = attention.attend(
             q_BHTK,
@@ -159,6 +164,7 @@ def gated_unit(
             n_parallel=config.n_parallel,
             agg_cache=config.agg_cache,
             grad_thru_cache=config.grad_thru_cache,
+            start_BX=start_BX,
         )
     y_BTD = dense(merge_heads(o_BHTV) * gate_BTX, params["out"])
     stats = {

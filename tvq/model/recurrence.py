@@ -12,7 +12,7 @@ from tvq.model.attention import UNSEEN, State, log_count, softmax_sum
 class Ring(NamedTuple):
     """The state while decoding: token t of a sequence lies in slot t mod M until it joins the cache.
 
-    Window scores are looked up among the code scores, so no keys are kept.
+    Window scores are looked up among the code scores, so no keys are kept. The sum of a count 0 is void.
     """
 
     z_BHM: jax.Array
@@ -29,6 +29,14 @@ def ring_from_state(state: State, position: jax.Array) -> Ring:
         v_BHMV=jnp.roll(state.v_BHMV, turn, axis=2),
         count_BHS=state.count_BHS,
         sum_BHSV=state.sum_BHSV,
+    )
+
+
+def emptied(ring: Ring, ended_B: jax.Array) -> Ring:
+    """The ring without the sequences whose document has ended. Their sums, the bulk of it, are now void."""
+    return ring._replace(
+        z_BHM=jnp.where(ended_B[:, None, None], ring.count_BHS.shape[2], ring.z_BHM),
+        count_BHS=jnp.where(ended_B[:, None, None], 0.0, ring.count_BHS),
     )
 
 
@@ -69,10 +77,17 @@ def attend_next(
 
     slot = position % M
     leaving_z, leaving_v = ring.z_BHM[:, :, slot], ring.v_BHMV[:, :, slot]
-    fold = jax.vmap(jax.vmap(lambda total, z, x: total.at[z].add(x, mode="drop")))
+    fold = jax.vmap(jax.vmap(_fold))
+    count_BHS, sum_BHSV = fold(ring.count_BHS, ring.sum_BHSV, leaving_z, leaving_v.astype(wide))
     return o_BHV.astype(v_BHV.dtype), Ring(
         z_BHM=ring.z_BHM.at[:, :, slot].set(z_BH),
         v_BHMV=ring.v_BHMV.at[:, :, slot].set(v_BHV),
-        count_BHS=fold(ring.count_BHS, leaving_z, jnp.ones_like(leaving_z, wide)),
-        sum_BHSV=fold(ring.sum_BHSV, leaving_z, leaving_v.astype(wide)),
+        count_BHS=count_BHS,
+        sum_BHSV=sum_BHSV,
     )
+
+
+def _fold(count_S: jax.Array, sum_SV: jax.Array, z: jax.Array, v_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A value more for code z; code S adds to none."""
+    old_V = jnp.where(count_S.at[z].get(mode="fill", fill_value=0) > 0, sum_SV.at[z].get(mode="clip"), 0.0)
+    return count_S.at[z].add(1, mode="drop"), sum_SV.at[z].set(old_V + v_V, mode="drop")

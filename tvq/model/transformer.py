@@ -19,6 +19,7 @@ from flax import nnx
 
 from tvq.config import Model
 from tvq.model import attention, layers, recurrence, vq
+from tvq.schema import END
 
 # Applied to kernels [in, out] and to codebook sums [H,S,K].
 kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -83,10 +84,15 @@ class Transformer(nnx.Module):
 
 
 class State(NamedTuple):
-    """Attention state of all units, and the number of tokens seen."""
+    """Attention state of all units, and the number of tokens seen.
+
+    Where documents are kept apart, `start_BE` is the position of the first token of the document that each of
+    the last M + 1 tokens is of, the same for all units: of those in memory, and of the last that left it.
+    """
 
     position: jax.Array  # int32
     units: attention.State  # every array with a leading N
+    start_BE: jax.Array | None = None  # int32
 
 
 def n_unit(config: Model) -> int:
@@ -122,17 +128,29 @@ def initial_state(config: Model, n_sequence: int) -> State:
         jnp.dtype(config.dtype),
     )
     stack = lambda x: jnp.broadcast_to(x[None], (n_unit(config), *x.shape))
-    return State(jnp.zeros((), jnp.int32), jax.tree.map(stack, one))
+    start_BE = (
+        None if config.attend_across_documents else jnp.zeros((n_sequence, config.mem_len + 1), jnp.int32)
+    )
+    return State(jnp.zeros((), jnp.int32), jax.tree.map(stack, one), start_BE)
 
 
-def embed(params: dict, inputs_BT: jax.Array, position: jax.Array, config: Model) -> jax.Array:
+def starts(inputs_BT: jax.Array, state: State) -> jax.Array | None:
+    """The state's starts, then those of the inputs: `[B,M+1+T]`. An end id begins the next document."""
+    if state.start_BE is None:
+        return None
+    position_T = state.position + jnp.arange(inputs_BT.shape[1], dtype=jnp.int32)
+    begun_BT = jnp.where(inputs_BT == END, position_T[None], 0)
+    return jax.lax.cummax(jnp.concatenate([state.start_BE, begun_BT], 1), axis=1)
+
+
+def embed(params: dict, inputs_BT: jax.Array, position_BT: jax.Array, config: Model) -> jax.Array:
+    """`[B,T,D]`; positions count from the first token, or from that of the document: `[1,T]` or `[B,T]`."""
     dtype = jnp.dtype(config.dtype)
     x_BTD = params["embed"]["table"].astype(dtype)[inputs_BT]
     if config.pe_abs:
         wide = jnp.promote_types(dtype, jnp.float32)
-        position_T = position + jnp.arange(inputs_BT.shape[1])
-        sinusoid_TD = layers.sinusoid(position_T, config.d_model, config.pe_lam, wide)
-        x_BTD = x_BTD + (params["position"]["scale"] * sinusoid_TD).astype(dtype)[None]
+        sinusoid_BTD = layers.sinusoid(position_BT, config.d_model, config.pe_lam, wide)
+        x_BTD = x_BTD + (params["position"]["scale"] * sinusoid_BTD).astype(dtype)
     return x_BTD
 
 
@@ -155,7 +173,12 @@ def forward(
 
     Dropout acts where `draws` are given. T must be a multiple of block_len.
     """
-    x_BTD = embed(params, inputs_BT, state.position, config)
+    T, E = inputs_BT.shape[1], config.mem_len + 1
+    assert (state.start_BE is None) == config.attend_across_documents, "a state of the other kind"
+    start_BX, position_BT = starts(inputs_BT, state), (state.position + jnp.arange(T))[None]
+    if start_BX is not None:
+        position_BT = position_BT - start_BX[:, E:]
+    x_BTD = embed(params, inputs_BT, position_BT, config)
     if draws is not None:
         keys_B = layers.sequence_keys(draws.ephemeral, layers.EMBEDDING, 0, draws.sequence_B)
         x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len, state.position)
@@ -168,7 +191,7 @@ def forward(
             keys_B = layers.sequence_keys(draws.timeless, layers.SINUSOID, index, draws.sequence_B)
             sinusoid_BED = layers.dropout(sinusoid_BED, config.p_dropsin, keys_B)
         y_BTD, unit_state, stats = layers.gated_unit(
-            unit_params, codebook, x_BTD, mask_BT, sinusoid_BED, unit_state, config
+            unit_params, codebook, x_BTD, mask_BT, sinusoid_BED, unit_state, config, start_BX
         )
         if draws is not None:
             keys_B = layers.sequence_keys(draws.ephemeral, layers.RESIDUAL, index, draws.sequence_B)
@@ -180,7 +203,7 @@ def forward(
 
     scanned = (params["units"], codebooks, state.units, jnp.arange(n_unit(config)))
     x_BTD, (units, stats) = jax.lax.scan(rematerialised(unit, config.remat), x_BTD, scanned)
-    return x_BTD, State(state.position + inputs_BT.shape[1], units), stats
+    return x_BTD, State(state.position + T, units, None if start_BX is None else start_BX[:, T:]), stats
 
 
 def rematerialised(unit: Callable, remat: str) -> Callable:
@@ -215,32 +238,48 @@ class Decoding(NamedTuple):
     rings: recurrence.Ring  # every array with a leading N
     c_NHSK: jax.Array
     r_NHEK: jax.Array
+    start_B: jax.Array | None  # of the document, where documents are kept apart
 
 
 def decoding(params: dict, codebooks: dict, state: State, config: Model) -> Decoding:
     """Where decoding goes on after `forward`."""
+    units, start_B = state.units, None
+    if state.start_BE is not None:  # of what the memory and the cache hold, only the last document goes on
+        start_B = state.start_BE[:, -1]
+        own_BE = state.start_BE == start_B[:, None]
+        units = units._replace(
+            z_BHM=jnp.where(own_BE[None, :, None, 1:], units.z_BHM, config.n_code),
+            count_BHS=jnp.where(own_BE[None, :, None, :1], units.count_BHS, 0.0),
+        )
     distance_1ED = distances(config)[None]
     position_keys = lambda unit_params: layers.position_keys(unit_params, distance_1ED, config.n_head)[0]
     return Decoding(
         position=state.position,
-        rings=jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(state.units, state.position),
+        rings=jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(units, state.position),
         c_NHSK=jax.vmap(vq.codewords)(codebooks),
         r_NHEK=jax.lax.map(position_keys, params["units"]),
+        start_B=start_B,
     )
 
 
 def decode(params: dict, token_B: jax.Array, state: Decoding, config: Model) -> tuple[jax.Array, Decoding]:
     """Log-probabilities `[B,C]` after one more token: those of `forward`, at constant cost."""
-    x_BTD = embed(params, token_B[:, None], state.position, config)
+    position_B1, rings, start_B = state.position[None, None], state.rings, state.start_B
+    if start_B is not None:
+        start_B = jnp.where(token_B == END, state.position, start_B)
+        position_B1 = position_B1 - start_B[:, None]
+        rings = jax.vmap(recurrence.emptied, in_axes=(0, None))(rings, token_B == END)
+    x_BTD = embed(params, token_B[:, None], position_B1, config)
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
         unit_params, c_HSK, r_HEK, ring = scanned
         y_BTD, ring = layers.gated_unit_next(unit_params, c_HSK, r_HEK, x_BTD, ring, state.position, config)
         return x_BTD + y_BTD, ring
 
-    scanned = (params["units"], state.c_NHSK, state.r_NHEK, state.rings)
+    scanned = (params["units"], state.c_NHSK, state.r_NHEK, rings)
     x_BTD, rings = jax.lax.scan(unit, x_BTD, scanned)
-    return log_probs(params, x_BTD, config)[:, 0], state._replace(position=state.position + 1, rings=rings)
+    state = state._replace(position=state.position + 1, rings=rings, start_B=start_B)
+    return log_probs(params, x_BTD, config)[:, 0], state
 
 
 def codebook_metrics(codebooks: dict) -> dict[str, jax.Array]:
