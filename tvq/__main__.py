@@ -1,4 +1,4 @@
-"""The door, `tvq train|eval|sample|bench|plan`: reads the command line, runs it, sets the exit code."""
+"""The door, `tvq prepare|train|eval|sample|bench|plan`: reads the command line and runs it."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from tvq import bench, cluster, config, evaluate, plan, sample, train
+from tvq import bench, cluster, config, evaluate, plan, prepare, sample, train
 from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
@@ -65,6 +65,14 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """,
     ),
 }
+# It has no config and no run: its options are its own.
+PREPARE = """
+tvq prepare enwik8 --download --input=raw/enwik8.zip --output=data/enwik8
+tvq prepare pg19 --download --input=raw/pg19 --output=data/pg19
+tvq prepare imagenet64 --input=raw/imagenet64 --output=data/imagenet64
+tvq prepare text --input=pages.jsonl.zst --column=body --output=data/pages
+tvq prepare images --input=photos --size=32 --output=data/photos
+"""
 # Short forms: `--split=test` is `--config.evaluate.split=test`.
 SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench, "plan": config.Plan}
 SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench", "plan": "plan"}
@@ -110,7 +118,38 @@ def parser() -> argparse.ArgumentParser:
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
             doc = field.metadata["doc"].replace("%", "%%")
             command.add_argument(f"--{field.name}", metavar="VALUE", help=doc, dest=field.name, **switch)
+    _add_prepare(commands)
     return top
+
+
+def _add_prepare(commands: Any) -> None:
+    what = "make data ready for training"
+    command = commands.add_parser(
+        "prepare",
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog="examples:\n" + textwrap.indent(PREPARE.strip(), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = "; ".join(f"{kind}: {what}" for kind, what in prepare.KINDS.items())
+    command.add_argument("kind", choices=prepare.KINDS, help=kinds, metavar="|".join(prepare.KINDS))
+    for field in dataclasses.fields(prepare.Options)[1:]:
+        how: dict[str, Any] = {"default": field.default, "help": field.metadata["doc"].replace("%", "%%")}
+        if field.type is bool:
+            how["action"] = "store_true"
+        else:
+            how |= {"type": field.type, "required": field.name in ("input", "output"), "metavar": "VALUE"}
+        command.add_argument(f"--{field.name}", **how)
+
+
+def prepare_options(arguments: argparse.Namespace, more: Sequence[str]) -> prepare.Options:
+    """ValueError: there are more than it has."""
+    for text in more:
+        close = difflib.get_close_matches(text.partition("=")[0].strip("-"), vars(arguments), n=1)
+        hint = f"did you mean --{close[0]}?" if close else "see tvq prepare --help"
+        raise ValueError(f"{text} is no option; {hint}")
+    return prepare.Options(**{name: value for name, value in vars(arguments).items() if name != "command"})
 
 
 def _fields() -> str:
@@ -185,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 3 diverged, 75 saved)."""
     arguments, overrides = parser().parse_known_args(argv)
     with explained(lambda text: print(text, file=sys.stderr)):
+        if arguments.command == "prepare":
+            return prepare.prepare(prepare_options(arguments, overrides))
         run = read_config(arguments, overrides)
         if arguments.cpu_devices is not None:
             if arguments.cpu_devices < 1:

@@ -21,11 +21,12 @@ def corpus_of(tmp_path: Path) -> Callable[..., Corpus]:
     def build(**texts: list[bytes]) -> Corpus:
         folder = tmp_path / "prepared"
         folder.mkdir()
-        splits = {
-            split: [Piece(f"{split}{i}.txt", text, last=True) for i, text in enumerate(found)]
+        pieces = [
+            Piece(split, f"{split}{i}.txt", text, last=True)
             for split, found in texts.items()
-        }
-        prepared.write(epath.Path(folder), splits, prepared.text_form(ByteVocabulary()), {"name": "made"})
+            for i, text in enumerate(found)
+        ]
+        prepared.write(epath.Path(folder), pieces, prepared.text_form(ByteVocabulary()), {"name": "made"})
         return open_corpus(config.Data(source="tokens", path=str(folder)))
 
     return build

@@ -24,7 +24,7 @@ T = 4
 
 def put(folder: Path, splits: dict[str, bytes], vocabulary: Vocabulary) -> Path:
     folder.mkdir()
-    pieces = {split: [Piece("a", text, last=True)] for split, text in splits.items()}
+    pieces = [Piece(split, "a", text, last=True) for split, text in splits.items()]
     prepared.write(epath.Path(folder), pieces, prepared.text_form(vocabulary), {"name": "made"})
     return folder
 

@@ -19,15 +19,15 @@ TEXTS = [b"one two\n three ", b"", b"\n\n", b"four", b" \xff five\tsix\r\n"]
 
 def written(folder: epath.Path, pieces: Iterable[Piece], form: Form, n_thread: int = 0) -> Corpus:
     folder.mkdir()
-    prepared.write(folder, {"train": pieces}, form, {"name": "made"}, n_thread=n_thread)
+    prepared.write(folder, pieces, form, {"name": "made"}, n_thread=n_thread)
     return open_corpus(config.Data(source="tokens", path=str(folder)))
 
 
 def cut(texts: Iterable[bytes], size: int) -> Iterable[Piece]:
     for i, text in enumerate(texts):
         for start in range(0, len(text), size):
-            yield Piece(f"{i}", text[start : start + size], last=False)
-        yield Piece(f"{i}", b"", last=True)
+            yield Piece("train", f"{i}", text[start : start + size], last=False)
+        yield Piece("train", f"{i}", b"", last=True)
 
 
 @pytest.mark.parametrize("end_ids", [True, False])
@@ -63,10 +63,7 @@ def test_an_error_of_one_piece_ends_it(tmp_path, n_thread):
 
 
 def test_progress_counts_bytes(tmp_path):
-    seen: list[tuple[str, int]] = []
-    folder = epath.Path(tmp_path)
-    prepared.write(
-        folder, {"test": cut([b"abcde"], 2)}, text_form(ByteVocabulary()), {},
-        progress=lambda *found: seen.append(found),
-    )  # fmt: skip
-    assert seen == [("test", 2), ("test", 4), ("test", 5), ("test", 5)]
+    seen: list[int] = []
+    form = text_form(ByteVocabulary())
+    prepared.write(epath.Path(tmp_path), cut([b"abcde"], 2), form, {}, progress=seen.append)
+    assert seen == [2, 4, 5, 5]

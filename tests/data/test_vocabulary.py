@@ -92,7 +92,7 @@ def test_other_special_ids(monkeypatch):
 
 
 def test_text_that_is_not_utf8():
-    piece = Piece("book.txt", b"kalo \xff\xfe mi \xc3", last=True)
+    piece = Piece("train", "book.txt", b"kalo \xff\xfe mi \xc3", last=True)
     assert len(encode_text(ByteVocabulary(), piece)) == len(piece.raw)
     with pytest.raises(ValueError, match=r"book\.txt is not UTF-8: 3 wrong places, the first after b.kalo"):
         encode_text(books.vocabulary(), piece)

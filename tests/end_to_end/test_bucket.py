@@ -66,11 +66,11 @@ def test_rows_and_samples_go_to_a_bucket(workdir: epath.Path) -> None:
 
 
 def test_hosts_read_only_their_part_of_prepared_tokens(workdir: epath.Path, tmp_path: Path) -> None:
-    splits = {split: [Piece("a", bytes(range(100)), last=True)] for split in SPLITS}
+    pieces = [Piece(split, "a", bytes(range(100)), last=True) for split in SPLITS]
     corpora = []
     for folder in (epath.Path(tmp_path / "local"), workdir / "tokens"):
         folder.mkdir(parents=True)
-        prepared.write(folder, splits, prepared.text_form(ByteVocabulary()), {})
+        prepared.write(folder, pieces, prepared.text_form(ByteVocabulary()), {})
         corpora.append(open_corpus(config.Data(source="tokens", path=str(folder))))
     local, remote = (Sequences(corpus, "train", 10) for corpus in corpora)
     assert corpora[0].fingerprint == corpora[1].fingerprint

@@ -13,7 +13,7 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, Program, end, newest, rows
-from tvq import __main__, config
+from tvq import __main__, config, prepare
 from tvq.metrics import CLEAR
 
 EXAMPLES = [
@@ -41,6 +41,33 @@ def test_help(here: Here, command: str) -> None:
 def test_help_of_all_commands(here: Here) -> None:
     stdout, _ = here("--help")
     assert all(what in stdout for _, what, _ in __main__.COMMANDS.values())
+
+
+def test_help_of_prepare(here: Here, tmp_path: Path) -> None:
+    stdout, _ = here("prepare", "--help")
+    examples = stdout.partition("examples:")[2].strip().splitlines()
+    for example in examples:
+        arguments, more = __main__.parser().parse_known_args(shlex.split(example)[1:])
+        assert __main__.prepare_options(arguments, more).kind in prepare.KINDS
+    assert len(examples) == len(prepare.KINDS)
+
+
+def test_prepare(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "raw.txt").write_text("to be, or not to be\n" * 50)
+    command = ("prepare", "text", f"--input={tmp_path / 'raw.txt'}", f"--output={tmp_path / 'out'}")
+    stdout, _ = here(*command)
+    lines = stdout.splitlines()
+    assert lines[0] == "train      901 tokens of 900 bytes in 1 documents"
+    assert lines[3:5] == [
+        "split      train, validation and test end at bytes 900, 950 and 1000",
+        "vocabulary bytes, 259 ids",
+    ]
+    assert lines[5].startswith(f"prepared   {tmp_path / 'out'}, at ")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir())[0] == "manifest.json"
+    _, err = here(*command, exit_code=2)
+    assert err == f"tvq: --output={tmp_path / 'out'} is there already; use another folder, or remove it\n"
+    _, err = here(*command, "--colunm=a", exit_code=2)
+    assert err == "tvq: --colunm=a is no option; did you mean --column?\n"
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)

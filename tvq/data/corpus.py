@@ -241,11 +241,8 @@ def _prepare(folder: Path, found: list[Document], vocabulary: Vocabulary, source
     with tempfile.TemporaryDirectory(prefix="preparing-", dir=folder.parent) as temporary:
         made = Path(temporary, folder.name)
         made.mkdir()
-        splits = {
-            split: documents.pieces([document for document in found if document.split == split])
-            for split in documents.SPLITS
-        }
-        prepared.write(epath.Path(made), splits, prepared.text_form(vocabulary), source)
+        pieces = documents.pieces(found)
+        prepared.write(epath.Path(made), pieces, prepared.text_form(vocabulary), source)
         try:
             made.rename(folder)
         except OSError:

@@ -22,6 +22,7 @@ CHUNK = 1 << 20
 class Piece(NamedTuple):
     """A stretch of a document: `raw` is some of its text, or an image."""
 
+    split: str
     document: str
     raw: bytes
     last: bool
@@ -60,8 +61,8 @@ def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
     """The text of the documents, at most `CHUNK` bytes at a time."""
     for document in documents:
         for chunk in document.chunks():
-            yield Piece(document.name, chunk, last=False)
-        yield Piece(document.name, b"", last=True)
+            yield Piece(document.split, document.name, chunk, last=False)
+        yield Piece(document.split, document.name, b"", last=True)
 
 
 def unreadable(path: Path, error: OSError) -> ValueError:

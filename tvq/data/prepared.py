@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -76,11 +76,15 @@ def encode_text(vocabulary: Vocabulary, piece: Piece) -> np.ndarray:
     try:
         return vocabulary.encode(piece.raw)
     except UnicodeDecodeError as error:
-        n_wrong = piece.raw.decode(errors="replace").count("\ufffd") - piece.raw.count("\ufffd".encode())
-        raise ValueError(
-            f"{piece.document} is not UTF-8: {n_wrong} wrong places, the first after"
-            f" {piece.raw[: error.start][-20:]!r}; mend it, or use --vocabulary=bytes"
-        ) from error
+        raise not_utf8(piece, error) from error
+
+
+def not_utf8(piece: Piece, error: UnicodeDecodeError) -> ValueError:
+    n_wrong = piece.raw.decode(errors="replace").count("\ufffd") - piece.raw.count("\ufffd".encode())
+    return ValueError(
+        f"{piece.document} is not UTF-8: {n_wrong} wrong places, the first after"
+        f" {piece.raw[: error.start][-20:]!r}; mend it, or use --vocabulary=bytes"
+    )
 
 
 def tokens_path(folder: epath.Path, split: str) -> epath.Path:
@@ -156,26 +160,24 @@ class _Writer:
 
 def write(
     folder: epath.Path,
-    splits: Mapping[str, Iterable[Piece]],
+    pieces: Iterable[Piece],
     form: Form,
     source: dict[str, Any],
     *,
     n_thread: int = 0,
-    progress: Callable[[str, int], Any] = lambda split, n_byte: None,
+    progress: Callable[[int], Any] = lambda n_byte: None,
 ) -> None:
     """Fills an existing empty folder, `n_thread` pieces at a time; 0 encodes in this thread.
 
-    `source` (JSON values) says where the documents came from. `progress` hears a split's bytes so far.
-    ValueError: a document cannot be read. OSError: the folder cannot be written.
+    The pieces of a document follow one another. `source` (JSON values) says where they came from. `progress`
+    hears the bytes so far. ValueError: a document cannot be read. OSError: the folder cannot be written.
     """
-    found = {}
-    for split in SPLITS:
-        with ExitStack() as files:
-            writer = _Writer(folder, split, form, files)
-            for piece, ids in _encoded(splits.get(split, ()), form.encode, n_thread):
-                writer.add(piece, ids)
-                progress(split, writer.n_byte)
-            found[split] = dataclasses.asdict(writer.finish())
+    with ExitStack() as files:
+        writers = {split: _Writer(folder, split, form, files) for split in SPLITS}
+        for piece, ids in _encoded(pieces, form.encode, n_thread):
+            writers[piece.split].add(piece, ids)
+            progress(sum(writer.n_byte for writer in writers.values()))
+        splits = {split: dataclasses.asdict(writer.finish()) for split, writer in writers.items()}
     if form.vocabulary.model:
         (folder / MODEL).write_bytes(form.vocabulary.model)
     manifest = {
@@ -183,7 +185,7 @@ def write(
         "vocabulary": describe(form.vocabulary),
         "image_size": form.image_size,
         "source": source,
-        "splits": found,
+        "splits": splits,
     }
     # Last, so that a folder with a manifest is whole.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -121,12 +121,22 @@ def _checked(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 def train_sentencepiece(sentences: Iterator[str], n_piece: int) -> SentencePieceVocabulary:
     """The BPE vocabulary of SPEC.md from sentences (what stands between line ends), which must fit memory.
 
-    ValueError: the package is missing, or there is too little text for so many pieces.
+    ValueError: the package is missing, or there is too little text for so many pieces; or what `sentences`
+    raise.
     """
     model = io.BytesIO()
+    failed: list[ValueError] = []
+
+    def watched() -> Iterator[str]:  # SentencePiece would hide the error in one of its own
+        try:
+            yield from sentences
+        except ValueError as error:
+            failed.append(error)
+            raise
+
     try:
         optional.load("sentencepiece").SentencePieceTrainer.train(
-            sentence_iterator=sentences,
+            sentence_iterator=watched(),
             model_writer=model,
             vocab_size=n_piece,
             model_type="bpe",
@@ -135,9 +145,12 @@ def train_sentencepiece(sentences: Iterator[str], n_piece: int) -> SentencePiece
             eos_id=END,
             unk_id=UNKNOWN,
             bos_id=-1,
+            max_sentence_length=1 << 30,  # or longer lines would be left out
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
         reason = str(error).rpartition("]")[2].strip() or "no text"
         raise ValueError(
             f"cannot train {n_piece} pieces on this text ({reason}); give more, or --pieces"
