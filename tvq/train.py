@@ -79,7 +79,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
     tx = optimizer.make(c.optimizer)
     if processes.is_main:
-        record(workdir, c)  # first: a start that is killed from here on leaves a run
+        record(workdir, c, log)  # first: a start that is killed from here on leaves a run
 
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(metrics.Console(quiet=not processes.is_main))
@@ -158,10 +158,14 @@ def resume(
     return restored.state, restored.step, restored.data["train_seconds"]
 
 
-def record(workdir: epath.Path, c: Config) -> None:
-    """Writes the config of the run, whole or not at all. ValueError: the workdir cannot be written."""
+def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
+    """Takes the workdir and writes the config of the run there, whole or not at all.
+
+    ValueError: it cannot be written. ClusterError: a run is going on there.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        log.claim()
         temporary = workdir / f"{config.FILE}.tmp"
         temporary.write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
         temporary.replace(workdir / config.FILE)

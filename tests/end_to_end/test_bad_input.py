@@ -1,5 +1,6 @@
 """Wrong input ends with exit code 2 and one message that names it; nothing is written."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,19 @@ def test_a_workdir_that_is_no_run(tvq: Program, refuse: Refuse, tmp_path: Path) 
     assert "thesis.tex is not a folder; use another" in message
 
 
+def test_a_run_that_is_going_on_in_the_workdir(tvq: Program, here: Here, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    write_run(tvq, workdir)
+    with contextlib.closing(cluster.Log(workdir / "logs", cluster.Place(how="another"))) as log:
+        log.claim()
+        before = tree(workdir)
+        _, stderr = here("train", *tvq.options(workdir, "--config.train.steps=40"), exit_code=1)
+        assert "a run is going on in --workdir" in stderr
+        after = tree(workdir)
+        assert "a run is going on" in after.pop("logs/process_0.log").decode()
+        assert after.items() <= before.items()
+
+
 @pytest.mark.parametrize("command", ["eval", "sample"])
 def test_nothing_trained(tvq: Program, refuse: Refuse, tmp_path: Path, command: str) -> None:
     workdir = tmp_path / "run"
@@ -325,4 +339,5 @@ def test_other_data_than_the_run_was_trained_on(tvq: Program, run: Path, tmp_pat
     assert "is not what checkpoint 18 was trained on; set config.data to that" in stderr.splitlines()[-1]
     after = tree(run)
     assert after.keys() == before.keys()
-    assert all(after[name] == before[name] for name in before if name != config.FILE)
+    own = (config.FILE, "logs/process_0.log")
+    assert all(after[name] == before[name] for name in before if name not in own)

@@ -44,10 +44,11 @@ def workdir() -> epath.Path:
     return epath.Path("gs://bucket/run")
 
 
-def test_a_run_is_recorded_in_a_bucket(workdir: epath.Path) -> None:
+def test_a_run_is_recorded_in_a_bucket(workdir: epath.Path, tmp_path: Path) -> None:
     c = config.Config()
     train.check_workdir(workdir, c)
-    train.record(workdir, c)
+    with contextlib.closing(cluster.Log(tmp_path, cluster.Place(how="alone"))) as log:
+        train.record(workdir, c, log)
     train.check_workdir(workdir, c)
     other = config.Config(train=config.Train(seed=1))
     with pytest.raises(ValueError, match=r"another config.*\n.*train.seed"):

@@ -1,5 +1,6 @@
 """The log that each process writes for itself."""
 
+import fcntl
 import functools
 import re
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
 
 
@@ -41,6 +43,23 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._opened = True
         return self.path.open("a", buffering=1)
+
+    def claim(self) -> None:
+        """Keeps other runs out of the workdir until this process ends, however it ends.
+
+        ClusterError: a run is going on there. OSError: the folder cannot be written. Nobody is kept out where
+        the file system has no locks.
+        """
+        file = self.file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ClusterError(
+                f"a run is going on in --workdir: its process holds {self.path} (fuser names it);"
+                " stop it first, or use another workdir"
+            ) from error
+        except OSError:
+            return
 
     def say(self, text: str) -> None:
         """One or more lines, with the time, to the file and the terminal."""
