@@ -197,6 +197,11 @@ RULES = [
         "config.data.source=stdlib does not read config.data.path 'book.txt'; use config.data.source=text,"
         " or leave the path empty",
     ),
+    (
+        {"model__revive_codes": 3},
+        "config.model.revive_codes 3 is below 4, the updates of one sequence (sequence_len / update_len);"
+        " use 4 or more, or 0",
+    ),
     ({"mesh__devices": 0}, "config.mesh.devices must be positive, or -1 for all, not 0"),
 ]
 # Refused with the numbers that would do: each is put into the field that the message begins with.

@@ -21,7 +21,7 @@ B, T, U = 8, 16, 8
 N_UPDATE = T // U
 DROPOUT = dataclasses.replace(
     small.MODEL, p_dropemb=0.1, p_dropsin=0.2, p_dropres=0.3, p_droplyr=0.3, c_beta=0.01,
-    attend_across_documents=False,
+    attend_across_documents=False, revive_codes=N_UPDATE,
 )  # fmt: skip
 RUN = config.Config(
     model=DROPOUT,
@@ -211,3 +211,32 @@ def test_what_is_drawn_when(monkeypatch):
     assert len({ephemeral for ephemeral, _, _ in every}) == 2 * N_UPDATE
     assert len({timeless for _, timeless, _ in every}) == 2
     assert {e for e, _, _ in every}.isdisjoint({t for _, t, _ in every})
+
+
+def n_used(now: TrainState) -> np.ndarray:
+    """Codes that hold more than a hundredth of an even share, of each unit and head."""
+    count_NHS = np.asarray(now.codebooks["count"])
+    return np.sum(count_NHS > 0.01 * count_NHS.mean(-1, keepdims=True), -1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_device", [1, 8])
+def test_dead_codes_come_back_to_life(n_device):
+    """All codewords but one lie where no key is."""
+    now = first_state(RUN, ADAMW, n_device)
+    away = now.codebooks["sum"].at[:, :, 1:].add(100.0)
+    count = now.codebooks["count"].at[:, :, 1:].set(1e-6)
+    now = now._replace(codebooks=now.codebooks | {"sum": away, "count": count})
+    assert (n_used(now) == 1).all()
+    now, metrics = compiled(n_device)(now, batch(0, n_device))
+    # After N_UPDATE updates all are seeded, the first of them with the first key; but none with a masked one.
+    masked = np.asarray(metrics["probe"]["mask"])[:, None, : small.MODEL.n_code - 1] == 0
+    assert masked.any()
+    np.testing.assert_array_equal(
+        now.codebooks["idle"][:, :, 1:], np.where(masked, N_UPDATE, 0) + np.zeros((1, 2, 1))
+    )
+    first_key = metrics["probe"]["key"][:, :, 0]
+    np.testing.assert_array_equal(now.codebooks["sum"][:, :, 1], first_key)
+    for number in range(1, 10):
+        now, _ = compiled(n_device)(now, batch(number, n_device))
+    assert (n_used(now) > 12).all(), n_used(now)

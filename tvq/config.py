@@ -284,6 +284,12 @@ def validate(config: Config) -> None:
         divides("train.segment_len", t.segment_len, "model.block_len", m.block_len)
     if t.update_len > 0 and not t.sequence_len % t.update_len and t.steps > 0:
         n_update = t.sequence_len // t.update_len
+        if 0 < m.revive_codes < n_update:
+            # Values in memory and cache would change their key.
+            errors.append(
+                f"config.model.revive_codes {m.revive_codes} is below {n_update}, the updates of one sequence"
+                f" (sequence_len / update_len); use {n_update} or more, or 0"
+            )
         if t.steps % n_update:
             errors.append(
                 f"config.train.steps {t.steps} is not a multiple of {n_update}, the updates of one sequence"

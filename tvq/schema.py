@@ -46,6 +46,9 @@ class Model:
     p_droplyr: float = field(0.0, "probability to skip a gated unit, a sequence", at_least=0, below=1)
     c_gamma: float = field(0.99, "decay of the codebook's moving average", at_least=0, below=1)
     c_beta: float = field(1e-4, "weight of the commitment loss", at_least=0)
+    revive_codes: int = field(
+        0, "updates after which a code that no key chose is seeded with a recent key; 0: never", at_least=0
+    )
     remat: str = field("names", "kept of a unit for the backward pass: all, names (the costly) or nothing")
     dtype: str = field("float32", "dtype of activations: float32, bfloat16 or float64")
     param_dtype: str = field("float32", "dtype of parameters")

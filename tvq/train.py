@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tvq import cluster, config, evaluate, mesh, metrics, optimizer, sample, state, train_step
+from tvq import cluster, config, evaluate, health, mesh, metrics, optimizer, sample, state, train_step
 from tvq.checkpoint import Checkpoints
 from tvq.config import Config
 from tvq.data import vocabulary
@@ -54,6 +54,7 @@ class Run:
     console: metrics.Console
     checkpoints: Checkpoints
     rows: metrics.JsonlWriter | None  # on the main process
+    looks: health.Looks
 
     def write(self, row: metrics.Row) -> None:
         if self.rows is not None:
@@ -100,7 +101,8 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         # The stop that made this checkpoint may have left out the evaluation of its step.
         missed = is_evaluated(c, step) and rows is not None and c.evaluate.split not in rows.splits
         missed = processes.gather("missed evaluation", missed)[0]
-        run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, rows)
+        looks = health.Looks(devices, now.codebooks, workdir / health.FOLDER, step, console.say)
+        run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, rows, looks)
         console.say(describe(run, now, step))
         if step < c.train.steps or missed:
             update = compile_step(run, now, tx)
@@ -243,19 +245,20 @@ def loop(
             stopped = not evaluate_now(run, score, now, step)
         clock.start(step)
         while step < c.train.steps and not stopped:
-            run.watchdog.beat("data", step)
-            batch = mesh.global_batch(run.devices, next(batches), c.train.global_batch_size)
-            run.watchdog.beat("ready", step)
-            run.processes.batch_ready()
+            batch = next_batch(run, batches, step)
             run.watchdog.beat("step", step)
             now, numbers = update(now, batch)
             step += n_update
+            last = step == c.train.steps
+            is_logged = last or is_due(c.log.every, step, n_update)
+            probe = numbers.pop("probe")
+            if is_logged:
+                numbers |= run.looks.look(now.codebooks, probe)
             unread.append((step, numbers))
             stopped = run.processes.stop_requested()
-            last = step == c.train.steps
 
             # The rows of a step are written before its checkpoint: a resumed run then has each row once.
-            if last or is_due(c.log.every, step, n_update):
+            if is_logged:
                 line = log_metrics(run, clock, step, unread)
             if is_evaluated(c, step) and not stopped:
                 with clock.pause():
@@ -268,6 +271,15 @@ def loop(
         run.watchdog.beat("save", step)
         run.checkpoints.wait()
     return now, stopped
+
+
+def next_batch(run: Run, batches: Iterator[dict], step: int) -> dict[str, jax.Array]:
+    """The next batch, on the devices, once all processes have theirs."""
+    run.watchdog.beat("data", step)
+    batch = mesh.global_batch(run.devices, next(batches), run.config.train.global_batch_size)
+    run.watchdog.beat("ready", step)
+    run.processes.batch_ready()
+    return batch
 
 
 def save(run: Run, now: TrainState, step: int, seconds: float) -> None:
@@ -322,6 +334,7 @@ def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[in
     numbers = read_metrics(unread)
     row = metrics.row(step, "train", numbers, clock.lap(step), run.corpus.bytes_per_token)
     run.write(row)
+    run.looks.save(step)
     steps = run.config.train.steps
     line = metrics.progress_line(row, steps, clock.left(step, steps))
     run.console.progress(line)

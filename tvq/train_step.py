@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tvq import loss, mesh, optimizer
 from tvq.config import Config, Model
 from tvq.model import transformer, vq
-from tvq.model.layers import Draws
+from tvq.model.layers import Draws, draw_probe
 from tvq.state import TrainState
 
 ATTENTION_STATE = transformer.State(mesh.WHOLE, mesh.STATE, mesh.BATCH)  # type: ignore[arg-type]
@@ -67,7 +67,10 @@ def pieces(batch: dict, length: int) -> dict:
 
 
 def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
-    """The jitted step `(state, batch [B_global,T]) -> (state, metrics)`; the old state is donated."""
+    """The jitted step `(state, batch [B_global,T]) -> (state, metrics)`; the old state is donated.
+
+    The metrics are means over updates; "probe" is that of the last: `{"key": [N,H,X,K], "mask": [N,X]}`.
+    """
     model = transformer.suited(config.model, mesh.platform(devices))
     n_update = config.train.sequence_len // config.train.update_len
     schedule = optimizer.schedule(config.optimizer)
@@ -91,17 +94,20 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
             mesh.WHOLE,
             mesh.BATCH,
             ATTENTION_STATE,
-            Draws(mesh.WHOLE, mesh.WHOLE, mesh.BATCH),  # type: ignore[arg-type]
+            Draws(mesh.WHOLE, mesh.WHOLE, mesh.BATCH, mesh.WHOLE),  # type: ignore[arg-type]
         ),
         out_specs=(mesh.WHOLE, mesh.WHOLE, mesh.WHOLE, ATTENTION_STATE),
     )
 
     def update(carry: tuple, piece: dict) -> tuple:
         state, attention_state = carry
+        ephemeral = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step)
+        probe_X2 = draw_probe(ephemeral, *piece["inputs"].shape)
         draws = Draws(
-            ephemeral=jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step),
+            ephemeral=ephemeral,
             timeless=jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // n_update),
             sequence_B=jnp.arange(piece["inputs"].shape[0]),
+            probe_X2=probe_X2.at[:, 1].add(attention_state.position),
         )
         grads, stats, metrics, attention_state = sharded_gradient(
             state.params, state.codebooks, piece, attention_state, draws
@@ -114,19 +120,26 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
             "param_norm": optax.tree.norm(params),
             "learning_rate": config.optimizer.lr_max * schedule(state.step),
         }
+        codebooks = vq.moving_average(state.codebooks, stats, config.model.c_gamma)
+        if config.model.revive_codes:
+            codebooks = jax.vmap(vq.revive, in_axes=(0, 0, 0, None))(
+                state.codebooks, codebooks, stats, config.model.revive_codes
+            )
         state = TrainState(
             step=state.step + 1,
             params=params,
-            codebooks=vq.moving_average(state.codebooks, stats, config.model.c_gamma),
+            codebooks=codebooks,
             opt_state=opt_state,
             key=state.key,
         )
-        return (state, attention_state), metrics
+        return (state, attention_state), (metrics, stats["probe"])
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         empty = transformer.initial_state(config.model, batch["inputs"].shape[0])
-        (state, _), metrics = lax.scan(update, (state, empty), pieces(batch, config.train.update_len))
-        return state, jax.tree.map(jnp.mean, metrics)
+        (state, _), (metrics, probe) = lax.scan(
+            update, (state, empty), pieces(batch, config.train.update_len)
+        )
+        return state, jax.tree.map(jnp.mean, metrics) | {"probe": jax.tree.map(lambda x: x[-1], probe)}
 
     whole = mesh.sharding(devices, mesh.WHOLE)
     return jax.jit(train_step, donate_argnums=0, out_shardings=whole)

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from tests.fakes.pod import environment
-from tvq import config, evaluate, mesh
+from tvq import config, evaluate, health, mesh
 from tvq.checkpoint import Restored
 
 REPOSITORY = Path(__file__).parents[2]
@@ -114,8 +114,19 @@ def arrays(restored: Restored) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bitwise equal final checkpoints, the same rows and the same sample."""
+    """Bitwise equal final checkpoints, the same rows, the same sample and looks at the codebooks."""
     assert rows(a) == rows(b)
+    looks = [epath.Path(folder) / health.FOLDER for folder in (a, b)]
+    assert (
+        health.steps(looks[0])
+        == health.steps(looks[1])
+        == [row["step"] for row in rows(a) if "c_dead" in row]
+    )
+    for step in health.steps(looks[0]):
+        for name, array in health.load(looks[0], step).items():
+            np.testing.assert_array_equal(
+                array, health.load(looks[1], step)[name], err_msg=f"{name} at {step}"
+            )
     ours, theirs = newest(a), newest(b)
     assert ours.step == theirs.step
     assert ours.data | {"train_seconds": 0} == theirs.data | {"train_seconds": 0}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.model import small
 from tvq import train_step
-from tvq.model import transformer, vq
+from tvq.model import layers, transformer, vq
 
 B, H, T, K, S = 2, 2, 6, 3, 5
 
@@ -178,3 +178,55 @@ def test_codes_are_the_same_in_training_evaluation_and_decoding(dtype):
         _, decoded = decode(params, tokens[:, t], decoded, model)
     np.testing.assert_array_equal(decoded.rings.z_BHM, trained.units.z_BHM)
     assert len(np.unique(trained.units.z_BHM)) > 4
+
+
+def test_a_probe_reads_its_keys_wherever_they_lie():
+    """Two devices of one sequence each, three tokens at a time: the parts add up to the keys, exactly."""
+    k, mask = random(B, H, T, K), np.random.default_rng(0).integers(0, 2, (B, T))
+    probe = np.asarray([[0, 10], [0, 13], [1, 12], [1, 15]])  # sequence, position; the first token is at 10
+    parts = []
+    for b in range(B):
+        for t in (0, 3):
+            draws = layers.Draws(None, None, jnp.asarray([b]), jnp.asarray(probe))
+            local = layers.local_probe(draws, jnp.asarray(10 + t), 3)
+            parts.append(
+                local.statistics(jnp.asarray(k[b : b + 1, :, t : t + 3]), mask[b : b + 1, t : t + 3])
+            )
+    got = jax.tree.map(lambda *x: sum(x), *parts)
+    np.testing.assert_array_equal(got["key"], np.stack([k[b, :, t - 10] for b, t in probe], 1))
+    np.testing.assert_array_equal(got["mask"], [mask[b, t - 10] for b, t in probe])
+
+
+@pytest.mark.parametrize(("n_sequence", "n_token"), [(3, 7), (8, 100)])
+def test_a_probe_takes_a_token_of_each_equal_stretch(n_sequence, n_token):
+    drawn = {}
+    for seed in range(2):
+        got = np.asarray(layers.draw_probe(jax.random.key(seed), n_sequence, n_token))
+        n = min(layers.N_PROBE, n_sequence * n_token)
+        assert got.shape == (n, 2)
+        assert (got[:, 1] < n_token).all()
+        flat = got[:, 0] * n_token + got[:, 1]
+        np.testing.assert_array_equal((flat + 1) * n // (n_sequence * n_token + 1e-9), np.arange(n))
+        drawn[seed] = got.tobytes()
+    assert (drawn[0] == drawn[1]) == (n_sequence * n_token <= layers.N_PROBE)
+
+
+def test_idle_codes_are_seeded_with_keys_the_longest_idle_first():
+    n_update, n_key = 3, 4
+    averaged = codebook(seed=1)
+    stats = {
+        "count": np.asarray([[0, 0, 2, 0, 0], [1, 0, 0, 0, 0]], np.float32),
+        "probe": {"key": random(H, n_key, K, seed=2), "mask": np.asarray([1, 0, 1, 1])},
+    }
+    idle = np.asarray([[2, 9, 9, 1, 5], [9, 2, 1, 8, 2]], np.int32)
+    got = jax.jit(vq.revive, static_argnums=3)({"idle": idle}, averaged, stats, n_update)
+    # Codes in the order of idleness; the second would have had the masked key.
+    seeded = [{1: 0, 0: 2}, {3: 0, 4: 2}]
+    want_idle = [[0, 0, 0, 2, 6], [0, 3, 2, 0, 0]]
+    want = {name: averaged[name].copy() for name in ("sum", "count")}
+    for h in range(H):
+        for s, x in seeded[h].items():
+            want["sum"][h, s], want["count"][h, s] = stats["probe"]["key"][h, x], 1.0
+    np.testing.assert_array_equal(got["idle"], want_idle)
+    for name in ("sum", "count"):
+        np.testing.assert_array_equal(got[name], want[name])

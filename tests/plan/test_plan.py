@@ -13,6 +13,7 @@ from etils import epath
 from tests.model import small
 from tvq import __main__ as door
 from tvq import cluster, config, flops, mesh, optimizer, plan, state, train_step
+from tvq.model import layers
 from tvq.plan import step, targets
 from tvq.plan.step import TooLargeError
 
@@ -60,16 +61,20 @@ def test_memory_is_that_of_one_device():
     assert min(memory.values()) > 0
 
 
-def test_gradients_are_all_that_devices_exchange():
+# Some keys of each unit, and their mask.
+PROBE = 4 * 2 * CONFIG.model.n_layer * layers.N_PROBE * (CONFIG.model.n_head * CONFIG.model.d_k + 1)
+
+
+def test_gradients_and_statistics_are_all_that_devices_exchange():
     (((kind, axes), (_, sent)),) = found().links.items()
     assert (kind, axes) == ("all-reduce", "devices")
     reduced = found().memory["parameters"] + found().memory["codebooks"]
-    assert sent == pytest.approx(2 * (2 * 7 / 8) * reduced, rel=0.01)  # in each of two updates
+    assert sent == pytest.approx(2 * (2 * 7 / 8) * (reduced + PROBE), rel=0.01)  # in each of two updates
 
 
 def test_the_old_state_is_donated():
-    """The metrics and nothing else need new memory."""
-    assert found().memory["metrics"] < 1000
+    """The metrics and the probe, and nothing else, need new memory."""
+    assert found().memory["metrics"] < 1000 + PROBE
 
 
 def test_a_deeper_model_is_no_longer_program():

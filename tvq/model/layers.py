@@ -21,10 +21,32 @@ class Draws(NamedTuple):
     ephemeral: jax.Array  # key, new each update
     timeless: jax.Array  # key, new each call of the step
     sequence_B: jax.Array  # index of each sequence in the global batch
+    probe_X2: jax.Array | None = None  # sequence and position of the tokens whose keys are looked at
 
 
 # One number for each thing drawn, folded into the key.
-EMBEDDING, RESIDUAL, SINUSOID, LAYER = range(4)
+EMBEDDING, RESIDUAL, SINUSOID, LAYER, PROBE = range(5)
+N_PROBE = 64
+
+
+def draw_probe(ephemeral: jax.Array, n_sequence: int, n_token: int) -> jax.Array:
+    """The sequence and token `[X,2]` of N_PROBE tokens of an update: one from each equal stretch of it."""
+    total = n_sequence * n_token
+    n_probe = min(N_PROBE, total)
+    edges = jnp.asarray([total * i // n_probe for i in range(n_probe + 1)], jnp.int32)
+    key = jax.random.fold_in(ephemeral, PROBE)
+    index_X = jax.random.randint(key, (n_probe,), edges[:-1], edges[1:])
+    return jnp.stack([index_X // n_token, index_X % n_token], -1)
+
+
+def local_probe(draws: Draws, position: jax.Array, n_token: int) -> vq.Probe | None:
+    """Where the probe lies in the sequences of this device, read from `position` on."""
+    if draws.probe_X2 is None:
+        return None
+    same_XB = draws.probe_X2[:, :1] == draws.sequence_B[None]
+    token_X = draws.probe_X2[:, 1] - position
+    here_X = same_XB.any(1) & (token_X >= 0) & (token_X < n_token)
+    return vq.Probe(same_XB.argmax(1), jnp.clip(token_X, 0, n_token - 1), here_X)
 
 
 def sequence_keys(key: jax.Array, what: int, unit: jax.Array | int, sequence_B: jax.Array) -> jax.Array:
@@ -128,12 +150,14 @@ def gated_unit(
     state: attention.State,
     config: Model,
     start_BX: jax.Array | None = None,
+    probe: vq.Probe | None = None,
 ) -> tuple[jax.Array, attention.State, dict]:
     """The unit's output `[B,T,D]` (no residual), its next state, and what the losses and codebook need.
 
     The last is `{"commit", "codebook": {"sum", "count"}, "metrics"}`: the mean over B and T of the masked
-    squared error summed over heads, the statistics of the moving average, and means of key metrics.
-    Documents are kept apart by start `[B,M+1+T]`, as for `attention.attend`.
+    squared error summed over heads, the statistics of the moving average, and means of key metrics. Those of
+    a probe join the statistics as "probe". Documents are kept apart by start `[B,M+1+T]`, as for
+    `attention.attend`.
     """
     dims.check(x_BTD=x_BTD, mask_BT=mask_BT, sinusoid_BED=sinusoid_BED, z_BHM=state.z_BHM)
     c_HSK = vq.codewords(codebook)
@@ -167,9 +191,12 @@ def gated_unit(
             start_BX=start_BX,
         )
     y_BTD = dense(merge_heads(o_BHTV) * gate_BTX, params["out"])
+    codebook_stats = vq.statistics(k_BHTK, z_BHT, mask_BT, config.n_code)
+    if probe is not None:
+        codebook_stats["probe"] = probe.statistics(k_BHTK, mask_BT)
     stats = {
         "commit": jnp.mean(jnp.sum(e2_BHT, 1) * mask_BT.astype(e2_BHT.dtype)),
-        "codebook": vq.statistics(k_BHTK, z_BHT, mask_BT, config.n_code),
+        "codebook": codebook_stats,
         "metrics": vq.key_metrics(k_BHTK, kz_BHTK, e2_BHT, config.block_len),
     }
     return y_BTD, state, stats

@@ -4,7 +4,7 @@ Flax modules hold the parameters; everything else is a pure function of plain di
 
     params     embed/table, [position/scale], units/{norm/{gain,bias}, q, kvg, r, u, w, out},
                [out_norm/{gain,bias}], embed/bias if tied, else out/{kernel,bias}
-    codebooks  {sum [N,H,S,K], count [N,H,S]}
+    codebooks  {sum [N,H,S,K], count [N,H,S], [idle [N,H,S]]}
 
 All N = 2 n_layer units are one stack: their parameters have a leading dim N.
 """
@@ -43,6 +43,8 @@ class GatedUnit(nnx.Module):
         self.out = kernel(H * V, D)
         self.sum = Codebook(kernel_init(rngs.params(), (H, S, K), dtype))
         self.count = Codebook(jnp.ones((H, S), dtype))
+        if config.revive_codes:
+            self.idle = Codebook(jnp.zeros((H, S), jnp.int32))
 
 
 class Norm(nnx.Module):
@@ -183,6 +185,7 @@ def forward(
         keys_B = layers.sequence_keys(draws.ephemeral, layers.EMBEDDING, 0, draws.sequence_B)
         x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len, state.position)
     distance_ED = distances(config)
+    probe = None if draws is None else layers.local_probe(draws, state.position, inputs_BT.shape[1])
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
         unit_params, codebook, unit_state, index = scanned
@@ -191,7 +194,7 @@ def forward(
             keys_B = layers.sequence_keys(draws.timeless, layers.SINUSOID, index, draws.sequence_B)
             sinusoid_BED = layers.dropout(sinusoid_BED, config.p_dropsin, keys_B)
         y_BTD, unit_state, stats = layers.gated_unit(
-            unit_params, codebook, x_BTD, mask_BT, sinusoid_BED, unit_state, config, start_BX
+            unit_params, codebook, x_BTD, mask_BT, sinusoid_BED, unit_state, config, start_BX, probe
         )
         if draws is not None:
             keys_B = layers.sequence_keys(draws.ephemeral, layers.RESIDUAL, index, draws.sequence_B)

@@ -2,7 +2,10 @@
 
 A codebook is `{"sum": [H,S,K], "count": [H,S]}`, the moving averages of the keys that chose a code and of
 their number. It is no parameter: the forward pass returns `statistics`, the step applies `moving_average`.
+Where unused codes are revived it also has `"idle": [H,S]` int32, the updates since a key chose the code.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +59,52 @@ def statistics(k_BHTK: jax.Array, z_BHT: jax.Array, mask_BT: jax.Array, n_code: 
 
 def moving_average(codebook: dict, stats: dict, gamma: float) -> dict:
     """`gamma old + (1 - gamma) new`, for sums and counts alike."""
-    return jax.tree.map(lambda old, new: gamma * old + (1.0 - gamma) * new, codebook, stats)
+    return {name: gamma * codebook[name] + (1.0 - gamma) * stats[name] for name in ("sum", "count")}
+
+
+class Probe(NamedTuple):
+    """A few tokens of an update, drawn from the whole batch: where they lie on this device.
+
+    What lies elsewhere is read as zeros, so that the sum over devices and segments is exactly the key.
+    """
+
+    sequence_X: jax.Array
+    token_X: jax.Array
+    here_X: jax.Array  # bool
+
+    def statistics(self, k_BHTK: jax.Array, mask_BT: jax.Array) -> dict:
+        """Of the tokens, the keys `[H,X,K]`, no gradient, and the mask `[X]`."""
+        k_XHK = lax.stop_gradient(k_BHTK)[self.sequence_X, :, self.token_X]
+        k_XHK = jnp.where(self.here_X[:, None, None], k_XHK, 0.0)
+        mask_X = jnp.where(self.here_X, mask_BT[self.sequence_X, self.token_X], 0)
+        return {"key": k_XHK.swapaxes(0, 1), "mask": mask_X}
+
+
+def revive(codebook: dict, averaged: dict, stats: dict, n_update: int) -> dict:
+    """The codebook after an update, with codes that no key chose for n_update updates seeded anew.
+
+    `averaged` is the moving average of `codebook` and `stats`, which hold those of a probe as "probe". The
+    longest idle code takes the first key of the probe, and so on; a masked token seeds none. A seeded code
+    starts as all codes do, with the count of one key.
+
+    n_update is at least the updates of one sequence (`config.validate`), so that no code changes its meaning
+    while memory and cache hold values under it: the code would not have been idle for so long.
+    """
+    probe = stats["probe"]
+    n_seed = min(probe["key"].shape[1], averaged["count"].shape[1])
+    counted_X = probe["mask"][:n_seed] > 0
+
+    def head(count_S: jax.Array, average: dict, idle_S: jax.Array, keys_XK: jax.Array) -> dict:
+        idle_S = jnp.where(count_S > 0, 0, idle_S + 1)
+        idle_X, code_X = lax.top_k(idle_S, n_seed)
+        code_X = jnp.where((idle_X >= n_update) & counted_X, code_X, idle_S.size)  # beyond the last: dropped
+        return {
+            "sum": average["sum"].at[code_X].set(keys_XK[:n_seed], mode="drop"),
+            "count": average["count"].at[code_X].set(1.0, mode="drop"),
+            "idle": idle_S.at[code_X].set(0, mode="drop"),
+        }
+
+    return jax.vmap(head)(stats["count"], averaged, codebook["idle"], probe["key"])
 
 
 def codebook_metrics(codebook: dict) -> dict[str, jax.Array]:
