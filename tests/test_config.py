@@ -107,6 +107,7 @@ def test_missing_fields_are_named_with_their_meaning():
     assert refused(c) == [
         "config.model.n_code is missing (codewords of a head)",
         "config.log.every is missing (updates between rows of metrics.jsonl)",
+        "config.log.wandb is missing (project of Weights & Biases to log to (extra wandb); empty: none)",
     ]
 
 

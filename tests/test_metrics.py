@@ -1,25 +1,21 @@
 import contextlib
 import fcntl
 import io
-import json
 import math
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tvq.metrics import Clock, Console, JsonlWriter, duration, progress_line, row
+from tvq.metrics import KINDS, Clock, Console, duration, progress_line, row, spent_line
 
 STEP_METRICS = {
     "loss_lm_per_token_unscaled": np.float32(1.5),
@@ -30,7 +26,7 @@ STEP_METRICS = {
 
 
 def test_a_row_divides_by_the_tokens_that_count() -> None:
-    made = row(7, "train", STEP_METRICS, 1000.0)
+    made = row(7, "train", STEP_METRICS, {"tokens_per_second": 1000.0})
     assert list(made)[:2] == ["step", "split"]
     assert made == {
         "step": 7,
@@ -45,22 +41,24 @@ def test_a_row_divides_by_the_tokens_that_count() -> None:
 
 
 def test_bits_a_byte() -> None:
-    made = row(7, "train", STEP_METRICS, None, bytes_per_token=4.0)
+    made = row(7, "train", STEP_METRICS, {"tokens_per_second": None}, bytes_per_token=4.0)
     assert made["bits_per_byte"] == pytest.approx(2 / math.log(2) / 4)
     assert made["tokens_per_second"] is None
 
 
 def test_a_batch_of_padding_has_no_loss() -> None:
-    made = row(1, "train", {**STEP_METRICS, "loss_mask_per_token": np.float32(0)}, None)
+    made = row(1, "train", {**STEP_METRICS, "loss_mask_per_token": np.float32(0)}, {})
     assert math.isnan(made["loss"])
 
 
 def test_the_progress_line() -> None:
-    made = row(1200, "train", STEP_METRICS, 12345.6, bytes_per_token=1.0)
+    pace = {"tokens_per_second": 12345.6, "model_flops_use": 0.312, "data_wait": 0.004}
+    made = row(1200, "train", STEP_METRICS, pace, bytes_per_token=1.0)
     assert progress_line(made, 5000, 185) == (
-        "step 1,200 of 5,000, loss 2.0000, 2.885 bits a byte, 12,346 tokens/s, 3:05 min left"
+        "step 1,200 of 5,000, 3:05 min left, loss 2.0000, 2.885 bits a byte, 12,346 tokens/s,"
+        " 31 % of peak FLOPs, 0 % data wait"
     )
-    made = row(1, "train", STEP_METRICS, None)
+    made = row(1, "train", STEP_METRICS, dict.fromkeys(pace))
     assert progress_line(made, 5, None) == "step 1 of 5, loss 2.0000, 2.885 bits a token"
 
 
@@ -79,100 +77,6 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path: Path, resume_step: int, *steps: int) -> None:
-    writer = JsonlWriter(path, resume_step)
-    for step in steps:
-        writer.write({"step": step, "split": "train", "loss": step / 2})
-    writer.close()
-
-
-def test_each_row_is_on_disk_at_once(tmp_path: Path) -> None:
-    writer = JsonlWriter(tmp_path / "metrics.jsonl", 0)
-    writer.write({"step": 1, "loss": 0.5})
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
-    writer.close()
-
-
-def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
-    writer = JsonlWriter(tmp_path / "metrics.jsonl", 0)
-    writer.write({"step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": None, "e": 1e300})
-    writer.close()
-
-    def refuse(name: str) -> None:
-        raise AssertionError(name)
-
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(text, parse_constant=refuse) == {
-        "step": 1, "a": None, "b": None, "c": None, "d": None, "e": 1e300,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("resume_step", "stay"), [(0, []), (1, [1]), (2, [1, 2, 2]), (3, [1, 2, 2, 3]), (9, [1, 2, 2, 3])]
-)
-def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path, resume_step: int, stay: list[int]) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write(path, 0, 1, 2, 2, 3)
-    write(path, resume_step, 10)
-    assert [r["step"] for r in rows(path)] == [*stay, 10]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize("torn", ["{", '{"step": 3, "los', '{"step": 3}', "\x00\x00"])
-def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write(path, 0, 1, 2)
-    with path.open("a") as file:
-        file.write(torn)
-    write(path, 5, 6)
-    assert [r["step"] for r in rows(path)] == [1, 2, 6]
-
-
-@pytest.mark.parametrize("bad", ["nonsense", "[1]", "{}", "7", "", "\x00", '{"step": "x"}'])
-def test_a_line_that_is_no_row_is_named(tmp_path: Path, bad: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    text = '{"step": 1}\n' + bad + '\n{"step": 2}\n'
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is not a row"):
-        JsonlWriter(path, 5)
-    assert path.read_text() == text
-
-
-def test_a_file_without_later_rows_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write(path, 0, 1, 2)
-    before = path.stat().st_ino
-    write(path, 2, 3)
-    assert path.stat().st_ino == before
-
-
-WRITER = """
-import itertools, sys
-from tvq.metrics import JsonlWriter
-writer = JsonlWriter(sys.argv[1], 100)
-for step in itertools.count(1):
-    writer.write({"step": step, "split": "train", "text": "x" * 100_000})
-"""
-
-
-def test_killed_while_writing(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, path])
-    while not path.exists() or path.stat().st_size < 3_000_000:
-        assert writer.poll() is None
-        time.sleep(0.01)
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.wait()
-    n_whole = path.read_text().count("\n")
-    assert n_whole > 20
-    write(path, 20, 21)
-    assert [r["step"] for r in rows(path)] == list(range(1, 22))
-
-
 class Time:
     def __init__(self) -> None:
         self.t = 100.0
@@ -181,60 +85,87 @@ class Time:
         return self.t
 
 
-def test_the_clock_leaves_out_compilation_and_pauses() -> None:
+def test_the_clock_knows_what_time_went_into() -> None:
     now = Time()
-    clock = Clock(tokens_per_step=10, now=now)
-    assert clock.lap(0) is None
+    clock = Clock(tokens_per_step=10, roof=5.0, began=now.t - 7, now=now)
+    now.t += 3
+    with clock.spending("compile"):
+        now.t += 60
     assert clock.left(0, 100) is None
-    now.t += 60  # the first step compiles
     clock.start(1)
-    assert (clock.seconds, clock.lap(1), clock.left(1, 100)) == (0, None, None)
+    assert clock.lap(1)["tokens_per_second"] is None
     now.t += 8
-    assert clock.lap(5) == 10 * 4 / 8
+    found = clock.lap(5)
+    assert found == {
+        "tokens_per_second": 10 * 4 / 8,
+        "data_wait": 0.0,
+        "model_flops_use": 1.0,
+        "goodput": 8 / 78,
+        "seconds_step": 8.0,
+        "seconds_data": 0.0,
+        "seconds_compile": 60.0,
+        "seconds_evaluate": 0.0,
+        "seconds_save": 0.0,
+        "seconds_start": 10.0,
+        "seconds_repeated": 0.0,
+    }
     now.t += 2
-    with clock.pause():
+    with clock.spending("evaluate"):
         now.t += 30
     now.t += 2
-    assert clock.seconds == 12
-    assert clock.lap(9) == 10 * 4 / 4
-    # 8 steps took 42 s with the pause: so will the others.
+    found = clock.lap(9)
+    assert (found["tokens_per_second"], found["seconds_evaluate"]) == (10 * 4 / 4, 30)
+    # 8 steps took 42 s with the evaluation: so will the others.
     assert clock.left(9, 17) == 42
-    assert clock.lap(9) is None
+    assert clock.lap(9)["tokens_per_second"] is None
+    assert sum(clock.spent.values()) == now.t - 93
 
 
-def test_a_pause_ends_with_an_error_too() -> None:
+def test_time_inside_counts_where_an_error_ends_it_too() -> None:
     now = Time()
     clock = Clock(tokens_per_step=10, now=now)
     clock.start(0)
-    with contextlib.suppress(KeyError), clock.pause():
+    with contextlib.suppress(KeyError), clock.spending("save"):
         now.t += 5
         raise KeyError
     now.t += 1
-    assert clock.seconds == 1
+    assert (clock.spent["save"], clock.spent["step"]) == (5, 1)
 
 
-def test_only_the_first_start_counts() -> None:
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_waiting_for_data_counts_only_while_the_devices_have_nothing_to_do(is_busy: bool) -> None:
     now = Time()
     clock = Clock(tokens_per_step=10, now=now)
-    with clock.pause():
-        now.t += 7  # before the start: nothing to leave out
-    clock.start(1)
-    now.t += 3
-    clock.start(2)
-    assert clock.seconds == 3
-    assert clock.lap(2) == 10 / 3
+    clock.start(0)
+    now.t += 1
+    with clock.waiting(lambda: is_busy):
+        now.t += 3
+    found = clock.lap(1)
+    assert (found["seconds_step"], found["seconds_data"]) == ((4, 0) if is_busy else (1, 3))
+    assert found["data_wait"] == (0 if is_busy else 3 / 4)
+    assert found["tokens_per_second"] == 10 / 4, "the speed is that of the whole"
 
 
 def test_the_clock_goes_on_after_a_restart() -> None:
     now = Time()
-    clock = Clock(tokens_per_step=10, seconds=500.0, now=now)
+    clock = Clock(tokens_per_step=10, now=now)
+    clock.add({"step": 400.0, "save": 100.0})
+    # Of the rows after the checkpoint the last tells when the process was lost; older ones do not tell.
+    clock.repeat([{"step": 42, "seconds_step": 415.0, "seconds_save": 100.0}, {"step": 44, "loss": 1.0}])
     now.t += 60
-    assert clock.seconds == 500
     clock.start(41)
     now.t += 4
-    assert clock.seconds == 504
-    assert clock.lap(43) == 5
+    assert clock.spent == dict.fromkeys(KINDS, 0.0) | {
+        "step": 404.0, "save": 100.0, "start": 60.0, "repeated": 15.0,
+    }  # fmt: skip
+    assert clock.lap(43)["tokens_per_second"] == 5
     assert clock.left(43, 53) == 20
+
+
+def test_the_line_of_what_time_went_into() -> None:
+    spent = dict.fromkeys(KINDS, 0.0) | {"step": 90.0, "compile": 8.0, "save": 1.96, "data": 0.04}
+    assert spent_line(spent) == "1:40 min in all, 90 % in steps (goodput); compile 8 %, save 2 %"
+    assert spent_line({"step": 5.0}) == "5 s in all, 100 % in steps (goodput)"
 
 
 class Terminal(io.StringIO):
@@ -271,13 +202,22 @@ def test_the_live_line_is_rewritten_and_messages_go_above(terminal: Terminal) ->
     with Console(terminal) as console:
         console.say("hello")
         console.progress("step 1, a long line")
-        console.progress("step 2", brief=True)
+        console.progress("step 2")
         assert screen(terminal.getvalue()) == ["hello", "step 2"]
         console.say("saved\nevaluated")
         assert screen(terminal.getvalue()) == ["hello", "saved", "evaluated", "step 2"]
-        console.progress("step 3")
-    assert screen(terminal.getvalue()) == ["hello", "saved", "evaluated", "step 3", ""]
+        console.progress("evaluating", brief=True)
+        assert screen(terminal.getvalue()) == ["hello", "saved", "evaluated", "evaluating"]
+    assert screen(terminal.getvalue()) == ["hello", "saved", "evaluated", "step 2", ""]
     assert terminal.getvalue().count("\n") == 4
+
+
+def test_a_brief_line_leaves_nothing_behind(terminal: Terminal) -> None:
+    with Console(terminal) as console:
+        console.progress("reading", brief=True)
+        console.say("found")
+        console.progress("drawing", brief=True)
+    assert screen(terminal.getvalue()) == ["found", ""]
 
 
 def test_leaving_without_a_live_line_prints_nothing(terminal: Terminal) -> None:
@@ -290,7 +230,11 @@ def test_a_long_line_is_cut(terminal: Terminal) -> None:
     with Console(terminal) as console:
         console.progress("x" * 200)
         console.say("y" * 200)
-    assert screen(terminal.getvalue()) == ["y" * 200, "x" * 79, ""]
+        console.progress("step 1, " + "x" * 80)
+    assert screen(terminal.getvalue()) == ["y" * 200, "step 1", ""]
+    with Console(terminal) as console:
+        console.progress("x" * 200)
+    assert screen(terminal.getvalue())[-2:] == ["x" * 79, ""]
 
 
 @pytest.mark.parametrize(("term", "is_terminal"), [("xterm", False), ("dumb", True), (None, True)])
@@ -308,8 +252,8 @@ def test_plain_lines(monkeypatch: pytest.MonkeyPatch, term: str | None, is_termi
     assert stream.getvalue() == "hello\nstep 1" + "x" * 200 + "\nstep 2\n"
 
 
-def test_a_quiet_console(terminal: Terminal) -> None:
-    with Console(terminal, quiet=True) as console:
+def test_a_silent_console(terminal: Terminal) -> None:
+    with Console(terminal, silent=True) as console:
         console.say("hello")
         console.progress("step 1")
     assert terminal.getvalue() == ""
@@ -374,5 +318,4 @@ def test_on_a_real_terminal() -> None:
     except OSError:  # Linux's word for the end of a terminal
         pass
     os.close(main)
-    shown = "step 4 of 5, loss 1.2345, loss"[:29]
-    assert screen(output.decode()) == ["compiling", "saved", shown, ""]
+    assert screen(output.decode()) == ["compiling", "saved", "step 4 of 5, loss 1.2345", ""]

@@ -76,6 +76,7 @@ tvq prepare images --input=photos --size=32 --output=data/photos
 # Short forms: `--split=test` is `--config.evaluate.split=test`.
 SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench, "plan": config.Plan}
 SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench", "plan": "plan"}
+QUIET = "plain lines, as where there is no terminal"
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -112,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="use N CPU devices, whatever accelerator there is",
             )
+        command.add_argument("--quiet", action="store_true", help=QUIET)
         for field in dataclasses.fields(SHORT[name]) if name in SHORT else ():
             if (name, field.name) == ("bench", "kind"):
                 continue  # it has no dashes, above
@@ -132,6 +134,7 @@ def _add_prepare(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    command.add_argument("--quiet", action="store_true", help=QUIET)
     kinds = "; ".join(f"{kind}: {what}" for kind, what in prepare.KINDS.items())
     command.add_argument("kind", choices=prepare.KINDS, help=kinds, metavar="|".join(prepare.KINDS))
     for field in dataclasses.fields(prepare.Options)[1:]:
@@ -149,7 +152,9 @@ def prepare_options(arguments: argparse.Namespace, more: Sequence[str]) -> prepa
         close = difflib.get_close_matches(text.partition("=")[0].strip("-"), vars(arguments), n=1)
         hint = f"did you mean --{close[0]}?" if close else "see tvq prepare --help"
         raise ValueError(f"{text} is no option; {hint}")
-    return prepare.Options(**{name: value for name, value in vars(arguments).items() if name != "command"})
+    return prepare.Options(
+        **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(prepare.Options)}
+    )
 
 
 def _fields() -> str:
@@ -224,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 3 diverged, 75 saved)."""
     arguments, overrides = parser().parse_known_args(argv)
     with explained(lambda text: print(text, file=sys.stderr)):
+        if arguments.quiet:
+            os.environ["TERM"] = "dumb"  # a terminal without escape codes, to this program and all it calls
         if arguments.command == "prepare":
             return prepare.prepare(prepare_options(arguments, overrides))
         run = read_config(arguments, overrides)

@@ -181,7 +181,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
     devices = mesh.make(c.mesh, jax.devices())
     mesh.check_batch(devices, "evaluate.batch_size", batch_size(c))
-    with metrics.Console(quiet=not processes.is_main) as console:
+    with metrics.Console(silent=not processes.is_main) as console:
         restored = restore(c, workdir, devices, console.say)
         check_same_vocabulary(corpus, restored)
         now = restored.state
@@ -196,7 +196,6 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
             batch_size=batch_size(c),
             progress=lambda done, of: console.progress(f"evaluating: batch {done} of {of}", brief=True),
         )
-        console.progress("", brief=True)
         console.say(line(c.evaluate.split, found, corpus))
         console.say(json.dumps({"step": int(now.step), "split": c.evaluate.split, **found}))
     processes.finish()

@@ -13,8 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tvq import config
 
 AXES = ("devices",)
+ROLES = {"devices": "cuts the batch"}  # what each axis does
 # Axes that cut sequences: gradients, metrics and codebook statistics are reduced over them.
 DATA_AXES = ("devices",)
+ROLES = {"devices": "cuts the batch"}  # what each axis does
 # A batch array [B, ...], and attention state [N, B, ...].
 BATCH = PartitionSpec(DATA_AXES)
 STATE = PartitionSpec(None, DATA_AXES)

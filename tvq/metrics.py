@@ -1,21 +1,17 @@
-"""What a run tells: rows of numbers in a file, the time it takes, and one live line on the terminal.
+"""What a run tells: rows of numbers, the time it takes, and one live line on the terminal.
 
-A row is a flat dict that starts with `step` (parameter updates done) and `split`; a writer is anything with
-`write(row)` and `close()`.
+A row is a flat dict that starts with `step` (parameter updates done) and `split`.
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
-
-from etils import epath
 
 Row = dict[str, Any]
 CLEAR = "\r\x1b[K"  # to the start of the line, and empty it
@@ -25,14 +21,14 @@ def row(
     step: int,
     split: str,
     metrics: Mapping[str, Any],
-    tokens_per_second: float | None,
+    pace: Mapping[str, Any],
     bytes_per_token: float | None = None,
 ) -> Row:
     """The row of a train step, from its metrics: scalars on the host.
 
     `loss` is in nats a token that counts, `bits_per_token` the same in bits, `bits_per_byte` in bits a byte
     of the original text if `bytes_per_token` is given. Loss and mask arrive as means over all positions;
-    every other metric goes through under its own name.
+    every other metric, and the columns of `pace`, go through under their own names.
     """
     values = {name: float(value) for name, value in metrics.items()}
     nats, mask = values.pop("loss_lm_per_token_unscaled"), values.pop("loss_mask_per_token")
@@ -45,20 +41,24 @@ def row(
         "loss": loss,
         "bits_per_token": bits,
         **bits_per_byte,
-        "tokens_per_second": tokens_per_second,
+        **pace,
         **values,
     }
 
 
 def progress_line(row: Row, steps: int, seconds_left: float | None) -> str:
-    """A row for the eye: step of steps, loss, bits, speed, time left."""
-    parts = [f"step {row['step']:,} of {steps:,}", f"loss {row['loss']:.4f}"]
-    unit = "byte" if "bits_per_byte" in row else "token"
-    parts.append(f"{row[f'bits_per_{unit}']:.3f} bits a {unit}")
-    if row["tokens_per_second"] is not None:
-        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    """A row for the eye, what matters most first: a narrow terminal shows less of it."""
+    parts = [f"step {row['step']:,} of {steps:,}"]
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} left")
+    unit = "byte" if "bits_per_byte" in row else "token"
+    parts += [f"loss {row['loss']:.4f}", f"{row[f'bits_per_{unit}']:.3f} bits a {unit}"]
+    if row["tokens_per_second"] is not None:
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if row.get("model_flops_use") is not None:
+        parts.append(f"{100 * row['model_flops_use']:.0f} % of peak FLOPs")
+    if row["data_wait"] is not None:
+        parts.append(f"{100 * row['data_wait']:.0f} % data wait")
     return ", ".join(parts)
 
 
@@ -74,122 +74,132 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole // 3600 % 24} h"
 
 
-class JsonlWriter:
-    """Appends rows to a file, one JSON object a line, each flushed. NaN and infinity are written as null.
-
-    A run that goes on from the checkpoint of `resume_step` first drops the rows after it, and a last line
-    that a kill tore, so that no row is there twice. For none to be missing either, write the rows of a step
-    before its checkpoint is saved. ValueError if another line is not a row.
-    """
-
-    def __init__(self, path: epath.PathLike, resume_step: int):
-        self._path = epath.Path(path)
-        #: Splits that have a row of `resume_step` already.
-        self.splits = _drop_after(self._path, resume_step) if self._path.exists() else set()
-        self._file = self._path.open("a")
-
-    def write(self, row: Row) -> None:
-        finite = {name: None if _is_not_finite(value) else value for name, value in row.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _drop_after(path: epath.Path, last_step: int) -> set[str]:
-    """Rewrites the file of rows without those of later steps, in one commit; the splits of the last step."""
-    content = path.read_bytes()
-    # What follows the last newline is empty, or torn.
-    lines = content.split(b"\n")[:-1]
-    steps = [_step_of(path, i + 1, line) for i, line in enumerate(lines)]
-    kept = [line + b"\n" for step, line in zip(steps, lines, strict=True) if step <= last_step]
-    if b"".join(kept) != content:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(path)
-    return {json.loads(line)["split"] for step, line in zip(steps, lines, strict=True) if step == last_step}
-
-
-def _step_of(path: epath.Path, number: int, line: bytes) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"line {number} of {path} is not a row of metrics: {line[:60]!r};"
-            " remove the line, or move the file away"
-        ) from None
+# What the wall time of a run goes into: updates; waiting for data while the devices have nothing to do;
+# compiling, evaluating, saving; starting, until the first update; and updates that were lost with a process.
+KINDS = ("step", "data", "compile", "evaluate", "save", "start", "repeated")
 
 
 class Clock:
-    """Train time and speed, without the first step, which compiles, and without pauses.
+    """The wall time of a run by what it went into, over restarts, and its pace.
 
-    `seconds` is train time in all, over restarts if it is given what the last life of the run had come to.
+    It always counts for one of KINDS, "start" first. Time in which no process of the run is there does not
+    count.
     """
 
     def __init__(
-        self, tokens_per_step: int, seconds: float = 0.0, now: Callable[[], float] = time.monotonic
+        self,
+        tokens_per_step: int,
+        roof: float | None = None,
+        began: float | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tokens_per_step, self._now = tokens_per_step, now
-        self._before = seconds
-        self._paused = 0.0  # seconds in pauses since `start`
-        self._start: tuple[int, float] | None = None  # step, time
-        self._lap = (0, 0.0)  # step, train seconds at the last lap
+        """`roof`: the tokens a second at the devices' peak, if that is known. It counts since `began`."""
+        self._tokens_per_step, self._roof, self._now = tokens_per_step, roof, now
+        self._spent = dict.fromkeys(KINDS, 0.0)
+        self._kind, self._since = "start", now() if began is None else began
+        self._first: tuple[int, float] | None = None  # step and time when the updates of this process began
+        self._lap = (0, 0.0, 0.0)  # at the last lap: step, seconds in steps, seconds of them without data
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        """Adds what the run had spent before."""
+        for kind, seconds in spent.items():
+            self._spent[kind] += seconds
+
+    def repeat(self, lost: Sequence[Row]) -> None:
+        """Adds what went into rows after the checkpoint that the run goes on from: all that is done again."""
+        totals = [sum(row.get(f"seconds_{kind}") or 0.0 for kind in KINDS) for row in lost]
+        earlier = sum(self._spent.values())
+        self._spent["repeated"] += max([0.0, *(total - earlier for total in totals)])
 
     def start(self, step: int) -> None:
-        """The first step is done, and all before it compiled: counting begins. Later calls do nothing."""
-        if self._start is None:
-            self._start, self._paused = (step, self._now()), 0.0
-            self._lap = (step, self.seconds)
-
-    @property
-    def seconds(self) -> float:
-        """Train seconds so far."""
-        return self._before if self._start is None else self._before + self._running() - self._paused
+        """The updates begin."""
+        self._turn("step")
+        self._first = (step, self._now())
+        self._lap = (step, *self._trained())
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time inside (evaluation, saving) is no train time."""
-        began = self._now()
+    def spending(self, kind: str) -> Iterator[None]:
+        """Time inside counts as `kind`."""
+        before = self._turn(kind)
         try:
             yield
         finally:
-            self._paused += self._now() - began
+            self._turn(before)
 
-    def lap(self, step: int) -> float | None:
-        """Tokens a second since the last lap; None if no step was timed."""
-        (last_step, last_seconds), self._lap = self._lap, (step, self.seconds)
-        if self._start is None or step == last_step or self.seconds == last_seconds:
-            return None
-        return (step - last_step) * self._tokens_per_step / (self.seconds - last_seconds)
+    @contextlib.contextmanager
+    def waiting(self, is_busy: Callable[[], bool]) -> Iterator[None]:
+        """Time inside is waiting for data, unless the devices are still busy in the end."""
+        began = self._now()
+        yield
+        waited = self._now() - began
+        if not is_busy():
+            self._spent["data"] += waited
+            self._since += waited
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by kind."""
+        self._turn(self._kind)
+        return dict(self._spent)
+
+    def lap(self, step: int) -> Row:
+        """Columns of a row: the pace since the last lap, None if no step was timed, and where time went."""
+        spent = self.spent
+        last_step, last_seconds, last_data = self._lap
+        self._lap = (step, *self._trained())
+        seconds, data = self._lap[1] - last_seconds, self._lap[2] - last_data
+        is_timed = self._first is not None and step > last_step and seconds > 0
+        pace = (step - last_step) * self._tokens_per_step / seconds if is_timed else None
+        columns: Row = {"tokens_per_second": pace, "data_wait": data / seconds if is_timed else None}
+        if self._roof is not None:
+            columns["model_flops_use"] = None if pace is None else pace / self._roof
+        columns["goodput"] = goodput(spent)
+        return columns | {f"seconds_{kind}": seconds for kind, seconds in spent.items()}
 
     def left(self, step: int, steps: int) -> float | None:
-        """Seconds until `steps` at the pace so far, pauses included; None before a step was timed."""
-        if self._start is None or step == self._start[0]:
+        """Seconds until `steps` at the pace so far, evaluation and saving included; None at first."""
+        if self._first is None or step == self._first[0]:
             return None
-        return (steps - step) * self._running() / (step - self._start[0])
+        return (steps - step) * (self._now() - self._first[1]) / (step - self._first[0])
 
-    def _running(self) -> float:
-        assert self._start is not None
-        return self._now() - self._start[1]
+    def _turn(self, kind: str) -> str:
+        """Counts for `kind` from now on; returns what it counted for."""
+        now, before = self._now(), self._kind
+        self._spent[before] += now - self._since
+        self._kind, self._since = kind, now
+        return before
+
+    def _trained(self) -> tuple[float, float]:
+        return self._spent["step"] + self._spent["data"], self._spent["data"]
+
+
+def goodput(spent: Mapping[str, float]) -> float:
+    """The share of the wall time that went into steps."""
+    total = sum(spent.values())
+    return spent["step"] / total if total else 0.0
+
+
+def spent_line(spent: Mapping[str, float]) -> str:
+    """`2:36 min in all, 91 % in steps (goodput); compile 5 %, evaluate 3 %`."""
+    total = sum(spent.values())
+    rest = sorted(((s, kind) for kind, s in spent.items() if kind != "step"), reverse=True)
+    parts = [f"{kind} {seconds / total:.0%}" for seconds, kind in rest if seconds >= total / 200]
+    head = f"{duration(total)} in all, {goodput(spent):.0%} in steps (goodput)"
+    return "; ".join([head, ", ".join(parts)] if parts else [head]).replace("%", " %")
 
 
 class Console:
     """The terminal: messages, and below them one live line that is rewritten in place.
 
     Where the stream is no terminal, or one without escape codes (TERM=dumb), lines are simply printed. A
-    context manager: leaving it ends the live line. `quiet` prints nothing. Safe to use from several threads.
+    context manager: leaving it ends the live line. `silent` prints nothing. Safe to use from several threads.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False):
+    def __init__(self, stream: TextIO | None = None, *, silent: bool = False):
         self._stream = sys.stdout if stream is None else stream
-        self._quiet = quiet
+        self._silent = silent
         self._live = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self._line = ""
+        self._line = self._shown = ""  # the line that stays, and what is shown in its place
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -199,20 +209,21 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            if self._line:
-                self._write("\n")
-            self._line = ""
+            if self._shown:
+                self._write(f"{CLEAR}{self._fit(self._line)}\n" if self._line else CLEAR)
+            self._line = self._shown = ""
 
     def say(self, text: str) -> None:
         """Prints a message of one or more lines, above the live line."""
         with self._lock:
-            self._write(f"{CLEAR}{text}\n{self._fit(self._line)}" if self._line else f"{text}\n")
+            self._write(f"{CLEAR if self._shown else ''}{text}\n{self._fit(self._line)}")
+            self._shown = self._line
 
     def progress(self, line: str, *, brief: bool = False) -> None:
-        """Shows where the run is. A `brief` line is not worth one of its own, and is shown only live."""
+        """Shows where the run is. A `brief` line stands in its place, only live, until the next message."""
         with self._lock:
             if self._live:
-                self._line = line
+                self._line, self._shown = (self._line if brief else line), line
                 self._write(CLEAR + self._fit(line))
             elif not brief:
                 self._write(f"{line}\n")
@@ -223,9 +234,10 @@ class Console:
         except OSError:
             columns = 0
         # A full line would wrap, and could not be cleared.
-        return line[: (columns or 80) - 1]
+        shown = line[: (columns or 80) - 1]
+        return shown if shown == line else shown.rpartition(", ")[0] or shown
 
     def _write(self, text: str) -> None:
-        if not self._quiet:
+        if not self._silent:
             self._stream.write(text)
             self._stream.flush()

@@ -152,6 +152,7 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
     every: int = field(100, "updates between rows of metrics.jsonl", at_least=1)
+    wandb: str = field("", "project of Weights & Biases to log to (extra wandb); empty: none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

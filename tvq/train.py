@@ -13,7 +13,20 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tvq import cluster, config, evaluate, health, mesh, metrics, optimizer, sample, state, train_step
+from tvq import (
+    cluster,
+    config,
+    describe,
+    evaluate,
+    health,
+    mesh,
+    metrics,
+    optimizer,
+    records,
+    sample,
+    state,
+    train_step,
+)
 from tvq.checkpoint import Checkpoints
 from tvq.config import Config
 from tvq.data import vocabulary
@@ -53,12 +66,13 @@ class Run:
     watchdog: cluster.Watchdog
     console: metrics.Console
     checkpoints: Checkpoints
-    rows: metrics.JsonlWriter | None  # on the main process
+    clock: metrics.Clock
+    records: records.Records | None  # on the main process
     looks: health.Looks
 
     def write(self, row: metrics.Row) -> None:
-        if self.rows is not None:
-            self.rows.write(row)
+        if self.records is not None:
+            self.records.write(row)
 
 
 def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
@@ -67,6 +81,8 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     ValueError: the input is wrong; nothing has been written then. DivergedError: the loss is not a number;
     the last good checkpoint is kept.
     """
+    began = time.monotonic()
+    records.check(c.log)
     corpus = open_corpus(c.data)
     evaluate.check_vocabulary(corpus, c.model)
     sequences = Sequences(corpus, "train", c.train.sequence_len)
@@ -83,31 +99,33 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
 
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(metrics.Console(quiet=not processes.is_main))
+        console = stack.enter_context(metrics.Console(silent=not processes.is_main))
         watchdog = stack.enter_context(cluster.Watchdog(processes, c.cluster, log))
         watchdog.beat("restore", 0, c.cluster.compile_timeout)
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
         )
-        now, step, seconds = resume(c, corpus, devices, tx, checkpoints, console.say)
+        n_token = c.train.global_batch_size * c.train.update_len
+        clock = metrics.Clock(n_token, describe.roof(c, devices), began)
+        now, step = resume(c, corpus, devices, tx, checkpoints, clock, console.say)
         # Process 0 wrote the config before the restore: who does not see it has another folder of that name.
         shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
         rows = None
         if processes.is_main:
-            rows = stack.enter_context(
-                contextlib.closing(metrics.JsonlWriter(workdir / "metrics.jsonl", step))
-            )
+            rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), console.say)
+            stack.callback(rows.close)
+            clock.repeat(rows.dropped)
         # The stop that made this checkpoint may have left out the evaluation of its step.
         missed = is_evaluated(c, step) and rows is not None and c.evaluate.split not in rows.splits
         missed = processes.gather("missed evaluation", missed)[0]
         looks = health.Looks(devices, now.codebooks, workdir / health.FOLDER, step, console.say)
-        run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, rows, looks)
-        console.say(describe(run, now, step))
+        run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, looks)
+        console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), step))
         if step < c.train.steps or missed:
             update = compile_step(run, now, tx)
             try:
-                now, stopped = loop(run, now, step, seconds, update, sequences, missed)
+                now, stopped = loop(run, now, step, update, sequences, missed)
             except DivergedError as error:
                 raise DivergedError(f"{error}; {way_out(run)}") from error
             finish(run, now, stopped)
@@ -140,9 +158,10 @@ def resume(
     devices: Mesh,
     tx: Any,
     checkpoints: Checkpoints,
+    clock: metrics.Clock,
     say: Callable[[str], None],
-) -> tuple[TrainState, int, float]:
-    """State, step and train seconds of the newest whole checkpoint; of a new run where there is none.
+) -> tuple[TrainState, int]:
+    """State and step of the newest whole checkpoint, of a new run where there is none; the clock goes on.
 
     The data position needs no restoring: batch t is a function of (seed, t).
     """
@@ -151,13 +170,14 @@ def resume(
     if restored is None:
         whole = mesh.sharding(devices, mesh.WHOLE)
         init = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=whole)
-        return init(), 0, 0.0
+        return init(), 0
     if restored.data["fingerprint"] != corpus.fingerprint:
         raise ValueError(
             f"the data in {corpus.folder} is not what checkpoint {restored.step} was trained on;"
             " set config.data to that, or use another workdir"
         )
-    return restored.state, restored.step, restored.data["train_seconds"]
+    clock.add(restored.data["seconds"])
+    return restored.state, restored.step
 
 
 def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
@@ -177,21 +197,6 @@ def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
         ) from error
 
 
-def describe(run: Run, now: TrainState, step: int) -> str:
-    """What runs where, for the console."""
-    c, info = run.config, run.corpus.info("train")
-    n_device, kind = run.devices.size, run.devices.devices.flat[0].device_kind
-    n_sequence = c.train.global_batch_size // mesh.n_data(run.devices)
-    return "\n".join(
-        [
-            f"model    {state.n_param(now):,} parameters, {c.model.dtype}",
-            f"devices  {n_device} x {kind}, {n_sequence} sequences each",
-            f"data     {run.corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents",
-            f"workdir  {run.workdir}: " + (f"going on from step {step}" if step else "a new run"),
-        ]
-    )
-
-
 def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
     """The compiled train step for the shapes of this run."""
     c = run.config.train
@@ -202,25 +207,15 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
     run.watchdog.beat("compile", int(now.step), run.config.cluster.compile_timeout)
     run.console.progress("compiling the train step", brief=True)
     began = time.monotonic()
-    update = train_step.make(run.config, run.devices, tx).lower(now, batch).compile()
-    text = f"compile  {metrics.duration(time.monotonic() - began)}"
-    memory = update.memory_analysis()
-    if memory is not None:  # not every backend says
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        text += f", {needed / 2**20:,.0f} MiB a device"
+    with run.clock.spending("compile"), describe.counting_cache_hits() as hits:
+        update = train_step.make(run.config, run.devices, tx).lower(now, batch).compile()
+    run.console.say(describe.compiled(update, time.monotonic() - began, bool(hits)))
     run.console.progress("training", brief=True)
-    run.console.say(text)
     return update
 
 
 def loop(
-    run: Run,
-    now: TrainState,
-    step: int,
-    seconds: float,
-    update: Callable,
-    sequences: Sequences,
-    missed: bool,
+    run: Run, now: TrainState, step: int, update: Callable, sequences: Sequences, missed: bool
 ) -> tuple[TrainState, bool]:
     """Updates until the last step, or until a stop is asked for: (state, stopped). Either way it is saved.
 
@@ -228,7 +223,6 @@ def loop(
     """
     c = run.config
     n_update = c.train.sequence_len // c.train.update_len
-    clock = metrics.Clock(c.train.global_batch_size * c.train.update_len, seconds)
     score = evaluate.make(c.model, run.devices, evaluate.piece_len(c))
     batches = training_batches(
         sequences,
@@ -239,13 +233,13 @@ def loop(
         workers=c.data.workers,
     )
     unread: list[tuple[int, dict]] = []  # (step, metrics on the device), since they were last looked at
-    stopped, line = False, ""
+    stopped = False
     with contextlib.closing(batches):
         if missed:
             stopped = not evaluate_now(run, score, now, step)
-        clock.start(step)
+        run.clock.start(step)
         while step < c.train.steps and not stopped:
-            batch = next_batch(run, batches, step)
+            batch = next_batch(run, batches, step, unread)
             run.watchdog.beat("step", step)
             now, numbers = update(now, batch)
             step += n_update
@@ -259,39 +253,43 @@ def loop(
 
             # The rows of a step are written before its checkpoint: a resumed run then has each row once.
             if is_logged:
-                line = log_metrics(run, clock, step, unread)
+                log_metrics(run, step, unread)
             if is_evaluated(c, step) and not stopped:
-                with clock.pause():
-                    stopped = not evaluate_now(run, score, now, step)
-                    run.console.progress(line, brief=True)  # training goes on
+                read_metrics(unread)  # what is under way counts as steps
+                stopped = not evaluate_now(run, score, now, step)
             if last or stopped or is_due(c.checkpoint.every, step, n_update):
                 read_metrics(unread)  # a state that is not a number is never saved
-                with clock.pause():
-                    save(run, now, step, clock.seconds)
+                save(run, now, step)
         run.watchdog.beat("save", step)
-        run.checkpoints.wait()
+        with run.clock.spending("save"):
+            run.checkpoints.wait()
     return now, stopped
 
 
-def next_batch(run: Run, batches: Iterator[dict], step: int) -> dict[str, jax.Array]:
+def next_batch(
+    run: Run, batches: Iterator[dict], step: int, unread: list[tuple[int, dict]]
+) -> dict[str, jax.Array]:
     """The next batch, on the devices, once all processes have theirs."""
-    run.watchdog.beat("data", step)
-    batch = mesh.global_batch(run.devices, next(batches), run.config.train.global_batch_size)
-    run.watchdog.beat("ready", step)
-    run.processes.batch_ready()
+    is_busy = lambda: bool(unread) and not unread[-1][1]["grad_norm"].is_ready()
+    with run.clock.waiting(is_busy):
+        run.watchdog.beat("data", step)
+        batch = mesh.global_batch(run.devices, next(batches), run.config.train.global_batch_size)
+        run.watchdog.beat("ready", step)
+        run.processes.batch_ready()
     return batch
 
 
-def save(run: Run, now: TrainState, step: int, seconds: float) -> None:
+def save(run: Run, now: TrainState, step: int) -> None:
     """Begins to save: written in the background."""
     run.watchdog.beat("save", step)
     data = {
         "next_batch": step // (run.config.train.sequence_len // run.config.train.update_len),
         "fingerprint": run.corpus.fingerprint,
         "vocabulary": vocabulary.to_json(run.corpus.vocabulary),
-        "train_seconds": seconds,
+        "seconds": run.clock.spent,
     }
-    run.checkpoints.save(step, now, data, config.to_dict(run.config))
+    with run.clock.spending("save"):
+        run.checkpoints.save(step, now, data, config.to_dict(run.config))
 
 
 def is_evaluated(c: Config, step: int) -> bool:
@@ -329,16 +327,14 @@ def way_out(run: Run) -> str:
     )
 
 
-def log_metrics(run: Run, clock: metrics.Clock, step: int, unread: list[tuple[int, dict]]) -> str:
-    """A row of metrics, and the live line, which is returned."""
-    numbers = read_metrics(unread)
-    row = metrics.row(step, "train", numbers, clock.lap(step), run.corpus.bytes_per_token)
+def log_metrics(run: Run, step: int, unread: list[tuple[int, dict]]) -> None:
+    """A row of metrics, and the live line."""
+    numbers, steps = read_metrics(unread), run.config.train.steps
+    pace = run.clock.lap(step) | describe.memory()
+    row = metrics.row(step, "train", numbers, pace, run.corpus.bytes_per_token)
     run.write(row)
     run.looks.save(step)
-    steps = run.config.train.steps
-    line = metrics.progress_line(row, steps, clock.left(step, steps))
-    run.console.progress(line)
-    return line
+    run.console.progress(metrics.progress_line(row, steps, run.clock.left(step, steps)))
 
 
 def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> bool:
@@ -353,17 +349,18 @@ def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> bool:
 
     run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
     try:
-        result = evaluate.split(
-            score,
-            now.params,
-            now.codebooks,
-            run.corpus,
-            c.evaluate.split,
-            run.devices,
-            sequence_len=c.train.sequence_len,
-            batch_size=evaluate.batch_size(c),
-            progress=progress,
-        )
+        with run.clock.spending("evaluate"):
+            result = evaluate.split(
+                score,
+                now.params,
+                now.codebooks,
+                run.corpus,
+                c.evaluate.split,
+                run.devices,
+                sequence_len=c.train.sequence_len,
+                batch_size=evaluate.batch_size(c),
+                progress=progress,
+            )
     except StopAskedError:
         return False
     run.write({"step": step, "split": c.evaluate.split, **result})
@@ -374,6 +371,7 @@ def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> bool:
 def finish(run: Run, now: TrainState, stopped: bool) -> None:
     """The last words: how to go on, or a sample of what was learnt."""
     step = int(now.step)
+    run.console.say(describe.spent(run.clock.spent))
     if stopped:
         run.console.say(f"stopped and saved at step {step}; the same command goes on")
     elif run.processes.is_main and run.config.model.attention == "vq":

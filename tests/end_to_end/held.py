@@ -14,7 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq import __main__, metrics, train
+from tvq import __main__, metrics, records, train
 
 
 def wait_for_signal() -> None:
@@ -41,14 +41,14 @@ def hold_at_start(_: str) -> None:
 
 
 def hold_at_row(step: str) -> None:
-    write = metrics.JsonlWriter.write
+    write = records.JsonlWriter.write
 
-    def write_and_hold(self: metrics.JsonlWriter, row: metrics.Row) -> None:
+    def write_and_hold(self: records.JsonlWriter, row: metrics.Row) -> None:
         write(self, row)
         if row["step"] == int(step) and row["split"] == "train":
             wait_for_signal()
 
-    metrics.JsonlWriter.write = write_and_hold  # type: ignore[method-assign]
+    records.JsonlWriter.write = write_and_hold  # type: ignore[method-assign]
 
 
 def hold_in_save(step: str) -> None:

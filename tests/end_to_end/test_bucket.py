@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tvq import cluster, config, metrics, sample, train
+from tvq import cluster, config, records, sample, train
 from tvq.data import prepared
 from tvq.data.corpus import open_corpus
 from tvq.data.documents import SPLITS, Piece
@@ -58,7 +58,7 @@ def test_a_run_is_recorded_in_a_bucket(workdir: epath.Path, tmp_path: Path) -> N
 
 def test_rows_and_samples_go_to_a_bucket(workdir: epath.Path) -> None:
     for resume_step in (0, 2, 2):  # the last is killed and resumed: its row is written anew
-        rows = metrics.JsonlWriter(workdir / "metrics.jsonl", resume_step)
+        rows = records.JsonlWriter(workdir / "metrics.jsonl", resume_step)
         rows.write({"step": resume_step + 2, "split": "train"})
         rows.close()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -94,3 +94,5 @@ def test_hosts_read_only_their_part_of_prepared_tokens(workdir: epath.Path, tmp_
 def test_logs_stay_on_the_machine() -> None:
     assert cluster.log_folder("gs://bucket/run").name == "gs-bucket-run"
     assert cluster.log_folder("runs/a") == Path("runs/a/logs")
+    assert cluster.local_folder("gs://bucket/run") == cluster.log_folder("gs://bucket/run")
+    assert cluster.local_folder("runs/a") == Path("runs/a")

@@ -6,6 +6,7 @@ import os
 import pty
 import shlex
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, Program, end, newest, rows
-from tvq import __main__, config, prepare
+from tvq import __main__, config, metrics, prepare
 from tvq.metrics import CLEAR
 
 EXAMPLES = [
@@ -136,8 +137,12 @@ def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
         os.close(ours)
         end(process, 0)
     output = b"".join(chunks).decode()
+    lines = render(output)
+    named = {line.partition(" ")[0] for line in lines}
+    assert {"model", "mesh", "data", "batch", "workdir", "compile", "memory", "time"} <= named
+    assert "mesh     1 x cpu: devices=1 (cuts the batch)" in lines
     assert CLEAR + "compiling" in output
-    assert output.count(CLEAR + "step 20 of 20, loss ") >= 1
+    assert output.count(CLEAR + "step 20 of 20, 0 s left, loss ") >= 1
     assert output.count(CLEAR + "evaluating: batch 1 of 1") == 1
     lines = render(output)
     assert [line for line in lines if line.startswith("step 20 of")] == [lines[-2]]
@@ -146,6 +151,25 @@ def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
     assert lines[-3].startswith("(in "), "the sample stands above it"
     assert any(line.startswith("step 20: validation loss") for line in lines)
     assert all(len(line) < 80 for line in lines if line.startswith("step"))
+
+
+def test_quiet_is_plain_lines(
+    tvq: Program, here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def program(*_: object) -> int:
+        with metrics.Console() as console:
+            console.progress("batch 1 of 1", brief=True)
+            console.progress("step 1")
+            console.progress("step 2")
+        return 0
+
+    monkeypatch.setitem(__main__.COMMANDS, "train", (program, "train", ""))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    stdout, _ = here("train", *tvq.options(tmp_path))
+    assert stdout == f"{CLEAR}batch 1 of 1{CLEAR}step 1{CLEAR}step 2{CLEAR}step 2\n"
+    stdout, _ = here("train", *tvq.options(tmp_path), "--quiet")
+    assert stdout == "step 1\nstep 2\n"
 
 
 def read(terminal: int) -> bytes:

@@ -1,6 +1,7 @@
 """A run that is killed or stopped, and started again by the same command, ends as if nothing had happened."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -69,6 +70,8 @@ def test_killed(
     stdout, _ = tvq.train(tmp_path)
     assert goes_on in stdout
     assert_same_run(tmp_path, unbroken)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
+    assert (last["seconds_repeated"] > 0) == (point != "start"), "what was lost is time spent"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tvq.cluster.errors import (
     EXIT_STUCK,
     ClusterError,
 )
-from tvq.cluster.log import Log, log_folder
+from tvq.cluster.log import Log, local_folder, log_folder
 from tvq.cluster.meeting import code_version
 from tvq.cluster.place import Place, find, tpu_metadata
 from tvq.cluster.processes import Processes, guard, start
@@ -33,6 +33,7 @@ __all__ = [
     "code_version",
     "find",
     "guard",
+    "local_folder",
     "log_folder",
     "start",
     "tpu_metadata",

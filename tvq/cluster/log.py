@@ -13,14 +13,19 @@ from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
 
 
-def log_folder(workdir: str) -> Path:
-    """`workdir/logs`; for a workdir that is no local folder (gs://...), a folder of this machine's own.
+def local_folder(workdir: str) -> Path:
+    """The workdir; for one that is no local folder (gs://...), a folder of this machine's own.
 
-    A log is appended to, line by line, and takes stack dumps after a crash: object stores do neither.
+    For what is appended to, line by line, and takes stack dumps after a crash: object stores do neither.
     """
     if "://" not in workdir:
-        return Path(workdir) / "logs"
+        return Path(workdir)
     return Path(tempfile.gettempdir()) / "tvq-logs" / re.sub(r"\W+", "-", workdir)
+
+
+def log_folder(workdir: str) -> Path:
+    """Where the processes of a run write their logs."""
+    return local_folder(workdir) / "logs" if "://" not in workdir else local_folder(workdir)
 
 
 class Log:

@@ -1,0 +1,100 @@
+"""What a run says of itself in words: what runs where, what it needs, and what slows it down."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from tvq import flops, mesh, metrics
+from tvq.config import Config
+from tvq.data.corpus import AnyCorpus
+from tvq.model import transformer
+
+CACHE_HIT = "/jax/compilation_cache/cache_hits"
+# Shares of the wall time that are worth a word, and the word.
+SLOW = {
+    "data": (0.1, "read ahead in processes: config.data.workers=2 or more; tvq bench data measures it"),
+    "evaluate": (0.25, "raise config.evaluate.every"),
+    "save": (0.1, "raise config.checkpoint.every"),
+}
+LEAST_SECONDS = 60.0  # shares of less say little
+
+
+def start(c: Config, devices: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_param: int, step: int) -> str:
+    """What runs where, in a few lines."""
+    m, t, info = c.model, c.train, corpus.info("train")
+    n_batch = f"{t.global_batch_size} x {t.sequence_len:,} tokens"
+    axes = [f"{axis}={n} ({mesh.ROLES[axis]})" for axis, n in devices.shape.items()]
+    lines = {
+        "model": f"{n_param:,} parameters, {m.dtype}; {transformer.n_unit(m)} gated units of {m.n_head} x"
+        f" {m.n_code} codes, exact in a window of {m.mem_len} + {m.block_len} tokens",
+        "mesh": f"{devices.size} x {devices.devices.flat[0].device_kind}: {', '.join(axes)}",
+        "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents",
+        "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
+        "workdir": f"{workdir}: " + (f"going on from step {step:,}" if step else "a new run"),
+    }
+    return "\n".join(f"{name:8} {text}" for name, text in lines.items())
+
+
+@contextlib.contextmanager
+def counting_cache_hits() -> Iterator[list[str]]:
+    """A list to which each program is added that the compilation cache had."""
+    hits: list[str] = []
+
+    def hear(event: str, **_: object) -> None:
+        if event == CACHE_HIT:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(hear)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(hear)
+
+
+def compiled(program: jax.stages.Compiled, seconds: float, is_cached: bool) -> str:
+    """How long the step took to compile, and the memory it will need."""
+    text = f"compile  {metrics.duration(seconds)}{' (it was in the cache)' if is_cached else ''}"
+    memory = program.memory_analysis()
+    if memory is None:  # not every backend says
+        return text
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    there = device_memory("bytes_limit")
+    of = "" if there is None else f" of {there / 2**20:,.0f}"
+    return f"{text}\nmemory   {needed / 2**20:,.0f}{of} MiB a device, predicted"
+
+
+def memory() -> dict[str, int]:
+    """The column `memory_peak_bytes`: what a device of this process has needed at most; none on a CPU."""
+    peak = device_memory("peak_bytes_in_use")
+    return {} if peak is None else {"memory_peak_bytes": peak}
+
+
+def device_memory(name: str) -> int | None:
+    """The largest such number of bytes over the devices of this process; None on a CPU."""
+    found = [stats[name] for d in jax.local_devices() if (stats := d.memory_stats()) and name in stats]
+    return max(found, default=None)
+
+
+def roof(c: Config, devices: Mesh) -> float | None:
+    """Tokens a second at the peak of the devices, where that is known."""
+    chip = flops.chip(devices.devices.flat[0].device_kind)
+    if chip is None or c.model.dtype == "float64":
+        return None
+    peak = chip.bfloat16 if c.model.dtype == "bfloat16" else chip.float32
+    return peak * devices.size / flops.train(c.model, c.train.update_len)
+
+
+def spent(seconds: Mapping[str, float]) -> str:
+    """Where the wall time went, what can be done about it, and the memory that it took."""
+    total = sum(seconds.values())
+    lines = [f"time     {metrics.spent_line(seconds)}"]
+    lines += [
+        f"{100 * seconds[kind] / total:.0f} % of the time went into {kind}: {remedy}"
+        for kind, (share, remedy) in SLOW.items()
+        if total >= LEAST_SECONDS and seconds[kind] > share * total
+    ]
+    lines += [f"memory   {peak / 2**20:,.0f} MiB a device, measured" for peak in memory().values()]
+    return "\n".join(lines)

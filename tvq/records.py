@@ -1,0 +1,226 @@
+"""Where the rows of a run go: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases.
+
+metrics.jsonl is the record: the others repeat it, and one that fails is left out from then on. Training goes
+on in any case, and says so once.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from etils import epath
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
+
+from tvq import config
+from tvq.metrics import Row
+
+Say = Callable[[str], None]
+FILE = "metrics.jsonl"
+NEWLINE = b"\n"
+
+
+class Writer(Protocol):
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Records:
+    """All writers of a run, on the main process; `dropped` and `splits` are those of JsonlWriter."""
+
+    def __init__(self, c: config.Config, workdir: epath.Path, resume_step: int, local: Path, say: Say):
+        """`local` is a folder for what cannot be written to a bucket."""
+        self._say = say
+        rows = JsonlWriter(workdir / FILE, resume_step, say)
+        self.dropped, self.splits = rows.dropped, rows.splits
+        self._writers: dict[str, Writer] = {FILE: rows}
+        self._add("TensorBoard", lambda: TensorBoardWriter(local / "tensorboard", resume_step))
+        if c.log.wandb:
+            self._add("Weights & Biases", lambda: WandbWriter(c, workdir, local))
+
+    def write(self, row: Row) -> None:
+        """A row, at once, to every writer."""
+        for name in list(self._writers):
+            with self._or_without(name):
+                self._writers[name].write(row)
+
+    def close(self) -> None:
+        for name in list(self._writers):
+            with self._or_without(name):
+                self._writers[name].close()
+
+    def _add(self, name: str, make: Callable[[], Writer]) -> None:
+        with self._or_without(name):
+            self._writers[name] = make()
+
+    @contextlib.contextmanager
+    def _or_without(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writers.pop(name, None)
+            self._say(f"{name} cannot be written ({error}); training goes on without it, {FILE} has it all")
+
+
+class JsonlWriter:
+    """Appends rows to a file, one JSON object a line, at once. NaN and infinity are written as null.
+
+    A run that goes on from the checkpoint of `resume_step` first drops the rows after it, and a last line
+    that a kill tore, so that no row is there twice; `dropped` are those rows, `splits` the splits that have
+    one of `resume_step`. For none to be missing either, write the rows of a step before its checkpoint is
+    saved. ValueError if another line is not a row.
+
+    What does not fit on a full disk waits in memory until it does.
+    """
+
+    def __init__(self, path: epath.PathLike, resume_step: int, say: Say = print):
+        self._path, self._say = epath.Path(path), say
+        kept, self.dropped = _drop_after(self._path, resume_step) if self._path.exists() else ([], [])
+        self.splits = {row.get("split") for row in kept if row["step"] == resume_step}
+        self._file: Any = self._path.open("ab")
+        # Past the buffer of a local file: after an error it is known how much of it was written.
+        self._raw = getattr(self._file, "raw", self._file)
+        self._waiting = b""
+        self._has_failed = False
+
+    def write(self, row: Row) -> None:
+        finite = {name: None if _is_not_finite(value) else value for name, value in row.items()}
+        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._raw.write(self._waiting) :]
+            self._file.flush()
+        except OSError as error:
+            if not self._has_failed:
+                self._say(
+                    f"{self._path} cannot be written ({error.strerror}): make room; training goes on, and the"
+                    " rows are kept in memory until then"
+                )
+            self._has_failed = True
+
+    def close(self) -> None:
+        if self._waiting:
+            self._say(f"{self._path}: {self._waiting.count(NEWLINE)} rows were never written and are lost")
+        self._file.close()
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _drop_after(path: epath.Path, last_step: int) -> tuple[list[Row], list[Row]]:
+    """Rewrites the file of rows without those of later steps, in one commit; returns (kept, dropped)."""
+    content = path.read_bytes()
+    # What follows the last newline is empty, or torn.
+    lines = content.split(b"\n")[:-1]
+    rows = [_row(path, i + 1, line) for i, line in enumerate(lines)]
+    kept, dropped = [], []
+    for row in rows:
+        (kept if row["step"] <= last_step else dropped).append(row)
+    whole = b"".join(line + b"\n" for line, row in zip(lines, rows, strict=True) if row["step"] <= last_step)
+    if whole != content:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(whole)
+        temporary.replace(path)
+    return kept, dropped
+
+
+def _row(path: epath.Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+        return row | {"step": int(row["step"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"line {number} of {path} is not a row of metrics: {line[:60]!r};"
+            " remove the line, or move the file away"
+        ) from None
+
+
+class TensorBoardWriter:
+    """Appends rows to `folder/events.out.tfevents.*`, a file of its own for each start; tags are SPLIT/NAME.
+
+    TensorBoard forgets what earlier starts wrote after `resume_step`. OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, resume_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"))
+        self._add(file_version="brain.Event:2")
+        self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, row: Row) -> None:
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        values = [
+            Summary.Value(tag=f"{row['split']}/{name}", simple_value=value)
+            for name, value in numbers.items()
+            if name != "step"
+        ]
+        self._add(step=row["step"], summary=Summary(value=values))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        try:
+            self._file.write(Event(wall_time=time.time(), **fields).SerializeToString())
+            self._file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
+
+
+class WandbWriter:
+    """Sends rows to one Weights & Biases run, whose id is kept in the workdir. OSError: it cannot be reached.
+
+    What a resumed run repeats, bitwise, is there already and is not sent again.
+    """
+
+    def __init__(self, c: config.Config, workdir: epath.Path, local: Path):
+        wandb = importlib.import_module("wandb")
+        self._error = wandb.errors.Error
+        path = workdir / "wandb_id"
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
+        with self._as_os_error():
+            self._run = wandb.init(
+                project=c.log.wandb,
+                id=path.read_text(),
+                resume="allow",
+                name=workdir.name,
+                dir=str(local),
+                config=config.flatten(c),
+            )
+
+    def write(self, row: Row) -> None:
+        if row["step"] >= self._run.step:
+            numbers = {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split")}
+            with self._as_os_error():
+                self._run.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        with self._as_os_error():
+            self._run.finish()
+
+    @contextlib.contextmanager
+    def _as_os_error(self) -> Iterator[None]:
+        try:
+            yield
+        except self._error as error:
+            raise OSError(str(error)) from error
+
+
+def check(c: config.Log) -> None:
+    """ValueError if a writer that the config asks for is not installed."""
+    if c.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("config.log.wandb needs Weights & Biases: pip install 'tvq[wandb]'")
