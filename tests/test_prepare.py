@@ -1,6 +1,5 @@
 """tvq prepare from raw forms that are made here: what they become, and what is refused."""
 
-import gzip
 import hashlib
 import io
 import json
@@ -10,7 +9,6 @@ import re
 import resource
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +16,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from etils import epath
 from PIL import Image
 
 from tests.data import books
+from tests.data.raw import XML, batches, library, packed, picture, planes
 from tvq import config, prepare
 from tvq.data import files, images, texts
 from tvq.data.corpus import Corpus, open_corpus
@@ -30,7 +28,6 @@ from tvq.data.documents import Piece
 from tvq.data.vocabulary import END, SentencePieceVocabulary
 
 Made = Callable[..., Corpus]
-XML = "".join(f"<page><id>{i}</id>{books.book(i, 20)}</page>\n" for i in range(40)).encode()
 
 
 @pytest.fixture
@@ -64,21 +61,6 @@ def texts_of(corpus: Corpus, split: str) -> list[bytes]:
     ends = corpus.documents(split)[:, 0].tolist()
     spans = zip([0, *ends], ends, strict=False)
     return [corpus.vocabulary.decode(corpus.tokens(split)[start:end]) for start, end in spans]
-
-
-def packed(folder: Path, name: str, content: bytes) -> Path:
-    path = folder / name
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr(name.removesuffix(".zip"), content)
-    elif name.endswith(".gz"):
-        path.write_bytes(gzip.compress(content))
-    elif name.endswith(".zst"):
-        half = len(content) // 2
-        path.write_bytes(b"".join(zstandard.compress(part) for part in (content[:half], content[half:])))
-    else:
-        path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize("name", ["enwik8.zip", "enwik8.gz", "enwik8.zst", "enwik8"])
@@ -122,17 +104,6 @@ def test_truncated(refused, tmp_path, name):
     assert f"{path} is damaged or not all there" in refused("enwik8", path, n_train=100)
     path.write_bytes(b"no such format" * 9)
     assert f"{path} is damaged or not all there" in refused("enwik8", path, n_train=100)
-
-
-def library(root: Path, n_train: int = 6) -> Path:
-    """A few books in the folders of PG-19, and its metadata."""
-    for split, n in (("train", n_train), ("validation", 2), ("test", 2)):
-        (root / split).mkdir(parents=True)
-        for i in range(n):
-            (root / split / f"{i}.txt").write_text(books.book(10 * n + i))
-    (root / "metadata.csv").write_text("0,a book,1900,http://example.com\n")
-    (root / "train_files.txt").write_text("train/0.txt\n")
-    return root
 
 
 def test_pg19(made, tmp_path):
@@ -243,25 +214,6 @@ def test_text_that_is_not_utf8(refused, made, tmp_path):
     (root / "train" / "1.txt").write_bytes(b"kalo \xff")
     assert refused("pg19", root).startswith("train/1.txt is not UTF-8: 1 wrong places")
     assert made("pg19", root, vocabulary="bytes").info("test").n_document == 2
-
-
-def picture(seed: int) -> np.ndarray:
-    """uint8 [64, 64, 3]."""
-    return np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
-
-
-def planes(pictures: list[np.ndarray]) -> np.ndarray:
-    """As the official batches have them: red, green and blue, each row after row."""
-    return np.stack([image.transpose(2, 0, 1).reshape(-1) for image in pictures])
-
-
-def batches(root: Path, n_test: int = 3) -> Path:
-    """Eleven training images in two files, of which the second sorts after the tenth by letters."""
-    root.mkdir()
-    np.savez(root / "train_data_batch_10.npz", data=planes([picture(i) for i in range(6, 11)]), labels=[0])
-    np.savez_compressed(root / "train_data_batch_9.npz", data=planes([picture(i) for i in range(6)]))
-    np.savez(root / "val_data.npz", data=planes([picture(100 + i) for i in range(n_test)]))
-    return root
 
 
 def test_imagenet64(made, tmp_path, monkeypatch):
