@@ -203,6 +203,10 @@ RULES = [
         "config.model.revive_codes 3 is below 4, the updates of one sequence (sequence_len / update_len);"
         " use 4 or more, or 0",
     ),
+    (
+        {"model__attention": "full", "train__update_len": 8192, "evaluate__carry": True},
+        "config.evaluate.carry needs config.model.attention=vq: full carries no state",
+    ),
     ({"mesh__devices": 0}, "config.mesh.devices must be positive, or -1 for all, not 0"),
 ]
 # Refused with the numbers that would do: each is put into the field that the message begins with.

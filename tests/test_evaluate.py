@@ -7,13 +7,20 @@ import math
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.model import small
 from tvq import config, evaluate, mesh
+from tvq.data import prepared
+from tvq.data.corpus import Corpus, open_corpus
+from tvq.data.documents import Piece
+from tvq.data.packing import Streams
+from tvq.data.vocabulary import ByteVocabulary
 from tvq.model import transformer
 
 MODEL = dataclasses.replace(small.MODEL, p_dropemb=0.5, p_dropsin=0.5, p_dropres=0.5, p_droplyr=0.5)
 T, N_SEQUENCE = 16, 5
+UNREAD = {"sha256": "", "gzip_bytes": None}
 EMPTY = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), np.zeros((1, T), np.int32))
 
 
@@ -120,8 +127,12 @@ def test_progress_counts_batches():
     assert seen == [1, 2, 3]
 
 
+def info(**counts: int) -> prepared.Split:
+    return prepared.Split(**{"n_token": 0, "n_document": 1, "n_byte": 250, "n_word": 0} | counts, **UNREAD)
+
+
 def test_result():
-    got = evaluate.result(nats=300.0, n_token=200, n_byte=250)
+    got = evaluate.result(nats=300.0, n_token=200, info=info())
     assert got == {
         "loss": 1.5,
         "bits_per_token": pytest.approx(1.5 / math.log(2)),
@@ -129,10 +140,100 @@ def test_result():
         "n_token": 200,
         "n_byte": 250,
     }
+    got = evaluate.result(nats=300.0, n_token=200, info=info(n_word=60))
+    assert got["word_perplexity"] == pytest.approx(math.exp(5.0))
+    # Without spaces there is but one word, and its perplexity no number.
+    assert "word_perplexity" not in evaluate.result(nats=1e4, n_token=200, info=info(n_word=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What the line asks a corpus for."""
+
+    image_size: int
+    split: prepared.Split
+    vocabulary: ByteVocabulary
+
+    def info(self, name: str) -> prepared.Split:
+        return self.split
+
+
+def test_the_line_is_in_the_units_of_the_data():
+    found = {"loss": 1.0, "bits_per_byte": 2.0}
+    images = Described(64, info(), ByteVocabulary())
+    assert evaluate.line("test", found, images) == "test loss 1.0000, 2.000 bits a dimension"
+    text, found = Described(0, info(), ByteVocabulary("pieces")), found | {"word_perplexity": 26.634}
+    want = "test loss 1.0000, 2.000 bits a byte, word perplexity 26.63"
+    assert evaluate.line("test", found, text) == want
+
+
+LENGTHS = (37, 3, 21, 0, 12)
+CARRIED = dataclasses.replace(MODEL, n_vocab=259)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("corpus")
+    pieces = [Piece("train", "0", b"x", last=True)]
+    pieces += [Piece("test", str(i), rng.bytes(n), last=True) for i, n in enumerate(LENGTHS)]
+    prepared.write(epath.Path(folder), pieces, prepared.text_form(ByteVocabulary()), {"name": "made"})
+    return open_corpus(config.Data(source="tokens", path=str(folder)))
+
+
+def carried(made: Corpus, n_device: int, n_row: int, length: int) -> evaluate.ByContext:
+    devices = mesh.make(config.Mesh(), jax.devices()[:n_device])
+    whole = jax.device_put(small.parameters(CARRIED), mesh.sharding(devices, mesh.WHOLE))
+    streams = Streams(made, "test", n_row, length)
+    return evaluate.carried(*evaluate.make_carried(CARRIED, devices), *whole, streams, devices)
+
+
+@pytest.fixture(scope="module")
+def by_place(made: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """Each document alone in one call, one token's loss after the other, by its place in the document."""
+    nats, n_token = np.zeros(64), np.zeros(64, np.int64)
+    params, codebooks = small.parameters(CARRIED)
+    ends = made.documents("test")[:-1, 0].astype(int)
+    for targets in np.split(made.tokens("test").astype(np.int32), ends):
+        inputs = np.zeros((1, 40), np.int32)
+        inputs[0, : len(targets)] = [1, *targets[:-1]]
+        model = dataclasses.replace(CARRIED, p_dropemb=0, p_dropsin=0, p_dropres=0, p_droplyr=0)
+        log_probs, _ = small.log_probs(params, codebooks, inputs, transformer.initial_state(model, 1), model)
+        for t, target in enumerate(targets):
+            nats[t] -= float(log_probs[0, t, target])
+            n_token[t] += 1
+    return nats, n_token
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_device", "n_row", "length"), [(1, 2, 8), (2, 6, 16)])
+def test_carried_is_each_document_alone(made, by_place, n_device, n_row, length):
+    """Though the model was trained across documents."""
+    found, (nats, n_token) = carried(made, n_device, n_row, length), by_place
+    rows = found.table()
+    assert [(row["context_from"], row["context_to"]) for row in rows] == [
+        (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63),
+    ]  # fmt: skip
+    for row in rows:
+        span = slice(row["context_from"], row["context_to"] + 1)
+        assert row["n_token"] == n_token[span].sum()
+        assert row["loss"] == pytest.approx(nats[span].sum() / n_token[span].sum(), rel=1e-5)
+    assert found.nats.sum() == pytest.approx(nats.sum(), rel=1e-6)
+    assert found.n_token.sum() == made.info("test").n_token == sum(LENGTHS) + len(LENGTHS)
+
+
+def test_the_table_by_context():
+    found = evaluate.ByContext()
+    found.add(np.asarray([[1.0, 2.0, 3.0, 9.0]], np.float32), np.asarray([[0, 2, 3, -1]]))
+    found.add(np.asarray([[4.0]], np.float32), np.asarray([[5]]))
+    assert evaluate.show(found.table()).splitlines()[1:] == [
+        "                       0   1.0000        1.4427              1",
+        "                  2 to 3   2.5000        3.6067              2",
+        "                  4 to 7   4.0000        5.7708              1",
+    ]
 
 
 def test_no_token():
     _, score = compiled(1, 2, 8)
     assert evaluate.total(score, *small.parameters(MODEL), []) == (0.0, 0)
     with pytest.raises(ValueError, match="no token"):
-        evaluate.result(0.0, 0, 0)
+        evaluate.result(0.0, 0, info())

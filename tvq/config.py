@@ -258,6 +258,8 @@ def validate(config: Config) -> None:
             "config.model.attention=full carries no state: it needs train.update_len equal to"
             f" train.sequence_len {t.sequence_len}, not {t.update_len}, and train.segment_len 0"
         )
+    if m.attention == "full" and config.evaluate.carry:
+        errors.append("config.evaluate.carry needs config.model.attention=vq: full carries no state")
     one_of("model.remat", m.remat, ("all", "names", "nothing"))
     one_of("optimizer.name", o.name, ("adamw", "lion", "adafactor"))
     one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))

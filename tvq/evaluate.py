@@ -1,10 +1,13 @@
-"""Evaluation: every token of a split exactly once, each sequence from the empty state.
+"""Evaluation: every token of a split exactly once.
 
-Sums of each sequence are added on the host in float64 and in order, so that the result does not depend on
-batch size or devices.
+Each sequence of T tokens from the empty state; or, carried, each document from its first token on, however
+long, in pieces between which the state stays on the devices. Sums are added on the host in float64 and in
+order, so that the result does not depend on batch size or devices.
 """
 
 import contextlib
+import dataclasses
+import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -16,14 +19,17 @@ from etils import epath
 from jax import lax
 from jax.sharding import Mesh
 
-from tvq import cluster, config, loss, mesh, metrics, optimizer, state
+from tvq import cluster, config, loss, mesh, metrics, optimizer, state, train_step
 from tvq.checkpoint import Checkpoints, Restored
 from tvq.config import Config, Model
-from tvq.data import vocabulary
+from tvq.data import prepared, vocabulary
 from tvq.data.corpus import AnyCorpus, open_corpus
-from tvq.data.packing import Sequences
+from tvq.data.packing import Sequences, Streams
 from tvq.data.pipeline import evaluation_batches
 from tvq.model import transformer
+
+# The perplexity of a word beyond this many nats is no number, nor of use: there are no spaces between words.
+MAX_NATS = 700.0
 
 
 def make(config: Model, devices: Mesh, piece_len: int) -> Callable:
@@ -84,17 +90,104 @@ def _add(nats: float, n_token: int, sums: tuple[jax.Array, jax.Array]) -> tuple[
     return nats, n_token + int(count_B.sum())
 
 
-def result(nats: float, n_token: int, n_byte: int) -> dict[str, float]:
-    """The metrics of a split: nats and bits a token, bits a byte of the original text."""
+def make_carried(config: Model, devices: Mesh) -> tuple[Callable, Callable]:
+    """Two jitted functions: `empty(n_row)`, the state before the first token of every row, and `read`:
+
+    `(params, codebooks, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
+    each is read as if it were alone, whatever else is in its row. The old state is donated.
+    """
+    config = dataclasses.replace(
+        transformer.suited(config, mesh.platform(devices)), attend_across_documents=False
+    )
+    places = jax.tree.map(lambda spec: mesh.sharding(devices, spec), train_step.ATTENTION_STATE)
+
+    def read(params: dict, codebooks: dict, piece: dict, state: transformer.State) -> tuple:
+        inputs_BT, targets_BT, mask_BT = piece["inputs"], piece["targets"], piece["loss_mask"]
+        x_BTD, state, _ = transformer.forward(params, codebooks, inputs_BT, mask_BT, state, config)
+        return loss.token_nll(params, x_BTD, targets_BT, mask_BT, config), state
+
+    sharded = jax.shard_map(
+        read,
+        mesh=devices,
+        in_specs=(mesh.WHOLE, mesh.WHOLE, mesh.BATCH, train_step.ATTENTION_STATE),
+        out_specs=(mesh.BATCH, train_step.ATTENTION_STATE),
+    )
+    whole = mesh.sharding(devices, mesh.WHOLE)
+    empty = jax.jit(
+        lambda n_row: transformer.initial_state(config, n_row), static_argnums=0, out_shardings=places
+    )
+    return empty, jax.jit(sharded, donate_argnums=3, out_shardings=(whole, places))
+
+
+class ByContext:
+    """Nats and tokens by how many tokens of the document come before: 0, 1, 2-3, 4-7, ..."""
+
+    def __init__(self) -> None:
+        self.nats, self.n_token = np.zeros(64), np.zeros(64, np.int64)
+
+    def add(self, nats: np.ndarray, contexts: np.ndarray) -> None:
+        """Of tokens whose context is known; -1 marks padding."""
+        seen = contexts >= 0
+        bucket = np.frexp(contexts[seen])[1]
+        self.nats += np.bincount(bucket, nats[seen].astype(np.float64), 64)
+        self.n_token += np.bincount(bucket, minlength=64)
+
+    def table(self) -> list[dict[str, float]]:
+        return [
+            {
+                "context_from": 1 << i >> 1,
+                "context_to": max((1 << i) - 1, 0),
+                "loss": float(self.nats[i] / n),
+                "bits_per_token": float(self.nats[i] / n / math.log(2)),
+                "n_token": n,
+            }
+            for i, n in enumerate(self.n_token.tolist())
+            if n
+        ]
+
+
+def carried(
+    empty: Callable,
+    read: Callable,
+    params: dict,
+    codebooks: dict,
+    streams: Streams,
+    devices: Mesh,
+    progress: Callable[[int], Any] = lambda n_piece: None,
+) -> ByContext:
+    """All tokens of the streams by their context. `progress` hears how many pieces are done."""
+    found, n_row, waiting = ByContext(), len(streams.rows), None
+    local, state = mesh.local_rows(devices, n_row), empty(n_row)
+    for number in range(len(streams)):
+        piece = mesh.global_batch(devices, streams.piece(number, local), n_row)
+        nats_BT, state = read(params, codebooks, piece, state)
+        # Read the numbers of a piece only once the next is under way.
+        ready, waiting = waiting, (nats_BT, number)
+        if ready is not None:
+            found.add(np.asarray(ready[0]), streams.contexts(ready[1]))
+        progress(number + 1)
+    if waiting is not None:
+        found.add(np.asarray(waiting[0]), streams.contexts(waiting[1]))
+    return found
+
+
+def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
+    """The metrics of a split: nats and bits a token, bits a byte of the text or a value of the images.
+
+    Where the text has words, perplexity is that of a word: `exp(nats / words)`, whatever the tokens are.
+    """
     if n_token == 0:
         raise ValueError("there is no token to evaluate")
-    return {
+    found = {
         "loss": nats / n_token,
         "bits_per_token": nats / n_token / math.log(2),
-        "bits_per_byte": nats / n_byte / math.log(2),
+        "bits_per_byte": nats / info.n_byte / math.log(2),
         "n_token": n_token,
-        "n_byte": n_byte,
+        "n_byte": info.n_byte,
     }
+    if info.n_word and nats / info.n_word < MAX_NATS:
+        found |= {"word_perplexity": math.exp(nats / info.n_word), "n_word": info.n_word}
+    return found
 
 
 def batch_size(c: Config) -> int:
@@ -109,11 +202,24 @@ def piece_len(c: Config) -> int:
 
 def line(name: str, result: dict[str, float], corpus: AnyCorpus) -> str:
     """The result of a split for the eye, beside what gzip makes of it."""
-    info = corpus.info(name)
-    text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits a byte"
+    info, unit = corpus.info(name), "dimension" if corpus.image_size else "byte"
+    text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits a {unit}"
     if info.gzip_bytes is not None:
         text += f" (gzip -9: {8 * info.gzip_bytes / info.n_byte:.3f})"
+    if "word_perplexity" in result and corpus.vocabulary.name != "bytes":
+        text += f", word perplexity {result['word_perplexity']:.4g}"
     return text
+
+
+def show(table: list[dict[str, float]]) -> str:
+    """The losses by context, for the eye."""
+    lines = [f"{'tokens before':>24}  {'loss':>7}  {'bits a token':>12}  {'tokens':>13}"]
+    for row in table:
+        span = f"{row['context_from']:,}"
+        if row["context_to"] > row["context_from"]:
+            span += f" to {row['context_to']:,}"
+        lines.append(f"{span:>24}  {row['loss']:7.4f}  {row['bits_per_token']:12.4f}  {row['n_token']:13,}")
+    return "\n".join(lines)
 
 
 def check_vocabulary(corpus: AnyCorpus, config: Model) -> None:
@@ -136,27 +242,39 @@ def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
         )
 
 
-def split(
-    score: Callable,
-    params: dict,
-    codebooks: dict,
-    corpus: AnyCorpus,
-    name: str,
-    devices: Mesh,
-    *,
-    sequence_len: int,
-    batch_size: int,
-    progress: Callable[[int, int], Any],
-) -> dict[str, float]:
-    """`result` of a whole split. `progress` hears batches done and batches in all."""
-    sequences = Sequences(corpus, name, sequence_len)
-    n_batch = -(-len(sequences) // batch_size)
-    rows = mesh.local_rows(devices, batch_size)
-    with contextlib.closing(evaluation_batches(sequences, batch_size=batch_size, rows=rows)) as batches:
-        placed = (mesh.global_batch(devices, batch, batch_size) for batch in batches)
-        nats, n_token = total(score, params, codebooks, placed, lambda done: progress(done, n_batch))
-    assert n_token == sequences.n_token, f"{n_token} of {sequences.n_token} tokens evaluated"
-    return result(nats, n_token, corpus.info(name).n_byte)
+def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
+    """`(params, codebooks, progress) -> (result, table by context)` of `evaluate.split`, as configured.
+
+    The table is empty where context is not carried. `progress` hears steps done and steps in all.
+    """
+    name, n_row = c.evaluate.split, batch_size(c)
+    info, rows = corpus.info(name), mesh.local_rows(devices, n_row)
+    Progress = Callable[[int, int], Any]
+
+    def of_sequences(params: dict, codebooks: dict, progress: Progress) -> tuple[dict, list]:
+        n_batch = -(-len(sequences) // n_row)
+        with contextlib.closing(evaluation_batches(sequences, batch_size=n_row, rows=rows)) as batches:
+            placed = (mesh.global_batch(devices, batch, n_row) for batch in batches)
+            nats, n_token = total(score, params, codebooks, placed, lambda done: progress(done, n_batch))
+        assert n_token == sequences.n_token, f"{n_token} of {sequences.n_token} tokens evaluated"
+        return result(nats, n_token, info), []
+
+    def of_documents(params: dict, codebooks: dict, progress: Progress) -> tuple[dict, list]:
+        n_piece = len(streams)
+        found = carried(
+            empty, read, params, codebooks, streams, devices, lambda done: progress(done, n_piece)
+        )
+        n_token = int(found.n_token.sum())
+        assert n_token == streams.n_token, f"{n_token} of {streams.n_token} tokens evaluated"
+        return result(found.nats.sum(), n_token, info), found.table()
+
+    if c.evaluate.carry:
+        streams = Streams(corpus, name, n_row, piece_len(c))
+        empty, read = make_carried(c.model, devices)
+        return of_documents
+    sequences = Sequences(corpus, name, c.train.sequence_len)
+    score = make(c.model, devices, piece_len(c))
+    return of_sequences
 
 
 def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], None]) -> Restored:
@@ -174,7 +292,10 @@ def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], 
 
 
 def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Scores `evaluate.split` with the newest checkpoint; prints a line and, for programs, a row of JSON."""
+    """Scores `evaluate.split` with the newest checkpoint; prints a line and, for programs, a row of JSON.
+
+    The row is written to `workdir/evaluations/` too, with all that is needed to repeat it.
+    """
     corpus = open_corpus(c.data)
     check_vocabulary(corpus, c.model)
     corpus.info(c.evaluate.split)
@@ -185,18 +306,38 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         restored = restore(c, workdir, devices, console.say)
         check_same_vocabulary(corpus, restored)
         now = restored.state
-        found = split(
-            make(c.model, devices, piece_len(c)),
+        found, table = scorer(c, corpus, devices)(
             now.params,
             now.codebooks,
-            corpus,
-            c.evaluate.split,
-            devices,
-            sequence_len=c.train.sequence_len,
-            batch_size=batch_size(c),
-            progress=lambda done, of: console.progress(f"evaluating: batch {done} of {of}", brief=True),
+            lambda done, of: console.progress(f"evaluating: batch {done} of {of}", brief=True),
         )
+        row = {"step": int(now.step), "split": c.evaluate.split, **found}
+        if table:
+            console.say(show(table))
         console.say(line(c.evaluate.split, found, corpus))
-        console.say(json.dumps({"step": int(now.step), "split": c.evaluate.split, **found}))
+        console.say(json.dumps(row))
+        if processes.is_main:
+            record(workdir, c, row, table, corpus, devices)
     processes.finish()
     return 0
+
+
+def record(
+    workdir: epath.Path, c: Config, row: dict, table: list[dict], corpus: AnyCorpus, devices: Mesh
+) -> None:
+    """Writes to `workdir/evaluations/` the result and all that is needed to repeat it."""
+    how = "_carried" if c.evaluate.carry else ""
+    path = workdir / "evaluations" / f"step_{row['step']}_{row['split']}{how}.json"
+    found = row | {
+        "by_context": table,
+        "data": {
+            "folder": str(corpus.folder),
+            "fingerprint": corpus.fingerprint,
+            "vocabulary": vocabulary.describe(corpus.vocabulary),
+        },
+        "code": {name: importlib.metadata.version(name) for name in ("tvq", "jax", "jaxlib")},
+        "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
+        "config": config.to_dict(c),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")

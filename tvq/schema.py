@@ -101,6 +101,9 @@ class Train:
 class Evaluate:
     every: int = field(1000, "updates between evaluations while training; 0 evaluates never", at_least=0)
     split: str = field("validation", "train, validation or test")
+    carry: bool = field(
+        False, "read each document with all of it as context, not train.sequence_len tokens from nothing"
+    )
     batch_size: int = field(
         0, "sequences of an evaluation batch; 0 takes train.global_batch_size", at_least=0
     )

@@ -223,7 +223,7 @@ def loop(
     """
     c = run.config
     n_update = c.train.sequence_len // c.train.update_len
-    score = evaluate.make(c.model, run.devices, evaluate.piece_len(c))
+    score = evaluate.scorer(c, run.corpus, run.devices)
     batches = training_batches(
         sequences,
         batch_size=c.train.global_batch_size,
@@ -350,17 +350,7 @@ def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> bool:
     run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
     try:
         with run.clock.spending("evaluate"):
-            result = evaluate.split(
-                score,
-                now.params,
-                now.codebooks,
-                run.corpus,
-                c.evaluate.split,
-                run.devices,
-                sequence_len=c.train.sequence_len,
-                batch_size=evaluate.batch_size(c),
-                progress=progress,
-            )
+            result, _ = score(now.params, now.codebooks, progress)
     except StopAskedError:
         return False
     run.write({"step": step, "split": c.evaluate.split, **result})

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tvq.data.packing import FILLER, Sequences
+from tvq.data.packing import FILLER, Sequences, Streams
 
 
 def test_by_hand(corpus_of):
@@ -90,3 +90,41 @@ def test_sequence_len_of_nothing(random_corpus):
 def test_empty_split(random_corpus):
     with pytest.raises(ValueError, match=r"the test split of .* is empty; .*"):
         Sequences(random_corpus, "test", 16)
+
+
+def documents(corpus, split: str) -> list[np.ndarray]:
+    return np.split(corpus.tokens(split), corpus.documents(split)[:-1, 0].astype(int))
+
+
+@pytest.mark.parametrize(("n_row", "length"), [(1, 7), (3, 8), (9, 5)])
+def test_streams_hold_whole_documents(random_corpus, n_row, length):
+    """Each once, from an end id on, in one row; whatever rows are asked for."""
+    streams = Streams(random_corpus, "train", n_row, length)
+    pieces = [streams.piece(number, slice(None)) for number in range(len(streams))]
+    whole = {name: np.concatenate([piece[name] for piece in pieces], 1) for name in pieces[0]}
+    context = np.concatenate([streams.contexts(number) for number in range(len(streams))], 1)
+    np.testing.assert_array_equal(whole["loss_mask"], context >= 0)
+    found = []
+    for row in range(n_row):
+        ends = np.flatnonzero(context[row] == 0)
+        for start, stop in zip(ends, [*ends[1:], (context[row] >= 0).sum()], strict=False):
+            np.testing.assert_array_equal(context[row, start:stop], np.arange(stop - start))
+            targets, inputs = whole["targets"][row, start:stop], whole["inputs"][row, start:stop]
+            np.testing.assert_array_equal(inputs, [1, *targets[:-1]])
+            found.append(tuple(targets))
+    assert sorted(found) == sorted(tuple(tokens) for tokens in documents(random_corpus, "train"))
+    part = streams.piece(1, slice(n_row - 1, n_row))
+    np.testing.assert_array_equal(part["targets"], pieces[1]["targets"][-1:])
+
+
+def test_streams_are_of_like_lengths(corpus_of):
+    streams = Streams(corpus_of(train=[b"x" * n for n in (9, 1, 4, 3, 5, 8)]), "train", 3, 4)
+    assert [int(offsets[-1]) for offsets in streams.offsets] == [12, 13, 11]
+    assert len(streams) == 4
+
+
+def test_streams_are_of_the_vocabulary(corpus_of):
+    corpus = corpus_of(train=[b"abc"])
+    np.memmap(corpus.tokens_path("train"), "<u2", mode="r+")[2] = 259
+    with pytest.raises(ValueError, match=r"token 2 of .*train.tokens is id 259"):
+        Streams(corpus, "train", 1, 2).piece(1, slice(None))

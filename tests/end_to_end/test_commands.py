@@ -121,6 +121,23 @@ def test_eval_finds_what_training_found(tvq: Program, unbroken: Path) -> None:
     assert found["loss"] == pytest.approx(json.loads(row)["loss"], rel=0.2)
 
 
+@pytest.mark.slow
+def test_eval_of_whole_documents(tvq: Program, run: Path) -> None:
+    """A table, and a file with what is needed to repeat it: one document of the 200 bytes."""
+    stdout, _ = tvq.run("eval", f"--workdir={run}", "--split=test", "--carry", "--batch_size=2")
+    *table, line, row = stdout.splitlines()
+    assert table[1].split()[-1] == "1"
+    assert table[-1].startswith("              128 to 255  ")
+    assert line.startswith("test loss ")
+    found = json.loads((run / "evaluations" / "step_18_test_carried.json").read_text())
+    assert json.loads(row).items() <= found.items()
+    assert sum(row["n_token"] for row in found["by_context"]) == found["n_token"] == 201
+    assert found["config"]["evaluate"]["carry"] is True
+    assert found["config"]["train"]["seed"] == 0
+    assert set(found["code"]) == {"tvq", "jax", "jaxlib"}
+    assert found["data"]["vocabulary"]["name"] == "bytes"
+
+
 def render(output: str) -> list[str]:
     """The lines that stand on a terminal in the end."""
     return [line.rstrip("\r").rpartition(CLEAR)[2] for line in output.split("\n")]

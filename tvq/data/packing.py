@@ -1,16 +1,18 @@
-"""Documents end to end, cut into sequences of equal length."""
+"""Documents end to end, cut into sequences of equal length; or each whole, in rows read side by side."""
 
 import functools
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tvq.data.corpus import AnyCorpus, Span
+from tvq.data.corpus import AnyCorpus, Corpus, Span
 from tvq.data.vocabulary import END, PAD
 
 Example = dict[str, np.ndarray]
 FILLER = -1  # the number of a sequence that is padding alone
+STREAMED = ("inputs", "targets", "loss_mask")
 
 
 def features(targets_BT: np.ndarray, n_token_B: np.ndarray) -> Example:
@@ -79,14 +81,86 @@ class Sequences:
         corpus, read = self.corpus.parts[part], self._readers[part]
         assert read is not None, "a sequence of an empty split"
         starts = [index * self.sequence_len for index in indices]
-        n_token, size = corpus.splits[self.split].n_token, corpus.vocabulary.size
+        n_token = corpus.splits[self.split].n_token
         found = read([(start, min(start + self.sequence_len, n_token)) for start in starts])
         for start, tokens in zip(starts, found, strict=True):
-            if tokens.max() >= size:
-                at = int(np.argmax(tokens >= size))
-                raise ValueError(
-                    f"config.data.path: token {start + at} of {corpus.tokens_path(self.split)} is id"
-                    f" {tokens[at]}, outside the vocabulary {corpus.vocabulary.name!r} of {size} ids;"
-                    " prepare the folder again, with this vocabulary"
-                )
+            check_ids(corpus, self.split, start, tokens)
         return found
+
+
+def check_ids(corpus: Corpus, split: str, start: int, tokens: np.ndarray) -> None:
+    """ValueError: one of the tokens, which stand in the split from `start` on, is outside the vocabulary."""
+    size = corpus.vocabulary.size
+    if tokens.max() >= size:
+        at = int(np.argmax(tokens >= size))
+        raise ValueError(
+            f"config.data.path: token {start + at} of {corpus.tokens_path(split)} is id"
+            f" {tokens[at]}, outside the vocabulary {corpus.vocabulary.name!r} of {size} ids;"
+            " prepare the folder again, with this vocabulary"
+        )
+
+
+class Streams:
+    """The documents of a split, each whole, in rows that are read side by side, `length` tokens at a time.
+
+    The longest documents go first, each to the row that has the fewest tokens. ValueError: the split is
+    empty; when a piece is read, a token is outside the vocabulary.
+    """
+
+    def __init__(self, corpus: AnyCorpus, split: str, n_row: int, length: int) -> None:
+        self.corpus, self.split, self.length = corpus, split, length
+        self.n_token = corpus.info(split).n_token
+        documents = []
+        for part, folder in enumerate(corpus.parts):
+            stops = folder.documents(split)[:, 0].astype(np.int64)
+            for start, stop in zip([0, *stops[:-1].tolist()], stops.tolist(), strict=False):
+                documents.append((stop - start, part, start))
+        rows: list[list[tuple[int, int, int]]] = [[] for _ in range(n_row)]
+        shortest = [(0, row) for row in range(n_row)]
+        for n, part, start in sorted(documents, key=lambda document: -document[0]):
+            n_row_token, row = heapq.heappop(shortest)
+            rows[row].append((n, part, start))
+            heapq.heappush(shortest, (n_row_token + n, row))
+        # Of each row, the place in it, the folder and the place there of every document.
+        self.rows = [np.array(row, np.int64).reshape(-1, 3) for row in rows]
+        self.offsets = [np.concatenate([[0], np.cumsum(row[:, 0])]) for row in self.rows]
+        self._readers = [part.reader(split) if part.splits[split].n_token else None for part in corpus.parts]
+
+    def __len__(self) -> int:
+        """Pieces until the longest row has ended."""
+        return -(-max(int(offsets[-1]) for offsets in self.offsets) // self.length)
+
+    def piece(self, number: int, rows: slice) -> Example:
+        """`inputs, targets, loss_mask` int32 [rows, length] of some rows. An end id begins each document."""
+        found = {name: np.full((len(self.rows[rows]), self.length), PAD, np.int32) for name in STREAMED}
+        for i, row in enumerate(range(len(self.rows))[rows]):
+            for place, n, context, part, start in self._spans(number, row):
+                read, before = self._readers[part], min(context, 1)
+                assert read is not None, "a document of an empty split"
+                (tokens,) = read([(start - before, start + n)])
+                check_ids(self.corpus.parts[part], self.split, start - before, tokens)
+                found["targets"][i, place : place + n] = tokens[before:]
+                found["inputs"][i, place] = tokens[0] if before else END
+                found["inputs"][i, place + 1 : place + n] = tokens[before:-1]
+                found["loss_mask"][i, place : place + n] = 1
+        return found
+
+    def contexts(self, number: int) -> np.ndarray:
+        """int64 [n_row, length]: how many tokens of its document come before each; -1 for padding."""
+        found = np.full((len(self.rows), self.length), -1)
+        for row in range(len(self.rows)):
+            for place, n, context, *_ in self._spans(number, row):
+                found[row, place : place + n] = np.arange(context, context + n)
+        return found
+
+    def _spans(self, number: int, row: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """What of each document lies in a piece: place in it, tokens, those before, folder, place there."""
+        first, offsets = number * self.length, self.offsets[row]
+        i = int(np.searchsorted(offsets, first, "right")) - 1
+        while i < len(self.rows[row]) and offsets[i] < first + self.length:
+            begin, end = max(first, int(offsets[i])), min(first + self.length, int(offsets[i + 1]))
+            if begin < end:
+                _, part, start = self.rows[row][i].tolist()
+                context = begin - int(offsets[i])
+                yield begin - first, end - begin, context, part, start + context
+            i += 1
