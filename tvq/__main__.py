@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import os
 import sys
 import textwrap
@@ -228,6 +229,8 @@ def open_log(workdir: str, place: cluster.Place) -> cluster.Log:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 3 diverged, 75 saved)."""
     arguments, overrides = parser().parse_known_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text that the terminal cannot show is no failure
     with explained(lambda text: print(text, file=sys.stderr)):
         if arguments.quiet:
             os.environ["TERM"] = "dumb"  # a terminal without escape codes, to this program and all it calls

@@ -115,7 +115,7 @@ def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> l
     if c.model.attention == "full":
         raise ValueError("config.model.attention=full cannot decode; train with vq to draw samples")
     params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
-    prompt = vocabulary.encode(c.sample.prompt.encode()).astype(np.int32)
+    prompt = vocabulary.encode(c.sample.prompt.encode(errors="surrogateescape")).astype(np.int32)
     prompt_BT = np.tile(np.concatenate([[END], prompt]).astype(np.int32), (c.sample.n_sample, 1))
     drawn_BT = draw(
         params,

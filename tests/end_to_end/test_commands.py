@@ -101,6 +101,7 @@ def test_sample(here: Here, unbroken: Path) -> None:
     assert sample("--prompt=import ", "--n_sample=2", "--seed=4") != text
     # What a sequence is given does not depend on how many there are.
     assert sample("--prompt=import ", "--seed=3") == one + "\n"
+    assert sample("--prompt=\udcffmport ", "--seed=3").startswith("\ufffdmport "), "a byte that is no UTF-8"
     likeliest = sample("--prompt=import ", "--seed=3", "--temperature=0")
     assert likeliest == sample("--prompt=import ", "--seed=4", "--temperature=0")
 
@@ -146,7 +147,9 @@ def render(output: str) -> list[str]:
 @pytest.mark.slow
 def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
     ours, theirs = pty.openpty()
-    with tvq.start("train", *tvq.options(run), stdout=theirs, TERM="xterm") as process:
+    with tvq.start(
+        "train", *tvq.options(run), stdout=theirs, TERM="xterm", PYTHONIOENCODING="ascii"
+    ) as process:
         os.close(theirs)
         chunks = []
         while chunk := read(ours):

@@ -1,7 +1,10 @@
 """The README's commands, in its order, on the tiny model."""
 
+import os
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,29 @@ def test_make_targets_exist() -> None:
     targets = [words[1] for words in commands() if words[0] == "make"]
     assert targets[:2] == ["train", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.parametrize(
+    ("program", "prints", "extra"),
+    [
+        ("nvidia-smi", "CUDA Version: 13.0", "[dev,cuda]"),
+        ("nvidia-smi", "CUDA Version: 12.4", "[dev,cuda12]"),
+        ("nvidia-smi", "NVIDIA-SMI has failed: no driver", "[dev]"),
+        ("ls", "/dev/accel0", "[dev,tpu]"),
+        ("ls", "", "[dev]"),
+    ],
+)
+def test_make_installs_the_jax_of_the_machine(tmp_path: Path, program: str, prints: str, extra: str) -> None:
+    for name, text in {"nvidia-smi": "", "ls": "", program: prints}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{text}'\n" if text else "#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    shown = subprocess.run(
+        ["make", "--dry-run", "--assume-new=pyproject.toml", "setup"],
+        cwd=REPOSITORY,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"'.{extra}'" in shown
