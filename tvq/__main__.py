@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
-from tvq import bench, cluster, config, evaluate, plan, prepare, sample, train
+from tvq import bench, cluster, config, evaluate, plan, prepare, report, sample, train
 from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
@@ -74,6 +75,15 @@ tvq prepare imagenet64 --input=raw/imagenet64 --output=data/imagenet64
 tvq prepare text --input=pages.jsonl.zst --column=body --output=data/pages
 tvq prepare images --input=photos --size=32 --output=data/photos
 """
+CONFIG = """
+tvq config --config=configs/debug.py
+tvq config --config=configs/debug.py --config.train.steps=2000
+tvq config --workdir=runs/debug
+"""
+REPORT = """
+tvq report --workdir=runs/debug
+tvq report --workdir=runs/debug runs/mine --output=runs/compared
+"""
 # Short forms: `--split=test` is `--config.evaluate.split=test`.
 SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench, "plan": config.Plan}
 SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench", "plan": "plan"}
@@ -86,15 +96,10 @@ def parser() -> argparse.ArgumentParser:
         prog="tvq", description="Transformer-VQ: training in linear time.", allow_abbrev=False
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    fields = config.listing(config.Config(), config.base()).replace("%", "%%")
     for name, (_, what, examples) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=what,
-            description=what[0].upper() + what[1:] + ".",
-            epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ") + _fields(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        command = _add(commands, name, what, examples)
+        command.epilog = f"{command.epilog}\n\nevery field of the config, with its default:\n{fields}"
         if name == "bench":
             command.add_argument("kind", choices=bench.KINDS, help="what to measure")
             command.add_argument(
@@ -114,7 +119,6 @@ def parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="use N CPU devices, whatever accelerator there is",
             )
-        command.add_argument("--quiet", action="store_true", help=QUIET)
         for field in dataclasses.fields(SHORT[name]) if name in SHORT else ():
             if (name, field.name) == ("bench", "kind"):
                 continue  # it has no dashes, above
@@ -122,20 +126,39 @@ def parser() -> argparse.ArgumentParser:
             doc = field.metadata["doc"].replace("%", "%%")
             command.add_argument(f"--{field.name}", metavar="VALUE", help=doc, dest=field.name, **switch)
     _add_prepare(commands)
+    _add_config(commands)
+    _add_report(commands)
     return top
 
 
-def _add_prepare(commands: Any) -> None:
-    what = "make data ready for training"
-    command = commands.add_parser(
-        "prepare",
+def _add(commands: Any, name: str, what: str, examples: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
         help=what,
         description=what[0].upper() + what[1:] + ".",
-        epilog="examples:\n" + textwrap.indent(PREPARE.strip(), "  "),
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     command.add_argument("--quiet", action="store_true", help=QUIET)
+    return command
+
+
+def _add_config(commands: Any) -> None:
+    command = _add(commands, "config", "print a config in full, with the meaning of each field", CONFIG)
+    command.add_argument("--config", metavar="FILE", help="config file")
+    command.add_argument("--workdir", metavar="DIR", help="folder of a run, for its config")
+
+
+def _add_report(commands: Any) -> None:
+    command = _add(commands, "report", "draw one run, or several beside each other, on an HTML page", REPORT)
+    command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    command.add_argument("more", nargs="*", metavar="DIR", help="folders of other runs")
+    command.add_argument("--output", default="", metavar="DIR", help="default: WORKDIR/report")
+
+
+def _add_prepare(commands: Any) -> None:
+    command = _add(commands, "prepare", "make data ready for training", PREPARE)
     kinds = "; ".join(f"{kind}: {what}" for kind, what in prepare.KINDS.items())
     command.add_argument("kind", choices=prepare.KINDS, help=kinds, metavar="|".join(prepare.KINDS))
     for field in dataclasses.fields(prepare.Options)[1:]:
@@ -147,35 +170,35 @@ def _add_prepare(commands: Any) -> None:
         command.add_argument(f"--{field.name}", **how)
 
 
-def prepare_options(arguments: argparse.Namespace, more: Sequence[str]) -> prepare.Options:
-    """ValueError: there are more than it has."""
+def refuse(more: Sequence[str], arguments: argparse.Namespace) -> None:
+    """ValueError: there are options that the command does not have."""
     for text in more:
         close = difflib.get_close_matches(text.partition("=")[0].strip("-"), vars(arguments), n=1)
-        hint = f"did you mean --{close[0]}?" if close else "see tvq prepare --help"
+        hint = f"did you mean --{close[0]}?" if close else f"see tvq {arguments.command} --help"
         raise ValueError(f"{text} is no option; {hint}")
+
+
+def prepare_options(arguments: argparse.Namespace) -> prepare.Options:
     return prepare.Options(
         **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(prepare.Options)}
     )
 
 
-def _fields() -> str:
-    """The schema, for --help."""
-    defaults = config.flatten(config.base())
-    lines = {f"--config.{name}={defaults[name]!r}": doc for name, doc in config.docs().items()}
-    width = max(len(option) for option in lines)
-    text = "\n".join(f"  {option:{width}}  {doc}" for option, doc in lines.items())
-    return "\n\nevery field of the config, with its default:\n" + text.replace("%", "%%")
+def starting_config(arguments: argparse.Namespace) -> ConfigDict:
+    """The config of the file, or of the run in the workdir."""
+    if arguments.config:
+        return config.load(arguments.config)
+    if arguments.workdir is None:
+        raise ValueError("tvq config needs a --config file or the --workdir of a run")
+    path = epath.Path(arguments.workdir) / config.FILE
+    if not path.exists():
+        raise ValueError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
+    return config.recorded(path)
 
 
 def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> config.Config:
-    """The config of the file, or of the run in the workdir, with the command line's fields."""
-    if arguments.config:
-        found = config.load(arguments.config)
-    else:
-        path = epath.Path(arguments.workdir) / config.FILE
-        if not path.exists():
-            raise ValueError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
-        found = config.recorded(path)
+    """The starting config with the command line's fields."""
+    found = starting_config(arguments)
     for text in overrides:
         name, equals, value = text.removeprefix("--config.").partition("=")
         if not text.startswith("--config.") or not equals:
@@ -235,8 +258,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.quiet:
             os.environ["TERM"] = "dumb"  # a terminal without escape codes, to this program and all it calls
         if arguments.command == "prepare":
-            return prepare.prepare(prepare_options(arguments, overrides))
+            refuse(overrides, arguments)
+            return prepare.prepare(prepare_options(arguments))
+        if arguments.command == "report":
+            refuse(overrides, arguments)
+            return report.report([arguments.workdir, *arguments.more], arguments.output)
         run = read_config(arguments, overrides)
+        if arguments.command == "config":
+            print(config.listing(run, starting_config(arguments)))
+            print(
+                f"\n* set by {arguments.config or arguments.workdir}; > set here; all others at their default"
+            )
+            return 0
         if arguments.cpu_devices is not None:
             if arguments.cpu_devices < 1:
                 raise ValueError(f"--cpu_devices must be at least 1, not {arguments.cpu_devices}")

@@ -166,6 +166,21 @@ def docs() -> dict[str, str]:
     return {name: f.metadata["doc"] for name, f in fields().items()}
 
 
+def listing(config: Config, before: ConfigDict) -> str:
+    """A line a field, as the command line writes it, with its meaning.
+
+    `*` marks what is not at its default, `>` what differs from `before`, where the command line began.
+    """
+    now, was, usual = flatten(config), flatten(before), flatten(Config())
+    marks = {
+        name: ">" if now[name] != was[name] else "*" if now[name] != usual[name] else " " for name in now
+    }
+    lines = {name: f"{marks[name]} --config.{name}={value!r}" for name, value in now.items()}
+    width = max(map(len, lines.values()))
+    notes = {name: f" (default {usual[name]!r})" for name in now if now[name] != usual[name]}
+    return "\n".join(f"{lines[name]:{width}}  {doc}{notes.get(name, '')}" for name, doc in docs().items())
+
+
 def nearest(name: str) -> str:
     """` (did you mean ...?)` for a mistyped field, or nothing."""
     close = difflib.get_close_matches(name, list(docs()), n=1, cutoff=0.5)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.conftest import Here
-from tests.end_to_end.program import REPOSITORY, Program, end, newest, rows
+from tests.end_to_end.program import REPOSITORY, TINY, Program, end, newest, rows
 from tvq import __main__, config, metrics, prepare
 from tvq.metrics import CLEAR
 
@@ -49,7 +49,8 @@ def test_help_of_prepare(here: Here, tmp_path: Path) -> None:
     examples = stdout.partition("examples:")[2].strip().splitlines()
     for example in examples:
         arguments, more = __main__.parser().parse_known_args(shlex.split(example)[1:])
-        assert __main__.prepare_options(arguments, more).kind in prepare.KINDS
+        assert not more
+        assert __main__.prepare_options(arguments).kind in prepare.KINDS
     assert len(examples) == len(prepare.KINDS)
 
 
@@ -69,6 +70,38 @@ def test_prepare(here: Here, tmp_path: Path) -> None:
     assert err == f"tvq: --output={tmp_path / 'out'} is there already; use another folder, or remove it\n"
     _, err = here(*command, "--colunm=a", exit_code=2)
     assert err == "tvq: --colunm=a is no option; did you mean --column?\n"
+
+
+def test_config_marks_what_is_not_at_its_default(here: Here, tmp_path: Path) -> None:
+    more = ("--config.data.path=x", "--config.train.steps=40")
+    stdout, _ = here("config", f"--config={TINY}", *more)
+    *lines, _, legend = stdout.splitlines()
+    assert len(lines) == len(config.docs())
+    assert lines[0].startswith("  --config.model.n_vocab=259 ")
+    assert lines[1].startswith("* --config.model.n_layer=1 ")
+    assert lines[1].endswith("  layers; each is two gated attention units (default 24)")
+    steps = next(line for line in lines if ".train.steps=" in line)
+    assert steps.startswith("> --config.train.steps=40 ")
+    assert steps.endswith("  parameter updates of the run (default 125000)")
+    assert legend == f"* set by {TINY}; > set here; all others at their default"
+    helped, _ = here("train", "--help")
+    assert lines[0] in helped.splitlines(), "--help shows the same"
+
+    (tmp_path / config.FILE).write_text(config.base().to_json())
+    stdout, _ = here("config", f"--workdir={tmp_path}")
+    assert ["  "] == sorted({line[:2] for line in stdout.splitlines()[:-2]})
+    _, stderr = here("config", exit_code=2)
+    assert stderr == "tvq: tvq config needs a --config file or the --workdir of a run\n"
+
+
+def test_report_is_a_command(here: Here, tmp_path: Path) -> None:
+    examples = here("report", "--help")[0].partition("examples:")[2].strip().splitlines()
+    arguments, more = __main__.parser().parse_known_args(shlex.split(examples[-1])[1:])
+    assert (arguments.workdir, arguments.more, more) == ("runs/debug", ["runs/mine"], [])
+    _, stderr = here("report", f"--workdir={tmp_path}", exit_code=2)
+    assert stderr == f"tvq: --workdir={tmp_path} holds no run: there is no {tmp_path / config.FILE}\n"
+    _, stderr = here("report", "--workdir=x", "--ouput=y", exit_code=2)
+    assert stderr == "tvq: --ouput=y is no option; did you mean --output?\n"
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)

@@ -1,4 +1,4 @@
-"""The README's commands, in its order, on the tiny model."""
+"""The commands of the README and of docs/, in their order, on the tiny model."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from tests.end_to_end.program import REPOSITORY, Program
 
-README = (REPOSITORY / "README.md").read_text()
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # What is large in the README, and here.
 SMALLER = {
     "--config.train.steps=2000": "--config.train.steps=24",
@@ -22,19 +22,20 @@ SMALLER = {
 }
 
 
-def commands() -> list[list[str]]:
-    """The words of each line of the README's shell blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+def commands(page: Path) -> list[list[str]]:
+    """The words of each line of a page's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
 @pytest.mark.slow
-def test_quick_tour(tvq: Program) -> None:
-    found = [words[1:] for words in commands() if words[0] == ".venv/bin/tvq"]
-    assert {words[0] for words in found} == {"train", "eval", "sample", "bench"}
-    for words in found:
-        arguments = [SMALLER.get(word, word).replace("=runs/", f"={tvq.folder}/tour/") for word in words]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands(tvq: Program, page: Path) -> None:
+    """Those of tvq; the tests of launch/ run its own."""
+    for words in [words[1:] for words in commands(page) if words[0] == ".venv/bin/tvq"]:
+        elsewhere = [re.sub("(^|=)runs/", rf"\1{tvq.folder}/tour/", word) for word in words]
+        arguments = [SMALLER.get(word, word) for word in elsewhere]
         if "--config=configs/debug.py" in arguments:
             tiny = [word for word in tvq.options(tvq.folder) if not word.startswith("--workdir")]
             arguments = [arguments[0], *tiny, *arguments[1:]]
@@ -45,7 +46,7 @@ def test_quick_tour(tvq: Program) -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    targets = [words[1] for words in commands() if words[0] == "make"]
+    targets = [words[1] for words in commands(PAGES[0]) if words[0] == "make"]
     assert targets[:2] == ["train", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 

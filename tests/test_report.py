@@ -1,0 +1,143 @@
+"""Reports of runs that are made up; the page as a browser shows it."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tvq import config, health, metrics
+from tvq.report import FILE, report, runs
+
+pytest.importorskip("matplotlib", reason="only the extra plots has it")
+STEPS = range(10, 210, 10)
+N, H, S = 4, 2, 16
+
+
+def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, samples: bool = True) -> None:
+    workdir.mkdir()
+    c = config.base()
+    c.optimizer.lr_max = lr_max
+    (workdir / config.FILE).write_text(c.to_json())
+    draws = np.random.default_rng(0)
+    spent = dict.fromkeys(metrics.KINDS, 0.0) | {"compile": 30.0, "start": 5.0}
+    with (workdir / "metrics.jsonl").open("w") as file:
+        for step in STEPS:
+            spent["step"] += 9.0
+            bits = 2 + 6 / step**0.5
+            pace = {"tokens_per_second": 5e3 + step, "data_wait": 0.02, "goodput": metrics.goodput(spent)}
+            pace |= {f"seconds_{kind}": seconds for kind, seconds in spent.items()}
+            row = {"step": step, "split": "train", "loss": bits * 0.69, "bits_per_byte": bits, **pace}
+            file.write(json.dumps(row | {"learning_rate": lr_max / step, "grad_norm": 1 / step}) + "\n")
+            if step % 50 == 0:
+                lengths = {f"loss_to_{n}": bits - n / 4096 for n in (256, 512, 1024)}
+                evaluated = {"step": step, "split": "validation", "loss": bits, "bits_per_byte": bits + 0.1}
+                file.write(json.dumps(evaluated | lengths) + "\n")
+    for step in STEPS if looks else ():
+        usage = draws.dirichlet(np.full(S, step / 50), (N, H)) * S
+        by_head = {name: draws.random((N, H)) for name in ("perplexity", "dead", "relative_error", "churn")}
+        health.save(epath.Path(workdir) / health.FOLDER, step, {"usage": usage, **by_head})
+    for step in (100, 200) if samples else ():
+        (workdir / "samples").mkdir(exist_ok=True)
+        (workdir / "samples" / f"step_{step}.txt").write_text(f"import <b>{step}</b>\n")
+
+
+def test_a_report_of_two_runs_stands_on_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "one")
+    write_run(tmp_path / "two", 2e-3, looks=False, samples=False)
+    output = tmp_path / "out"
+    assert report([str(tmp_path / "one"), str(tmp_path / "two")], str(output)) == 0
+    assert capsys.readouterr().out == f"{output / FILE}: 2 runs, 8 pictures\n"
+    page = (output / FILE).read_text()
+    together = {"loss", "speed", "time", "optimizer", "lengths"}
+    assert {path.stem for path in output.glob("*.png")} == together | {
+        "perplexity_1", "codes_1", "health_1",
+    }  # fmt: skip
+    sources = re.findall(r'(?:src|href)="([^"]{0,22})', page)
+    assert sources == ["data:image/png;base64,"] * 8, "nothing is fetched from elsewhere"
+    assert "import &lt;b&gt;200&lt;/b&gt;" in page
+    differing = page.partition("Where the runs differ")[2].partition("</table>")[0]
+    assert re.findall(r"<td>([\w.]+)</td>", differing)[:1] == ["optimizer.lr_max"]
+    assert "<td>0.001</td><td>0.002</td>" in differing
+    assert "<td>84 %</td><td>3:35 min</td>" in page, "goodput and wall time"
+
+
+def test_a_report_of_little(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    write_run(workdir, looks=False, samples=False)
+    half = '{"step": 10, "split": "train", "loss": 2.0, "bits_per_token": 3.0}\n{"step": 20, "spl'
+    (workdir / "metrics.jsonl").write_text(half)
+    assert report([str(workdir), str(workdir)], "") == 0
+    assert [path.name for path in (workdir / "report").glob("*.png")] == ["loss.png"]
+    page = (workdir / "report" / FILE).read_text()
+    assert "What is not at its default" in page
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no run: there is no "),
+        ({config.FILE: "{}"}, "has no metrics.jsonl yet; let it train a while"),
+        ({config.FILE: "{}", "metrics.jsonl": '{"st'}, "has no row yet; let it train a while"),
+    ],
+)
+def test_what_is_no_run(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        report([str(tmp_path)], "")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", looks=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--output=.*: cannot write there"):
+        report([str(tmp_path / "run")], str(tmp_path / "file"))
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'tvq\[plots\]'"):
+        report(["anything"], "")
+
+
+def test_many_looks_are_thinned_out_evenly() -> None:
+    assert runs.evenly([1, 2, 3], 5) == [1, 2, 3]
+    assert runs.evenly([], 5) == []
+    thinned = runs.evenly(list(range(1000)), 5)
+    assert thinned == [0, 250, 500, 749, 999]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium is installed here")
+    write_run(tmp_path / "run")
+    report([str(tmp_path / "run")], "")
+    picture = tmp_path / "page.png"
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command += [
+        f"--screenshot={picture}",
+        "--window-size=1000,6000",
+        (tmp_path / "run/report" / FILE).as_uri(),
+    ]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    shown = pytest.importorskip("matplotlib.image").imread(picture)[..., :3]
+    assert shown.shape[:2] == (6000, 1000)
+    is_inked = (shown < 0.9).any(-1)
+    assert is_inked.mean() > 0.05, "the pictures are not there"
+    assert is_inked[:80].any(), "the heading is not there"
+    assert not is_inked[:, :8].any(), "it is wider than the window"
