@@ -59,6 +59,7 @@ def test_the_progress_line() -> None:
         " 31 % of peak FLOPs, 0 % data wait"
     )
     made = row(1, "train", STEP_METRICS, dict.fromkeys(pace))
+    assert progress_line(made, 5, 0.0) == progress_line(made, 5, None)
     assert progress_line(made, 5, None) == "step 1 of 5, loss 2.0000, 2.885 bits a token"
 
 

@@ -49,7 +49,7 @@ def row(
 def progress_line(row: Row, steps: int, seconds_left: float | None) -> str:
     """A row for the eye, what matters most first: a narrow terminal shows less of it."""
     parts = [f"step {row['step']:,} of {steps:,}"]
-    if seconds_left is not None:
+    if seconds_left:
         parts.append(f"{duration(seconds_left)} left")
     unit = "byte" if "bits_per_byte" in row else "token"
     parts += [f"loss {row['loss']:.4f}", f"{row[f'bits_per_{unit}']:.3f} bits a {unit}"]

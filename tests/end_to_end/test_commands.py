@@ -89,7 +89,7 @@ def test_config_marks_what_is_not_at_its_default(here: Here, tmp_path: Path) -> 
 
     (tmp_path / config.FILE).write_text(config.base().to_json())
     stdout, _ = here("config", f"--workdir={tmp_path}")
-    assert ["  "] == sorted({line[:2] for line in stdout.splitlines()[:-2]})
+    assert sorted({line[:2] for line in stdout.splitlines()[:-2]}) == ["  "]
     _, stderr = here("config", exit_code=2)
     assert stderr == "tvq: tvq config needs a --config file or the --workdir of a run\n"
 
@@ -195,7 +195,7 @@ def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
     assert {"model", "mesh", "data", "batch", "workdir", "compile", "memory", "time"} <= named
     assert "mesh     1 x cpu: devices=1 (cuts the batch)" in lines
     assert CLEAR + "compiling" in output
-    assert output.count(CLEAR + "step 20 of 20, 0 s left, loss ") >= 1
+    assert output.count(CLEAR + "step 20 of 20, loss ") >= 1
     assert output.count(CLEAR + "evaluating: batch 1 of 1") == 1
     lines = render(output)
     assert [line for line in lines if line.startswith("step 20 of")] == [lines[-2]]
