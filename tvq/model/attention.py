@@ -204,9 +204,11 @@ def pieces(x: jax.Array, block_len: int, mem_len: int, past: Callable, fill: int
     n_before = -(-mem_len // block_len)
     n_pad = n_before * block_len - mem_len
     x = jnp.pad(x, [(0, 0), (0, 0), (n_pad, 0)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
-    x = x.reshape(*x.shape[:2], -1, block_len, *x.shape[3:])
-    R = x.shape[2] - n_before
-    return [past(x[:, :, p : p + R]) for p in range(n_before)] + [x[:, :, n_before:]]
+    T = x.shape[2] - n_before * block_len
+    # Cut before it is reshaped: the newest piece is then seen to be the call's own tokens, and not copied.
+    cut = [x[:, :, p * block_len : p * block_len + T] for p in range(n_before + 1)]
+    blocks = [piece.reshape(*x.shape[:2], -1, block_len, *x.shape[3:]) for piece in cut]
+    return [past(block) for block in blocks[:-1]] + blocks[-1:]
 
 
 def _scores(
@@ -367,5 +369,6 @@ def softmax_sum(scores: list[jax.Array], values: list[jax.Array]) -> tuple[jax.A
         weight = jnp.exp(score - largest)
         total += weight.sum(-1, keepdims=True)
         weight = weight.astype(value.dtype)
-        weighted += jnp.einsum("...lj,...jv->...lv", weight, value, preferred_element_type=largest.dtype)
+        # Each product leaves in the narrow dtype: wide ones would double the traffic, and widen the backward.
+        weighted += jnp.einsum("...lj,...jv->...lv", weight, value).astype(largest.dtype)
     return weighted / total, largest + jnp.log(total)

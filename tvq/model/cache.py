@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# So few sums are written out, which compilers merge with what makes and takes them.
+UNROLLED = 8
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def code_sums(z_BHRL: jax.Array, v_BHRLV: jax.Array, n_code: int, dtype: jnp.dtype) -> tuple:
@@ -33,6 +36,14 @@ def running(x0_BHX: jax.Array, x_BHRX: jax.Array, kept_BR: jax.Array | None = No
     """`x0 + x_0 + ... + x_{r-1}` for r = 0 .. R, along axis 2; where x_r is not kept with what is before it,
     the sum begins anew with x_r. Nothing is subtracted, so that what was left out leaves no trace.
     """
+    if x_BHRX.shape[2] <= UNROLLED:
+        totals = [x0_BHX]
+        for r in range(x_BHRX.shape[2]):
+            before = totals[-1]
+            if kept_BR is not None:
+                before = jnp.where(kept_BR[:, r].reshape(-1, *[1] * (before.ndim - 1)), before, 0.0)
+            totals.append(before + x_BHRX[:, :, r])
+        return jnp.stack(totals, 2)
     x_BHRX = jnp.concatenate([x0_BHX[:, :, None], x_BHRX], 2)
     if kept_BR is None:
         return jnp.cumsum(x_BHRX, 2)
