@@ -38,11 +38,12 @@ def running(x0_BHX: jax.Array, x_BHRX: jax.Array, kept_BR: jax.Array | None = No
     """
     if x_BHRX.shape[2] <= UNROLLED:
         totals = [x0_BHX]
-        for r in range(x_BHRX.shape[2]):
-            before = totals[-1]
+        for r, x_BHX in enumerate(jnp.moveaxis(x_BHRX, 2, 0)):
+            before_BHX = totals[-1]
             if kept_BR is not None:
-                before = jnp.where(kept_BR[:, r].reshape(-1, *[1] * (before.ndim - 1)), before, 0.0)
-            totals.append(before + x_BHRX[:, :, r])
+                kept_BX = kept_BR[:, r].reshape(-1, *[1] * (x_BHX.ndim - 1))
+                before_BHX = jnp.where(kept_BX, before_BHX, 0.0)
+            totals.append(before_BHX + x_BHX)
         return jnp.stack(totals, 2)
     x_BHRX = jnp.concatenate([x0_BHX[:, :, None], x_BHRX], 2)
     if kept_BR is None:
