@@ -78,10 +78,9 @@ def tree(seed: int) -> dict:
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     # The second unit is a hundred times the first: together they would share one scale.
     size = jnp.asarray([1.0, 100.0])
-    return {
-        "embed": {"table": draw(5, 4)},
-        "units": {"q": draw(2, 130, 129) * size[:, None, None], "u": draw(2, 6) * size[:, None]},
-    }
+    kernel = lambda *shape: draw(2, *shape) * size[:, None, None]
+    units = {"q": kernel(130, 129), "k": kernel(130, 3), "v": kernel(130, 70), "g": kernel(130, 70)}
+    return {"embed": {"table": draw(5, 4)}, "units": units | {"u": draw(2, 6) * size[:, None]}}
 
 
 def run(tx: optax.GradientTransformation, params: dict, n_step: int = 3) -> tuple[dict, list[dict]]:
@@ -103,8 +102,9 @@ def select(full: dict, like: dict) -> dict:
 
 def test_adafactor_treats_each_unit_by_itself():
     got, _ = run(optimizer.each_unit(optax.adafactor(0.01)), tree(0))
+    got["units"] = optimizer.joined(got["units"])
     for unit in range(2):
-        one = lambda seed, unit=unit: jax.tree.map(lambda x: x[unit], tree(seed)["units"])
+        one = lambda seed, unit=unit: jax.tree.map(lambda x: x[unit], optimizer.joined(tree(seed)["units"]))
         tx = optax.adafactor(0.01)
         params = one(0)
         opt_state = tx.init(params)

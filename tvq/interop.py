@@ -46,8 +46,22 @@ def nested(flat: Mapping[str, Any]) -> dict:
 def parameters_from_original(original: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
     """Our (params, codebooks) from its arrays by path, `transformer_layers_I/scanned_attnJ/...`.
 
-    Its attention modules are stacked in order. Where the output is not tied it holds a bias of the embedding
-    that nothing reads; we have none. ValueError lists names that are not known.
+    Where the output is not tied it holds a bias of the embedding that nothing reads; we have none.
+    ValueError lists names that are not known.
+    """
+    params, codebooks = renamed(original)
+    units = params["units"]
+    kvg, width_k = units.pop("kvg"), units["q"].shape[-1]
+    width_v = (kvg.shape[-1] - width_k) // 2
+    pieces = np.split(kvg, [width_k, width_k + width_v], axis=-1)
+    units.update(zip(("k", "v", "g"), pieces, strict=True))
+    return params, codebooks
+
+
+def renamed(original: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
+    """The same with keys, values and gates in one array `units/kvg`, as it has them.
+
+    Its attention modules are stacked in order.
     """
     names = {f"units/{old}": f"units/{new}" for old, new in UNIT_NAMES.items()}
     names |= {f"units/{old}": f"codebooks/{new}" for old, new in CODEBOOK_NAMES.items()} | OTHER_NAMES

@@ -1,5 +1,6 @@
 """The optax chain of SPEC.md "Optimizer": clip, optimizer at the peak rate, schedule, weight decay."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from tvq.config import Optimizer
 
 # Vectors of a unit and biases; every kernel, table and scale decays.
 NO_DECAY = frozenset({"gain", "bias", "u", "w"})
+KVG = ("k", "v", "g")
 
 
 def schedule(config: Optimizer) -> optax.Schedule:
@@ -49,11 +51,12 @@ def decayed(params: Any) -> Any:
 def each_unit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx` applied to each gated unit by itself, where it would see the whole stack as one array.
 
-    Adafactor scales by the root mean square of an array: of a unit's parameter, not of all 2 n_layer.
+    Adafactor scales by the root mean square of an array: of a unit's parameter, not of all 2 n_layer. Keys,
+    values and gates of a unit are one array to it, as in the original.
     """
 
     def split(tree: Any) -> tuple[Any, Any]:
-        return tree["units"], {name: value for name, value in tree.items() if name != "units"}
+        return joined(tree["units"]), {name: value for name, value in tree.items() if name != "units"}
 
     def init(params: Any) -> dict:
         units, rest = split(params)
@@ -63,6 +66,24 @@ def each_unit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         (unit_grads, rest_grads), (units, rest) = split(grads), split(params)
         unit_updates, unit_state = jax.vmap(tx.update)(unit_grads, state["units"], units)
         updates, rest_state = tx.update(rest_grads, state["rest"], rest)
-        return updates | {"units": unit_updates}, {"units": unit_state, "rest": rest_state}
+        updates |= {"units": parted(unit_updates, params["units"])}
+        return updates, {"units": unit_state, "rest": rest_state}
 
     return optax.GradientTransformation(init, update)
+
+
+def joined(units: dict) -> dict:
+    """The units' kernels k, v and g, where there are such, as one: `kvg`."""
+    if "k" not in units:
+        return units
+    kvg = jnp.concatenate([units[name] for name in KVG], -1)
+    return {name: value for name, value in units.items() if name not in KVG} | {"kvg": kvg}
+
+
+def parted(units: dict, like: dict) -> dict:
+    """The inverse of `joined`, with the widths of `like`."""
+    if "k" not in like:
+        return units
+    edges = list(itertools.accumulate(like[name].shape[-1] for name in KVG))[:-1]
+    pieces = zip(KVG, jnp.split(units["kvg"], edges, -1), strict=True)
+    return {name: value for name, value in units.items() if name != "kvg"} | dict(pieces)

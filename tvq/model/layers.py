@@ -118,16 +118,14 @@ class Projected(NamedTuple):
 def project(params: dict, x_BTD: jax.Array, config: Model) -> Projected:
     """Scaled queries and keys (float32 at least), values and gates (dtype of x) of a gated unit."""
     B, T, _ = x_BTD.shape
-    H, K, V = config.n_head, config.d_k, config.d_v
+    H, K = config.n_head, config.d_k
     heads = lambda x: x.reshape(B, T, H, -1).transpose(0, 2, 1, 3)
     xt_BTD = norm(x_BTD, params["norm"])
-    # One parameter, three products: splitting the weights is cheaper than splitting the result.
-    w_k, w_v, w_g = jnp.split(params["kvg"], [H * K, H * (K + V)], axis=1)
-    product = lambda w: checkpoint_name(dense(xt_BTD, w), KEPT)
-    q_BHTK = rms_norm(heads(product(params["q"]))) * K**-0.25
-    k_BHTK = rms_norm(heads(product(w_k))) * K**-0.25
-    v_BHTV = heads(jax.nn.silu(product(w_v)))
-    return Projected(q_BHTK, k_BHTK, v_BHTV, jax.nn.silu(product(w_g)))
+    product = lambda name: checkpoint_name(dense(xt_BTD, params[name]), KEPT)
+    q_BHTK = rms_norm(heads(product("q"))) * K**-0.25
+    k_BHTK = rms_norm(heads(product("k"))) * K**-0.25
+    v_BHTV = heads(jax.nn.silu(product("v")))
+    return Projected(q_BHTK, k_BHTK, v_BHTV, jax.nn.silu(product("g")))
 
 
 def biases(params: dict, config: Model) -> tuple[jax.Array, jax.Array]:

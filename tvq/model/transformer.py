@@ -2,7 +2,7 @@
 
 Flax modules hold the parameters; everything else is a pure function of plain dictionaries:
 
-    params     embed/table, [position/scale], units/{norm/{gain,bias}, q, kvg, r, u, w, out},
+    params     embed/table, [position/scale], units/{norm/{gain,bias}, q, k, v, g, r, u, w, out},
                [out_norm/{gain,bias}], embed/bias if tied, else out/{kernel,bias}
     codebooks  {sum [N,H,S,K], count [N,H,S], [idle [N,H,S]]}
 
@@ -36,7 +36,9 @@ class GatedUnit(nnx.Module):
         kernel = lambda *shape: nnx.Param(kernel_init(rngs.params(), shape, dtype))
         self.norm = Norm(D, dtype)
         self.q = kernel(D, H * K)
-        self.kvg = kernel(D, H * K + 2 * H * V)
+        self.k = kernel(D, H * K)
+        self.v = kernel(D, H * V)
+        self.g = kernel(D, H * V)
         self.r = kernel(D, H * K)
         self.u = nnx.Param(jnp.zeros(H * K, dtype))
         self.w = nnx.Param(jnp.zeros(H * K, dtype))
