@@ -7,7 +7,7 @@ EXTRA := $(shell cuda=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([
 	if [ -n "$$cuda" ]; then [ "$$cuda" -ge 13 ] && echo ,cuda || echo ,cuda12; \
 	elif ls /dev/accel* /dev/vfio/[0-9]* 2>/dev/null | grep -q .; then echo ,tpu; fi)
 
-.PHONY: train test test-quick check format lint types setup clean
+.PHONY: train test test-quick invariance check format lint types setup clean
 
 train: setup
 	$(BIN)/tvq train --config=configs/debug.py --workdir=$(WORKDIR)
@@ -17,6 +17,10 @@ test: setup
 
 test-quick: setup
 	$(BIN)/pytest -n 2 -q -m "not slow"
+
+# The debug model on sixteen shapes of the mesh against one device; about ten minutes.
+invariance: setup
+	$(BIN)/python -m tests.mesh_invariance
 
 check: setup lint types test
 

@@ -208,6 +208,33 @@ RULES = [
         "config.evaluate.carry needs config.model.attention=vq: full carries no state",
     ),
     ({"mesh__devices": 0}, "config.mesh.devices must be positive, or -1 for all, not 0"),
+    ({"mesh__tensor": -2}, "config.mesh.tensor must be positive, or -1 for all, not -2"),
+    (
+        {"mesh__sequence": -1},
+        "only one of config.mesh.devices, config.mesh.sequence may be -1; set the others to 1",
+    ),
+    (
+        {"mesh__tensor": 5},
+        "config.model.d_v 1536 cannot be cut by config.mesh.tensor 5; use tensor 4",
+    ),
+    (
+        {"mesh__tensor": 5, "model__n_head": 6},
+        "config.model.n_head 6 cannot be cut by config.mesh.tensor 5; use tensor 3",
+    ),
+    (
+        {"mesh__sequence": 8},
+        "config.train.update_len 2048, in blocks of config.model.block_len 512, cannot be cut by"
+        " config.mesh.sequence 8; use sequence 4",
+    ),
+    (
+        {"mesh__sequence": 4, "train__segment_len": 1024},
+        "config.train.segment_len 1024, in blocks of config.model.block_len 512, cannot be cut by"
+        " config.mesh.sequence 4; use sequence 2",
+    ),
+    (
+        {"mesh__devices": 8, "mesh__shard_params": True, "model__d_model": 100},
+        "config.model.d_model 100 (shard_params) cannot be cut by config.mesh.devices 8; use devices 4",
+    ),
 ]
 # Refused with the numbers that would do: each is put into the field that the message begins with.
 WAYS_OUT = [
@@ -226,6 +253,11 @@ WAYS_OUT = [
     (
         {"mesh__devices": 48},
         "config.train.global_batch_size 128 is not a multiple of config.mesh.devices 48; use 96 or 144",
+    ),
+    (
+        {"mesh__replica": 2, "mesh__devices": 4, "train__accumulate": 3, "train__global_batch_size": 32},
+        "config.train.global_batch_size 32 is not a multiple of config.mesh.replica 2 x config.mesh.devices 4"
+        " x config.train.accumulate 3; use 24 or 48",
     ),
     (
         {"train__steps": 1001},

@@ -180,8 +180,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return open_corpus(config.Data(source="tokens", path=str(folder)))
 
 
-def carried(made: Corpus, n_device: int, n_row: int, length: int) -> evaluate.ByContext:
-    devices = mesh.make(config.Mesh(), jax.devices()[:n_device])
+def carried(made: Corpus, shape: config.Mesh, n_row: int, length: int) -> evaluate.ByContext:
+    devices = mesh.make(shape, jax.devices()[: shape.devices * shape.sequence])
     whole = jax.device_put(small.parameters(CARRIED), mesh.sharding(devices, mesh.WHOLE))
     streams = Streams(made, "test", n_row, length)
     return evaluate.carried(*evaluate.make_carried(CARRIED, devices), *whole, streams, devices)
@@ -205,10 +205,13 @@ def by_place(made: Corpus) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_device", "n_row", "length"), [(1, 2, 8), (2, 6, 16)])
-def test_carried_is_each_document_alone(made, by_place, n_device, n_row, length):
+@pytest.mark.parametrize(
+    ("shape", "n_row", "length"),
+    [(config.Mesh(devices=1), 2, 8), (config.Mesh(devices=2, sequence=2), 6, 16)],
+)
+def test_carried_is_each_document_alone(made, by_place, shape, n_row, length):
     """Though the model was trained across documents."""
-    found, (nats, n_token) = carried(made, n_device, n_row, length), by_place
+    found, (nats, n_token) = carried(made, shape, n_row, length), by_place
     rows = found.table()
     assert [(row["context_from"], row["context_to"]) for row in rows] == [
         (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63),

@@ -1,5 +1,7 @@
 """The mesh over eight CPU devices; processes are in tests/cluster."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ def on(n_device: int) -> jax.sharding.Mesh:
 
 
 def test_minus_one_takes_all_devices():
-    assert dict(on(8).shape) == dict(mesh.make(config.Mesh(devices=8), jax.devices()).shape) == {"devices": 8}
+    shape = {"replica": 1, "devices": 8, "sequence": 1, "tensor": 1}
+    assert dict(on(8).shape) == dict(mesh.make(config.Mesh(devices=8), jax.devices()).shape) == shape
     assert mesh.n_data(on(4)) == 4
 
 
@@ -26,19 +29,75 @@ def test_a_mesh_takes_exactly_the_devices_there_are(wanted):
     assert f"--cpu_devices={wanted}" in str(error.value)
 
 
+def test_one_axis_takes_what_is_left():
+    shape = config.Mesh(replica=2, devices=1, sequence=-1, tensor=2)
+    assert mesh.make(shape, jax.devices()).devices.shape == (2, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            config.Mesh(devices=2, tensor=2),
+            "config.mesh is devices 2 x tensor 2 but there are 8 cpu devices; use config.mesh.devices=4,"
+            " or pass --cpu_devices=4",
+        ),
+        (
+            config.Mesh(sequence=6),
+            "config.mesh is devices -1 x sequence 6 but there are 8 cpu devices; use config.mesh.replica=1"
+            " config.mesh.sequence=2 config.mesh.tensor=1 config.mesh.devices=4, or pass --cpu_devices=6",
+        ),
+    ],
+)
+def test_a_product_that_does_not_fit_names_a_shape_that_does(shape, message):
+    with pytest.raises(ValueError, match="there are 8") as error:
+        mesh.make(shape, jax.devices())
+    assert str(error.value) == message
+
+
+def test_each_slice_holds_whole_copies(monkeypatch):
+    """On several slices, copies lie on slices, or else parts of the batch."""
+
+    def devices(n_slice: int) -> list:
+        chip = lambda i: types.SimpleNamespace(
+            id=i, slice_index=i // 4, platform="tpu", device_kind="TPU v5 lite", process_index=i // 4,
+            coords=(i % 4 // 2, i % 2, 0), core_on_chip=0,
+        )  # fmt: skip
+        return [chip(i) for i in range(4 * n_slice)]
+
+    slices = lambda shape, n: np.vectorize(lambda d: d.slice_index)(mesh.order(shape, devices(n)))
+    assert [np.unique(copy).tolist() for copy in slices((2, 2, 1, 2), 2)] == [[0], [1]]
+    assert [np.unique(part).tolist() for part in slices((1, 4, 2, 1), 2)[0]] == [[0], [0], [1], [1]]
+    with pytest.raises(ValueError, match="no multiples of the 3 slices; use"):
+        mesh.order((2, 2, 3, 1), devices(3))
+
+
 @pytest.mark.parametrize(("n_device", "size", "way_out"), [(4, 6, "4 or 8"), (8, 3, "8")])
 def test_a_batch_that_does_not_divide(n_device, size, way_out):
     mesh.check_batch(on(n_device), "evaluate.batch_size", 2 * n_device)
     with pytest.raises(ValueError, match="evaluate") as error:
         mesh.check_batch(on(n_device), "evaluate.batch_size", size)
     assert str(error.value) == (
-        f"config.evaluate.batch_size {size} is not divisible by mesh.devices {n_device}; use {way_out}"
+        f"config.evaluate.batch_size {size} is not a multiple of config.mesh.devices {n_device};"
+        f" use {way_out}"
     )
 
 
+def test_rows_go_to_their_places_whatever_the_order_of_the_devices():
+    """On a torus they are not in the order of their numbers; parts of a sequence share rows."""
+    shape = config.Mesh(devices=4, sequence=2)
+    devices = [jax.devices()[i] for i in (0, 1, 4, 5, 6, 7, 2, 3)]
+    placed = mesh.make(shape, devices)
+    rows = np.arange(8, dtype=np.int32)[:, None]
+    array = mesh.global_batch(placed, {"x": rows}, 8)["x"]
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, rows[shard.index])
+    np.testing.assert_array_equal(array, rows)
+
+
 def test_one_process_supplies_all_rows():
-    assert mesh.local_rows(on(4), 8) == slice(0, 8)
-    assert mesh.local_rows(on(1), 5) == slice(0, 5)
+    assert mesh.local_rows(on(4), 8) == list(range(8))
+    assert mesh.local_rows(on(1), 5) == list(range(5))
 
 
 def test_global_batch_holds_the_rows_in_order_and_cut_evenly():

@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import traceback
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from etils import epath
@@ -53,7 +54,8 @@ __all__ = [
 FILE = "config.json"
 # What may differ between a run and its resumption: everything else decides the numbers.
 CHANGEABLE = frozenset(
-    {"model.n_parallel", "model.remat", "train.segment_len", "train.steps", "data.cache", "data.workers"}
+    {"model.n_parallel", "model.remat", "train.segment_len", "train.accumulate", "train.steps"}
+    | {"data.cache", "data.workers"}
     | {
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
@@ -237,6 +239,47 @@ def out_of_range(config: Config) -> list[str]:
     return errors
 
 
+def misfits(config: Config, sizes: Mapping[str, int]) -> list[str]:
+    """A line for each rule by which the model or an update cannot be cut over mesh axes of these sizes."""
+    errors = []
+    m, t = config.model, config.train
+
+    def fit(what: str, value: int, axis: str, also: int = 1) -> None:
+        if value % (sizes[axis] * also):
+            fits = lambda n: value // also % n == 0 and (axis != "devices" or t.global_batch_size % n == 0)
+            fitting = max(filter(fits, range(1, sizes[axis] + 1)), default=1)
+            errors.append(f"{what} cannot be cut by config.mesh.{axis} {sizes[axis]}; use {axis} {fitting}")
+
+    if config.mesh.shard_params:
+        fit(f"config.model.d_model {m.d_model} (shard_params)", m.d_model, "devices")
+    if m.n_head % sizes["tensor"]:
+        if m.n_head > 1:
+            fit(f"config.model.n_head {m.n_head}", m.n_head, "tensor")
+        else:
+            fit(f"config.model.d_v {m.d_v}", m.d_v, "tensor")
+    if sizes["sequence"] > 1:
+        name = "segment_len" if t.segment_len else "update_len"
+        length = t.segment_len or t.update_len
+        if m.attention == "full":
+            errors.append("config.model.attention=full reads whole sequences; use config.mesh.sequence 1")
+        elif length % m.block_len == 0:
+            what = f"config.train.{name} {length}, in blocks of config.model.block_len {m.block_len},"
+            fit(what, length, "sequence", m.block_len)
+    return errors
+
+
+def batch_misfit(name: str, size: int, sizes: Mapping[str, int], accumulate: int = 1) -> list[str]:
+    """A line if a batch of this size cannot be cut over mesh axes of these sizes."""
+    cuts = {f"mesh.{axis}": sizes[axis] for axis in ("replica", "devices")} | {"train.accumulate": accumulate}
+    parts = math.prod(cuts.values())
+    if size <= 0 or size % parts == 0:
+        return []
+    by = " x ".join(f"config.{cut} {n}" for cut, n in cuts.items() if n > 1)
+    lower = size // parts * parts
+    options = f"{lower} or {lower + parts}" if lower else str(parts)
+    return [f"config.{name} {size} is not a multiple of {by}; use {options}"]
+
+
 def validate(config: Config) -> None:
     """Ranges and divisibility that need no device. ValueError holds one line for each broken rule."""
     errors = out_of_range(config)
@@ -312,9 +355,16 @@ def validate(config: Config) -> None:
                 f"config.train.steps {t.steps} is not a multiple of {n_update}, the updates of one sequence"
                 f" (sequence_len / update_len); use {-(-t.steps // n_update) * n_update}"
             )
-    if config.mesh.devices == 0 or config.mesh.devices < -1:
-        errors.append(f"config.mesh.devices must be positive, or -1 for all, not {config.mesh.devices}")
-    elif config.mesh.devices > 0:
-        divides("train.global_batch_size", t.global_batch_size, "mesh.devices", config.mesh.devices)
+    sizes = dataclasses.asdict(config.mesh)
+    del sizes["shard_params"]
+    wrong = [name for name, size in sizes.items() if size == 0 or size < -1]
+    errors += [f"config.mesh.{n} must be positive, or -1 for all, not {sizes[n]}" for n in wrong]
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        errors.append(f"only one of config.mesh.{', config.mesh.'.join(free)} may be -1; set the others to 1")
+    if not wrong:
+        known = {name: max(size, 1) for name, size in sizes.items()}
+        errors += misfits(config, known)
+        errors += batch_misfit("train.global_batch_size", t.global_batch_size, known, t.accumulate)
     if errors:
         raise ValueError("\n".join(errors))

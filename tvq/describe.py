@@ -26,7 +26,9 @@ def start(c: Config, devices: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_pa
     """What runs where, in a few lines."""
     m, t, info = c.model, c.train, corpus.info("train")
     n_batch = f"{t.global_batch_size} x {t.sequence_len:,} tokens"
-    axes = [f"{axis}={n} ({mesh.ROLES[axis]})" for axis, n in devices.shape.items()]
+    axes = [
+        f"{axis}={n} ({mesh.ROLES[axis]})" for axis, n in devices.shape.items() if n > 1 or axis == "devices"
+    ]
     lines = {
         "model": f"{n_param:,} parameters, {m.dtype}; {transformer.n_unit(m)} gated units of {m.n_head} x"
         f" {m.n_code} codes, exact in a window of {m.mem_len} + {m.block_len} tokens",

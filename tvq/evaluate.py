@@ -19,7 +19,7 @@ from etils import epath
 from jax import lax
 from jax.sharding import Mesh
 
-from tvq import cluster, config, loss, mesh, metrics, optimizer, state, train_step
+from tvq import cluster, config, loss, mesh, metrics, optimizer, state
 from tvq.checkpoint import Checkpoints, Restored
 from tvq.config import Config, Model
 from tvq.data import prepared, vocabulary
@@ -32,37 +32,46 @@ from tvq.model import transformer
 MAX_NATS = 700.0
 
 
-def make(config: Model, devices: Mesh, piece_len: int) -> Callable:
+def make(config: Model, devices: Mesh, piece_len: int, shard_params: bool = False) -> Callable:
     """The jitted `(params, codebooks, batch [B_global,T]) -> (nats [B_global], unmasked tokens [B_global])`.
 
     It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
     piece_len, a multiple of block_len that divides T.
     """
     config = transformer.suited(config, mesh.platform(devices))
+    axes = mesh.axes(devices, config, shard_params)
+    n_token = piece_len // devices.shape["sequence"]
 
-    def score(params: dict, codebooks: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    def score(
+        params: dict, codebooks: dict, batch: dict, empty: transformer.State
+    ) -> tuple[jax.Array, jax.Array]:
         B = batch["inputs"].shape[0]
-        pieces = jax.tree.map(lambda x: x.reshape(B, -1, piece_len).swapaxes(0, 1), batch)
-        position, *of_sequences = transformer.initial_state(config, B)
-        empty = transformer.State(position, *lax.pcast(of_sequences, mesh.DATA_AXES, to="varying"))
+        pieces = jax.tree.map(lambda x: x.reshape(B, -1, n_token).swapaxes(0, 1), batch)
+        params = transformer.gather_tables(params, axes)
 
         def read(state: transformer.State, piece: dict) -> tuple:
             x_BTD, state, _ = transformer.forward(
-                params, codebooks, piece["inputs"], piece["loss_mask"], state, config
+                params, codebooks, piece["inputs"], piece["loss_mask"], state, config, None, axes
             )
             nll_BT = loss.token_nll(params, x_BTD, piece["targets"], piece["loss_mask"], config)
             return state, (nll_BT.sum(1), piece["loss_mask"].sum(1))
 
         _, sums = lax.scan(read, empty, pieces)
-        return jax.tree.map(lambda x: x.sum(0), sums)
+        sums = jax.tree.map(lambda x: x.sum(0), sums)
+        return lax.psum(sums, axes.T) if axes.T else sums
 
     sharded = jax.shard_map(
         score,
         mesh=devices,
-        in_specs=(mesh.WHOLE, mesh.WHOLE, mesh.BATCH),
+        in_specs=(*model_specs(config, axes), mesh.spec("BT", axes), transformer.state_specs(config, axes)),
         out_specs=(mesh.BATCH, mesh.BATCH),
     )
-    return jax.jit(sharded, out_shardings=mesh.sharding(devices, mesh.WHOLE))
+
+    def score_whole(params: dict, codebooks: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        empty = transformer.initial_state(config, batch["inputs"].shape[0])
+        return sharded(params, codebooks, mesh.dealt(devices, batch, piece_len), empty)
+
+    return jax.jit(score_whole, out_shardings=mesh.sharding(devices, mesh.WHOLE))
 
 
 def total(
@@ -90,7 +99,13 @@ def _add(nats: float, n_token: int, sums: tuple[jax.Array, jax.Array]) -> tuple[
     return nats, n_token + int(count_B.sum())
 
 
-def make_carried(config: Model, devices: Mesh) -> tuple[Callable, Callable]:
+def model_specs(config: Model, axes: mesh.Axes) -> tuple[dict, dict]:
+    """How parameters and codebooks lie on the mesh."""
+    params, codebooks = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    return mesh.specs(params, axes), mesh.specs(codebooks, axes, "codebooks")
+
+
+def make_carried(config: Model, devices: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
     """Two jitted functions: `empty(n_row)`, the state before the first token of every row, and `read`:
 
     `(params, codebooks, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
@@ -99,18 +114,23 @@ def make_carried(config: Model, devices: Mesh) -> tuple[Callable, Callable]:
     config = dataclasses.replace(
         transformer.suited(config, mesh.platform(devices)), attend_across_documents=False
     )
-    places = jax.tree.map(lambda spec: mesh.sharding(devices, spec), train_step.ATTENTION_STATE)
+    axes = mesh.axes(devices, config, shard_params)
+    state_specs = transformer.state_specs(config, axes)
+    places = jax.tree.map(lambda spec: mesh.sharding(devices, spec), state_specs)
 
     def read(params: dict, codebooks: dict, piece: dict, state: transformer.State) -> tuple:
         inputs_BT, targets_BT, mask_BT = piece["inputs"], piece["targets"], piece["loss_mask"]
-        x_BTD, state, _ = transformer.forward(params, codebooks, inputs_BT, mask_BT, state, config)
+        params = transformer.gather_tables(params, axes)
+        x_BTD, state, _ = transformer.forward(
+            params, codebooks, inputs_BT, mask_BT, state, config, None, axes
+        )
         return loss.token_nll(params, x_BTD, targets_BT, mask_BT, config), state
 
     sharded = jax.shard_map(
         read,
         mesh=devices,
-        in_specs=(mesh.WHOLE, mesh.WHOLE, mesh.BATCH, train_step.ATTENTION_STATE),
-        out_specs=(mesh.BATCH, train_step.ATTENTION_STATE),
+        in_specs=(*model_specs(config, axes), mesh.spec("BT", axes), state_specs),
+        out_specs=(mesh.spec("BT", axes), state_specs),
     )
     whole = mesh.sharding(devices, mesh.WHOLE)
     empty = jax.jit(
@@ -270,16 +290,16 @@ def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
 
     if c.evaluate.carry:
         streams = Streams(corpus, name, n_row, piece_len(c))
-        empty, read = make_carried(c.model, devices)
+        empty, read = make_carried(c.model, devices, c.mesh.shard_params)
         return of_documents
     sequences = Sequences(corpus, name, c.train.sequence_len)
-    score = make(c.model, devices, piece_len(c))
+    score = make(c.model, devices, piece_len(c), c.mesh.shard_params)
     return of_sequences
 
 
 def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], None]) -> Restored:
     """The newest whole checkpoint of a run, on any mesh. ValueError: there is none."""
-    abstract = mesh.with_sharding(devices, state.abstract(c.model, optimizer.make(c.optimizer)))
+    abstract = state.place(c, optimizer.make(c.optimizer), devices)
     if not (workdir / "checkpoints").exists():
         raise ValueError(f"--workdir={workdir} holds no checkpoint; train first")
     with Checkpoints(
@@ -301,6 +321,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     corpus.info(c.evaluate.split)
     processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
     devices = mesh.make(c.mesh, jax.devices())
+    mesh.check(devices, c)
     mesh.check_batch(devices, "evaluate.batch_size", batch_size(c))
     with metrics.Console(silent=not processes.is_main) as console:
         restored = restore(c, workdir, devices, console.say)

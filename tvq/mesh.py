@@ -1,56 +1,159 @@
 """The devices: one mesh with named axes, how arrays lie on it, and host arrays made global.
 
-`devices` is the data-parallel axis: it cuts the batch; parameters and optimizer state are whole on each.
+replica    whole copies, on slices joined by a slow network: cuts the batch
+devices    cuts the batch; with shard_params also the stored parameters and optimizer state
+sequence   cuts the tokens of an update into contiguous parts
+tensor     cuts the heads, or the value width of a single head
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tvq import config
 
-AXES = ("devices",)
-ROLES = {"devices": "cuts the batch"}  # what each axis does
-# Axes that cut sequences: gradients, metrics and codebook statistics are reduced over them.
-DATA_AXES = ("devices",)
-ROLES = {"devices": "cuts the batch"}  # what each axis does
-# A batch array [B, ...], and attention state [N, B, ...].
+AXES = ("replica", "devices", "sequence", "tensor")
+# What each does.
+ROLES = {
+    "replica": "cuts the batch, whole copies on slices",
+    "devices": "cuts the batch",
+    "sequence": "cuts the tokens of an update",
+    "tensor": "cuts heads or values",
+}
+# Axes that cut a batch.
+DATA_AXES = ("replica", "devices")
+# A batch array [B, ...].
 BATCH = PartitionSpec(DATA_AXES)
-STATE = PartitionSpec(None, DATA_AXES)
 WHOLE = PartitionSpec()
+
+
+class Axes(NamedTuple):
+    """The mesh axis that cuts each dim of the model's arrays inside `shard_map`; None: nothing cuts it."""
+
+    D: str | None = None  # of stored kernels and tables alone: `gather` makes them whole for their use
+    H: str | None = None
+    V: str | None = None
+    T: str | None = None
+
+    @property
+    def tensor(self) -> str | None:
+        """The axis that cuts heads or their values: what each unit sums its output over."""
+        return self.H or self.V
+
+    @property
+    def cut_tokens(self) -> tuple[str, ...]:
+        """The axes that cut tokens: gradients, metrics and codebook statistics are reduced over them."""
+        return DATA_AXES + ((self.T,) if self.T else ())
+
+
+UNCUT = Axes()
+# The dims of the arrays that may be cut, by the end of their path; HV is all heads' values side by side.
+DIMS = {
+    "embed/table": ("C", "D"),
+    "out/kernel": ("D", "C"),
+    **{f"units/{name}": ("N", "D", "H") for name in ("q", "k", "r")},
+    **{f"units/{name}": ("N", "D", "HV") for name in ("v", "g")},
+    "units/kvg": ("N", "D", "X"),
+    "units/out": ("N", "HV", "D"),
+    "units/u": ("N", "H"),
+    "units/w": ("N", "H"),
+    "codebooks/sum": ("N", "H", "S", "K"),
+    "codebooks/count": ("N", "H", "S"),
+    "codebooks/idle": ("N", "H", "S"),
+}
 
 
 def make(shape: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh over all `devices`. ValueError if its shape does not take exactly these."""
-    n_device = len(devices)
-    wanted = n_device if shape.devices == -1 else shape.devices
-    if wanted != n_device:
-        kind = devices[0].platform
-        hint = f", or pass --cpu_devices={wanted}" if kind == "cpu" else ""
+    n_device, kind = len(devices), devices[0].platform
+    sizes = {axis: getattr(shape, axis) for axis in AXES}
+    rest = math.prod(size for size in sizes.values() if size != -1)
+    free = next((axis for axis, size in sizes.items() if size == -1), "devices")
+    if n_device % rest or (-1 not in sizes.values() and rest != n_device):
+        others = math.prod(size for axis, size in sizes.items() if axis != free)
+        wanted = f"config.mesh.devices is {rest}" if sizes["devices"] == rest else _product(sizes)
+        ways = [f"use {n_device // others} or -1"] if others == 1 else []
+        if others > 1 and n_device % others == 0:
+            ways = [f"use config.mesh.{free}={n_device // others}"]
+        elif others > 1:
+            ways = [f"use {_fitting(sizes, free, n_device)}"]
+        if kind == "cpu":
+            ways.append(f"pass --cpu_devices={rest}")
+        raise ValueError(f"{wanted} but there are {n_device} {kind} devices; {', or '.join(ways)}")
+    sizes = {axis: n_device // rest if size == -1 else size for axis, size in sizes.items()}
+    ordered = order(tuple(sizes.values()), devices)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return "config.mesh is " + " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
+
+
+def _fitting(sizes: dict[str, int], free: str, n_device: int) -> str:
+    """The nearest smaller shape, as options: every axis as large as still divides what is left."""
+    fitting, left = {}, n_device
+    for axis, size in sizes.items():
+        if axis != free:
+            fitting[axis] = math.gcd(size, left)
+            left //= fitting[axis]
+    return " ".join(f"config.mesh.{axis}={size}" for axis, size in (fitting | {free: left}).items())
+
+
+def order(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the order of the mesh: on TPUs neighbours on an axis are neighbours in the machine."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    n_slice = len({getattr(device, "slice_index", 0) for device in devices})
+    if n_slice == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # The slow network joins the slices: copies lie on them, or else parts of the batch.
+    outer = next((i for i, size in enumerate(shape[: len(DATA_AXES)]) if size % n_slice == 0), None)
+    if outer is None:
         raise ValueError(
-            f"config.mesh.devices is {wanted} but there are {n_device} {kind} devices;"
-            f" use {n_device} or -1{hint}"
+            f"config.mesh.replica {shape[0]} and config.mesh.devices {shape[1]} are no multiples of the"
+            f" {n_slice} slices; use config.mesh.replica={n_slice}"
         )
-    return Mesh(np.asarray(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = tuple(n_slice if i == outer else 1 for i in range(len(shape)))
+    inside = tuple(size // n for size, n in zip(shape, slices, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(inside, slices, devices, allow_split_physical_axes=True)
 
 
-def check_batch(mesh: Mesh, name: str, batch_size: int) -> None:
+def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
+    """What the axes of a mesh cut of this model."""
+    one = lambda axis: axis if mesh.shape[axis] > 1 else None
+    heads = one("tensor") if model.n_head % mesh.shape["tensor"] == 0 else None
+    return Axes(
+        D=one("devices") if shard_params else None,
+        H=heads,
+        V=None if heads else one("tensor"),
+        T=one("sequence"),
+    )
+
+
+def check(mesh: Mesh, c: config.Config) -> None:
+    """ValueError if the model or an update cannot be cut over the mesh."""
+    _refuse(config.misfits(c, dict(mesh.shape)))
+
+
+def check_batch(mesh: Mesh, name: str, batch_size: int, accumulate: int = 1) -> None:
     """ValueError if a batch of this size cannot be cut over the mesh."""
-    n_part = n_data(mesh)
-    if batch_size % n_part:
-        lower = batch_size // n_part * n_part
-        options = f"{lower} or {lower + n_part}" if lower else str(n_part)
-        raise ValueError(
-            f"config.{name} {batch_size} is not divisible by mesh.devices {n_part}; use {options}"
-        )
+    _refuse(config.batch_misfit(name, batch_size, dict(mesh.shape), accumulate))
+
+
+def _refuse(errors: list[str]) -> None:
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 def n_data(mesh: Mesh) -> int:
     """The number of parts that a batch is cut into."""
-    return int(np.prod([mesh.shape[axis] for axis in DATA_AXES]))
+    return math.prod(mesh.shape[axis] for axis in DATA_AXES)
 
 
 def platform(mesh: Mesh) -> str:
@@ -62,25 +165,122 @@ def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process supplies."""
+def spec(dims: Iterable[str], axes: Axes) -> PartitionSpec:
+    """How an array of these dims lies on the mesh."""
+    cut = {"B": DATA_AXES, "D": axes.D, "H": axes.H, "V": axes.V, "HV": axes.tensor, "T": axes.T}
+    names = [cut.get(dim) for dim in dims]
+    return PartitionSpec(*names) if any(names) else WHOLE
+
+
+def name(path: tuple) -> str:
+    """`params/units/q`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def dims(path: str) -> tuple[str, ...]:
+    """The dims of a parameter, codebook or moment by its path; none where nothing may cut it."""
+    return next((dims for end, dims in DIMS.items() if f"/{path}".endswith(f"/{end}")), ())
+
+
+def specs(tree: Any, axes: Axes, root: str = "") -> Any:
+    """How each parameter or codebook of a tree that stands at `root` lies on the mesh."""
+    return jax.tree.map_with_path(lambda path, _: spec(dims(f"{root}/{name(path)}"), axes), tree)
+
+
+def gather(tree: Any, axes: Axes, root: str = "") -> Any:
+    """Inside `shard_map`, the stored parameters of a tree at `root` with their dim D whole.
+
+    The gradient of each part is then the sum over the devices, cut in the same way. At root `units` the tree
+    is that of one unit, without the dim N.
+    """
+    if axes.D is None:
+        return tree
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        cut = dims(f"{root}/{name(path)}")[1 if root == "units" else 0 :]
+        return lax.all_gather(x, axes.D, axis=cut.index("D"), tiled=True) if "D" in cut else x
+
+    return jax.tree.map_with_path(one, tree)
+
+
+def varies(like: Any) -> frozenset[str]:
+    """The axes along which an array of this type may differ."""
+    return like.manual_axis_type.varying
+
+
+def varying(tree: Any, axes: Iterable[str]) -> Any:
+    """Inside `shard_map`, a tree that may differ along the axes: its gradient is then each device's own."""
+
+    def one(x: jax.Array) -> jax.Array:
+        new = tuple(axis for axis in axes if axis not in varies(jax.typeof(x)))
+        return lax.pcast(x, new, to="varying") if new else x
+
+    return jax.tree.map(one, tree)
+
+
+def total(tree: Any, specs: Any, axes: tuple[str, ...]) -> Any:
+    """Inside `shard_map`, arrays summed over those of the axes that do not cut them, in few reductions."""
+    leaves, structure = jax.tree.flatten(tree)
+    cut_by = [set(jax.tree.leaves(tuple(spec))) for spec in jax.tree.leaves(specs)]
+    over = [tuple(axis for axis in axes if axis not in cut) for cut in cut_by]
+    for group in set(over):
+        members = [i for i, name in enumerate(over) if name == group]
+        for i, x in zip(members, _total([leaves[i] for i in members], group), strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _total(arrays: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
+    """Sums. Over several replicas, the slow network carries to each device but its part of them."""
+    if not set(DATA_AXES) <= set(axes) or lax.axis_size("replica") == 1:
+        return lax.psum(arrays, axes)
+    n_part = lax.axis_size("devices")
+    flat = jax.tree.map(lambda x: jax.numpy.pad(x.reshape(-1), (0, -x.size % n_part)), arrays)
+    rest = tuple(axis for axis in axes if axis != "devices")
+    parts = lax.psum(lax.psum_scatter(flat, "devices", tiled=True), rest)
+    flat = lax.all_gather(parts, "devices", tiled=True, to="invarying")
+    return [x[: like.size].reshape(like.shape) for x, like in zip(flat, arrays, strict=True)]
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process supplies; others may supply the same."""
     indices = sharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
-    rows = [index[0].indices(batch_size) for index in indices if index is not None]
-    start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
-    assert stop - start == len({i for r in rows for i in range(*r)}), "a process holds a gap in the batch"
-    return slice(start, stop)
+    return sorted({row for index in indices if index for row in range(*index[0].indices(batch_size))})
 
 
 def global_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
     """Global arrays `[batch_size, ...]` from the rows that this process holds."""
-    place = sharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(place, rows, (batch_size, *rows.shape[1:]))
-        for name, rows in batch.items()
-    }
+    rows, place = local_rows(mesh, batch_size), sharding(mesh, BATCH)
+
+    def placed(held: np.ndarray) -> jax.Array:
+        if len(held) != len(rows):
+            raise ValueError(f"{len(held)} rows of {batch_size}, where this process supplies {len(rows)}")
+
+        def part(index: Any) -> np.ndarray:
+            first, stop, _ = index[0].indices(batch_size)
+            start = rows.index(first)  # on a torus a process may hold gaps, a device never
+            return held[start : start + stop - first]
+
+        return jax.make_array_from_callback((batch_size, *held.shape[1:]), place, part)
+
+    return {name: placed(held) for name, held in batch.items()}
 
 
-def with_sharding(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
-    """The shapes of `tree`, placed on the mesh."""
-    place = sharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+def dealt(mesh: Mesh, batch: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
+    """Arrays `[B,T]` with their tokens in the order of the parts of the sequence that read them.
+
+    Of every `length` tokens, which are read at a time, each part reads its own, contiguous ones.
+    """
+    n_part = mesh.shape["sequence"]
+    if n_part == 1:
+        return batch
+    cut = lambda x: x.reshape(x.shape[0], -1, n_part, length // n_part)
+    return jax.tree.map(lambda x: cut(x).swapaxes(1, 2).reshape(x.shape), batch)
+
+
+def with_sharding(mesh: Mesh, tree: Any, specs: Any = WHOLE) -> Any:
+    """The shapes of `tree`, placed on the mesh by one spec or a tree of them."""
+    if isinstance(specs, PartitionSpec):
+        specs = jax.tree.map(lambda _: specs, tree)
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, spec))
+    return jax.tree.map(place, tree, specs)

@@ -80,7 +80,11 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    devices: int = field(-1, "data-parallel devices; -1 takes all there are")
+    replica: int = field(1, "whole copies of the model, on slices joined by a slow network")
+    devices: int = field(-1, "data-parallel devices; -1 (for one of the four) takes all that are left")
+    sequence: int = field(1, "contiguous parts that the tokens of an update are cut into")
+    tensor: int = field(1, "parts of the heads, or of the value width where there is one head")
+    shard_params: bool = field(False, "keep of parameters and optimizer state a part on each of mesh.devices")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,9 @@ class Train:
         0,
         "tokens of an update held in memory at a time, at the cost of a second forward; 0: all of them",
         at_least=0,
+    )
+    accumulate: int = field(
+        1, "parts of its sequences that a device reads one after the other, to hold one at a time", at_least=1
     )
     seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0)
 

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from tvq.config import Model
+from tvq import mesh
+from tvq.config import Config, Model
 from tvq.model import transformer
 
 
@@ -28,6 +30,29 @@ def init(config: Model, optimizer: optax.GradientTransformation, seed: int) -> T
 def abstract(config: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and dtypes of the state, without making one."""
     return jax.eval_shape(lambda: init(config, optimizer, 0))
+
+
+def place(config: Config, optimizer: optax.GradientTransformation, devices: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on a mesh."""
+    like = abstract(config.model, optimizer)
+    axes = mesh.axes(devices, config.model, config.mesh.shard_params)
+    return mesh.with_sharding(devices, like, specs(like, config.model, axes))
+
+
+def specs(like: TrainState, config: Model, axes: mesh.Axes) -> TrainState:
+    """How each array of the state lies on the mesh: moments as their parameters."""
+
+    def spec(path: tuple, x: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
+        name = mesh.name(path)
+        dims = mesh.dims(name)
+        if {"v_row", "v_col"} & set(name.split("/")):  # Adafactor keeps means of rows and of columns,
+            wide = dims and x.shape[-1] == config.d_model
+            dims = ("X",) * (x.ndim - 1) + ("D",) if wide else ()
+        elif len(dims) != x.ndim:  # and then nothing for the array itself
+            dims = ()
+        return mesh.spec(dims, axes)
+
+    return jax.tree.map_with_path(spec, like)
 
 
 def n_param(state: TrainState) -> int:

@@ -92,7 +92,8 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     check_workdir(workdir, c)
     processes = cluster.start(place, c.cluster, config.common(c), log.say)
     devices = mesh.make(c.mesh, jax.devices())
-    mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size)
+    mesh.check(devices, c)
+    mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
     mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
     tx = optimizer.make(c.optimizer)
     if processes.is_main:
@@ -165,11 +166,11 @@ def resume(
 
     The data position needs no restoring: batch t is a function of (seed, t).
     """
-    abstract = mesh.with_sharding(devices, state.abstract(c.model, tx))
-    restored = checkpoints.restore(abstract, say)
+    placed = state.place(c, tx, devices)
+    restored = checkpoints.restore(placed, say)
     if restored is None:
-        whole = mesh.sharding(devices, mesh.WHOLE)
-        init = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=whole)
+        shardings = jax.tree.map(lambda x: x.sharding, placed)
+        init = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=shardings)
         return init(), 0
     if restored.data["fingerprint"] != corpus.fingerprint:
         raise ValueError(
@@ -364,8 +365,12 @@ def finish(run: Run, now: TrainState, stopped: bool) -> None:
     run.console.say(describe.spent(run.clock.spent))
     if stopped:
         run.console.say(f"stopped and saved at step {step}; the same command goes on")
-    elif run.processes.is_main and run.config.model.attention == "vq":
+    elif run.config.model.attention == "vq":
         run.watchdog.beat("sample", step, run.config.cluster.compile_timeout)
-        texts = sample.texts(now.params, now.codebooks, run.corpus.vocabulary, run.config)
-        path = sample.save(texts, run.workdir, step)
-        run.console.say(sample.show(texts) + f"\n(in {path})")
+        whole = mesh.sharding(run.devices, mesh.WHOLE)
+        gather = jax.jit(lambda *x: x, out_shardings=whole)  # takes all processes
+        params, codebooks = gather(now.params, now.codebooks)
+        if run.processes.is_main:
+            texts = sample.texts(params, codebooks, run.corpus.vocabulary, run.config)
+            path = sample.save(texts, run.workdir, step)
+            run.console.say(sample.show(texts) + f"\n(in {path})")

@@ -5,19 +5,20 @@ starts empty. Loss and gradient are computed in `shard_map`, each device on its 
 explicitly; the optimizer works outside of it on whole arrays.
 """
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from tvq import loss, mesh, optimizer
+from tvq import loss, mesh, optimizer, state
 from tvq.config import Config, Model
 from tvq.model import transformer, vq
 from tvq.model.layers import Draws, draw_probe
 from tvq.state import TrainState
-
-ATTENTION_STATE = transformer.State(mesh.WHOLE, mesh.STATE, mesh.BATCH)  # type: ignore[arg-type]
 
 
 def loss_fn(
@@ -28,25 +29,30 @@ def loss_fn(
     draws: Draws | None,
     config: Model,
     segment_len: int = 0,
+    axes: mesh.Axes = mesh.UNCUT,
 ) -> tuple[jax.Array, tuple]:
     """The loss of one update on `batch` arrays `[B,U]`, and (next state, codebook statistics, metrics).
 
     With a segment_len, which divides U, the tokens are read in segments of it, and the backward pass keeps
     but the state between them: the same gradient through U tokens in the memory of one segment.
     """
+    params = transformer.gather_tables(params, axes)
 
     def read(state: transformer.State, batch: dict) -> tuple:
         mask_BT = batch["loss_mask"]
         x_BTD, state, stats = transformer.forward(
-            params, codebooks, batch["inputs"], mask_BT, state, config, draws
+            params, codebooks, batch["inputs"], mask_BT, state, config, draws, axes
         )
+        commit, key_metrics = stats["commit"].sum(), jax.tree.map(jnp.mean, stats["metrics"])
+        if axes.H:
+            commit, key_metrics = lax.psum(commit, axes.H), lax.pmean(key_metrics, axes.H)
         nll_BT = loss.token_nll(params, x_BTD, batch["targets"], mask_BT, config)
         metrics = {
             # Masked positions count in the denominator; the mean of the mask is there to undo that.
             "loss_lm_per_token_unscaled": nll_BT.mean(),
             "loss_mask_per_token": mask_BT.mean(dtype=nll_BT.dtype),
-            "loss_commit_per_token": stats["commit"].sum(),
-            **jax.tree.map(jnp.mean, stats["metrics"]),
+            "loss_commit_per_token": commit,
+            **key_metrics,
         }
         return state, (stats["codebook"], metrics)
 
@@ -66,6 +72,37 @@ def pieces(batch: dict, length: int) -> dict:
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, length).swapaxes(0, 1), batch)
 
 
+def accumulated(gradient: Callable, n: int, batch: dict, state: transformer.State, draws: Draws) -> tuple:
+    """What `gradient(batch, state, draws)` returns for all sequences, read n-th by n-th.
+
+    That is mean gradients, summed statistics, mean metrics and the next state.
+    """
+    if n == 1:
+        return gradient(batch, state, draws)
+    cut = lambda x, dim: jnp.moveaxis(x.reshape(*x.shape[:dim], n, -1, *x.shape[dim + 1 :]), dim, 0)
+    parts = (
+        *jax.tree.map(lambda x: cut(x, 0), (batch, draws.sequence_B, state.start_BE)),
+        jax.tree.map(lambda x: cut(x, 1), state.units),
+    )
+    first = jax.tree.map(lambda x: x[0], parts)
+    read = lambda batch, sequence_B, start_BE, units: gradient(
+        batch, state._replace(units=units, start_BE=start_BE), draws._replace(sequence_B=sequence_B)
+    )
+
+    def add(total: tuple, part: tuple) -> tuple:
+        *found, state = read(*part)
+        return jax.tree.map(jnp.add, total, tuple(found)), state
+
+    like = tuple(jax.eval_shape(read, *first)[:3])
+    zero = jax.tree.map(lambda x: mesh.varying(jnp.zeros(x.shape, x.dtype), mesh.varies(x)), like)
+    (grads, stats, metrics), states = lax.scan(add, zero, parts)
+    grads, metrics = jax.tree.map(lambda x: x / n, (grads, metrics))
+    join = lambda x, dim: jnp.moveaxis(x, 0, dim).reshape(*x.shape[1 : dim + 1], -1, *x.shape[dim + 2 :])
+    units = jax.tree.map(lambda x: join(x, 1), states.units)
+    start_BE = jax.tree.map(lambda x: join(x, 0), states.start_BE)
+    return grads, stats, metrics, transformer.State(states.position[0], units, start_BE)
+
+
 def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """The jitted step `(state, batch [B_global,T]) -> (state, metrics)`; the old state is donated.
 
@@ -74,29 +111,43 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
     model = transformer.suited(config.model, mesh.platform(devices))
     n_update = config.train.sequence_len // config.train.update_len
     schedule = optimizer.schedule(config.optimizer)
+    axes = mesh.axes(devices, model, config.mesh.shard_params)
+    placed = state.place(config, tx, devices)
+    specs = jax.tree.map(lambda x: x.sharding.spec, placed)
+    attention_specs = transformer.state_specs(model, axes)
+    stats_specs = {name: specs.codebooks[name] for name in ("sum", "count")}
+    stats_specs["probe"] = {"key": mesh.spec("NHXK", axes), "mask": mesh.WHOLE}
+    segment_len = config.train.segment_len or config.train.update_len
 
     def gradient(
         params: dict, codebooks: dict, batch: dict, state: transformer.State, draws: Draws
     ) -> tuple[dict, dict, dict, transformer.State]:
         """Gradients, codebook statistics and metrics of the whole batch, from the part on this device."""
-        params = lax.pcast(params, mesh.DATA_AXES, to="varying")
-        (_, (state, stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, codebooks, batch, state, draws, model, config.train.segment_len
-        )
-        grads, metrics = lax.pmean((grads, metrics), mesh.DATA_AXES)
-        return grads, lax.psum(stats, mesh.DATA_AXES), metrics, lax.stop_gradient(state)
+        params = mesh.varying(params, axes.cut_tokens)
+
+        def of_part(batch: dict, state: transformer.State, draws: Draws) -> tuple:
+            (_, (state, stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, codebooks, batch, state, draws, model, segment_len // devices.shape["sequence"], axes
+            )
+            return grads, stats, metrics, lax.stop_gradient(state)
+
+        grads, stats, metrics, state = accumulated(of_part, config.train.accumulate, batch, state, draws)
+        grads = mesh.total(grads, specs.params, axes.cut_tokens)
+        n_device = math.prod(devices.shape[axis] for axis in axes.cut_tokens)
+        grads = jax.tree.map(lambda x: x / n_device, grads)
+        return grads, lax.psum(stats, axes.cut_tokens), lax.pmean(metrics, axes.cut_tokens), state
 
     sharded_gradient = jax.shard_map(
         gradient,
         mesh=devices,
         in_specs=(
-            mesh.WHOLE,
-            mesh.WHOLE,
-            mesh.BATCH,
-            ATTENTION_STATE,
+            specs.params,
+            specs.codebooks,
+            mesh.spec("BT", axes),
+            attention_specs,
             Draws(mesh.WHOLE, mesh.WHOLE, mesh.BATCH, mesh.WHOLE),  # type: ignore[arg-type]
         ),
-        out_specs=(mesh.WHOLE, mesh.WHOLE, mesh.WHOLE, ATTENTION_STATE),
+        out_specs=(specs.params, stats_specs, mesh.WHOLE, attention_specs),
     )
 
     def update(carry: tuple, piece: dict) -> tuple:
@@ -110,7 +161,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
             probe_X2=probe_X2.at[:, 1].add(attention_state.position),
         )
         grads, stats, metrics, attention_state = sharded_gradient(
-            state.params, state.codebooks, piece, attention_state, draws
+            state.params, state.codebooks, mesh.dealt(devices, piece, segment_len), attention_state, draws
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -141,5 +192,6 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         )
         return state, jax.tree.map(jnp.mean, metrics) | {"probe": jax.tree.map(lambda x: x[-1], probe)}
 
-    whole = mesh.sharding(devices, mesh.WHOLE)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=whole)
+    shardings = jax.tree.map(lambda x: x.sharding, placed)
+    out = (shardings, mesh.sharding(devices, mesh.WHOLE))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)

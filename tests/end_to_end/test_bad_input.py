@@ -50,8 +50,8 @@ FIELDS = {
     "--config.train.steps=21": "config.train.steps 21 is not a multiple of 2, the updates of one sequence",
     "--config.mesh.devices=3": "global_batch_size 8 is not a multiple of config.mesh.devices 3; use 6 or 9",
     "--config.mesh.devices=4": "4 but there are 8 cpu devices; use 8 or -1, or pass --cpu_devices=4",
-    "--config.train.global_batch_size=12": "batch_size 12 is not divisible by mesh.devices 8; use 8 or 16",
-    "--config.evaluate.batch_size=3": "batch_size 3 is not divisible by mesh.devices 8; use 8",
+    "--config.train.global_batch_size=12": "12 is not a multiple of config.mesh.devices 8; use 8 or 16",
+    "--config.evaluate.batch_size=3": "batch_size 3 is not a multiple of config.mesh.devices 8; use 8",
     "--cpu_devices=0": "--cpu_devices must be at least 1, not 0",
     "--config.model.dtype=float64": "use float64 for both or neither",
     "--config.model.n_vocab=300": "has a vocabulary of 259 ids (bytes); set it to 259",
@@ -266,7 +266,7 @@ def test_a_refused_start_leaves_no_log(tvq: Program, refuse: Refuse, tmp_path: P
     [
         (
             "--cpu_devices=3",
-            "config.train.global_batch_size 8 is not divisible by mesh.devices 3; use 6",
+            "config.train.global_batch_size 8 is not a multiple of config.mesh.devices 3; use 6",
         ),
         ("--config.trian.steps=3", "--config.trian.steps is not a field; did you mean train.steps?"),
     ],

@@ -1,6 +1,7 @@
 """The mesh is no part of a run's identity: one device or eight, and a change of them on the way."""
 
 import contextlib
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ def on_eight(tvq: Program) -> Path:
     """The workdir of the unbroken run on eight devices."""
     workdir = tvq.folder / "on_eight"
     stdout, _ = tvq.train(workdir, EIGHT)
-    assert "8 x cpu, 1 sequences each" in stdout
+    assert "8 x cpu: devices=8 (cuts the batch)" in stdout
     return workdir
 
 
@@ -48,7 +49,7 @@ def test_saved_on_eight_goes_on_with_one(
 ) -> None:
     workdir = cut(on_eight, tmp_path / "run")
     stdout, _ = tvq.train(workdir)
-    assert "devices  1 x cpu" in stdout
+    assert "1 x cpu: devices=1" in stdout
     assert "going on from step 12" in stdout
     assert_same_numbers(workdir, unbroken)
 
@@ -56,9 +57,31 @@ def test_saved_on_eight_goes_on_with_one(
 def test_saved_on_one_goes_on_with_eight(tvq: Program, unbroken: Path, tmp_path: Path) -> None:
     workdir = cut(unbroken, tmp_path / "run")
     stdout, _ = tvq.train(workdir, EIGHT, "--config.mesh.devices=8")
-    assert "devices  8 x cpu" in stdout
+    assert "8 x cpu: devices=8" in stdout
     assert "going on from step 12" in stdout
     assert_same_numbers(workdir, unbroken)
+
+
+def test_a_run_goes_on_and_is_evaluated_on_any_shape(tvq: Program, unbroken: Path, tmp_path: Path) -> None:
+    """Parameters and sequences cut, values cut, one device: as if it had always been one."""
+    workdir = tmp_path / "run"
+    cut = ("--config.mesh.sequence=2", "--config.mesh.shard_params=true", "--config.train.accumulate=2")
+    stdout, _ = tvq.train(
+        workdir, EIGHT, "--config.mesh.devices=2", "--config.mesh.replica=2", *cut, "--config.train.steps=12"
+    )
+    assert "sequence=2" in stdout
+    stdout, _ = tvq.train(workdir, "--cpu_devices=4", "--config.mesh.tensor=4")
+    assert "going on from step 12" in stdout
+    by_step = lambda run: {(row["step"], row.pop("split")): row for row in rows(run)}
+    found, wanted = by_step(workdir), by_step(unbroken)
+    del found[12, "validation"]  # the first of the two runs ended there
+    assert found == {key: pytest.approx(row, rel=1e-5) for key, row in wanted.items()}
+    evaluate = ("eval", f"--workdir={workdir}", "--split=test")
+    one, _ = tvq.run(*evaluate, "--config.mesh.tensor=1")
+    many, _ = tvq.run(*evaluate, EIGHT, "--config.mesh.tensor=2", *cut[:2])
+    found, wanted = (json.loads(text.splitlines()[-1]) for text in (many, one))
+    assert found.pop("split") == wanted.pop("split")
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_wrong_input_to_two_processes(tvq: Program, tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_two_processes_compute_what_one_does_and_process_0_alone_speaks(tvq: Pro
     assert evaluated(two, 2, 2) == evaluated(two, 1, 4)
 
 
+def test_a_sequence_is_cut_over_processes(tvq: Program, unbroken: Path, tmp_path: Path) -> None:
+    """Both read all sequences; each device has half of the tokens and half of the values."""
+    cut = ("--config.mesh.devices=1", "--config.mesh.sequence=2", "--config.mesh.tensor=2")
+    train(tvq, tmp_path / "run", 2, 2, *cut)
+    assert_close(tmp_path / "run", unbroken, 1e-5)
+
+
 def evaluated(workdir: Path, n: int, devices: int) -> list[str]:
     """The two lines of `tvq eval`, which process 0 alone prints."""
     with pod(

@@ -72,9 +72,9 @@ class Carried:
 
     def __init__(self, c: Config, devices: Mesh):
         self.tx = optimizer.make(c.optimizer)
-        self.abstract = mesh.with_sharding(devices, state.abstract(c.model, self.tx))
-        whole = mesh.sharding(devices, mesh.WHOLE)
-        self.init = jax.jit(lambda: state.init(c.model, self.tx, c.train.seed), out_shardings=whole)
+        self.abstract = state.place(c, self.tx, devices)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        self.init = jax.jit(lambda: state.init(c.model, self.tx, c.train.seed), out_shardings=shardings)
         self.now: Any = None
 
     def first(self, update: Callable, batch: dict) -> dict:
@@ -91,7 +91,8 @@ class Carried:
 def train_case(s: Session, trial: Config, carried: Carried, labels: Row) -> dict[str, float]:
     """Adds the train step of a config; returns loss and gradient norm of its first update."""
     B, T = trial.train.global_batch_size, trial.train.sequence_len
-    mesh.check_batch(s.devices, "train.global_batch_size", B)
+    mesh.check(s.devices, trial)
+    mesh.check_batch(s.devices, "train.global_batch_size", B, trial.train.accumulate)
     tokens_BT = np.random.default_rng(0).integers(0, trial.model.n_vocab, (B, T), np.int32)
     ones_BT = np.ones_like(tokens_BT)
     rows = {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1], "doc_ids": ones_BT, "loss_mask": ones_BT}

@@ -130,10 +130,10 @@ class Streams:
         """Pieces until the longest row has ended."""
         return -(-max(int(offsets[-1]) for offsets in self.offsets) // self.length)
 
-    def piece(self, number: int, rows: slice) -> Example:
+    def piece(self, number: int, rows: Sequence[int]) -> Example:
         """`inputs, targets, loss_mask` int32 [rows, length] of some rows. An end id begins each document."""
-        found = {name: np.full((len(self.rows[rows]), self.length), PAD, np.int32) for name in STREAMED}
-        for i, row in enumerate(range(len(self.rows))[rows]):
+        found = {name: np.full((len(rows), self.length), PAD, np.int32) for name in STREAMED}
+        for i, row in enumerate(rows):
             for place, n, context, part, start in self._spans(number, row):
                 read, before = self._readers[part], min(context, 1)
                 assert read is not None, "a document of an empty split"

@@ -17,6 +17,7 @@ from absl import flags
 from tvq.data.packing import FILLER, Example, Sequences
 
 Batches = Generator[Example, None, None]
+Rows = slice | Sequence[int]
 ALL_ROWS = slice(None)
 # Batches are large and cheap to read: a few in advance hide the reading.
 READ_AHEAD = 4
@@ -29,7 +30,7 @@ class _Batches:
     """
 
     def __init__(
-        self, sequences: Sequences, order: Sequence[int], *, batch_size: int, rows: slice, start: int = 0
+        self, sequences: Sequences, order: Sequence[int], *, batch_size: int, rows: Rows, start: int = 0
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"a batch needs at least 1 sequence, not {batch_size}")
@@ -37,7 +38,7 @@ class _Batches:
             raise ValueError(f"the first batch is number 0, not {start}")
         self._sequences, self._order = sequences, order
         self._batch_size, self._start = batch_size, start
-        self._rows = range(batch_size)[rows]
+        self._rows = range(batch_size)[rows] if isinstance(rows, slice) else rows
         if not self._rows:
             raise ValueError(f"{rows} takes none of the {batch_size} rows of a batch")
 
@@ -59,7 +60,7 @@ def training_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    rows: slice = ALL_ROWS,
+    rows: Rows = ALL_ROWS,
     workers: int = 0,
 ) -> Batches:
     """Shuffled batches without end, from batch `start` on; each epoch has its own order.
@@ -83,7 +84,7 @@ def _order(sequences: Sequences, seed: int) -> grain.MapDataset:
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, sequences.corpus.weights)
 
 
-def evaluation_batches(sequences: Sequences, *, batch_size: int, rows: slice = ALL_ROWS) -> Batches:
+def evaluation_batches(sequences: Sequences, *, batch_size: int, rows: Rows = ALL_ROWS) -> Batches:
     """Every sequence once, in order: int32 [rows, T] each. The last batch is filled up with masked rows.
 
     All processes get equally many batches. `close()` ends the threads that read ahead.

@@ -195,6 +195,13 @@ def documents(start_BX: jax.Array, block_len: int, mem_len: int) -> Documents:
     return Documents(keys[-1], keys, start_BX[:, None, : -mem_len - 1 : block_len])
 
 
+def newest(memory_BHMX: jax.Array, x_BHTX: jax.Array, grad_thru_cache: bool) -> jax.Array:
+    """The memory after the T tokens."""
+    M = memory_BHMX.shape[2]
+    after = jnp.concatenate([memory_BHMX, x_BHTX.astype(memory_BHMX.dtype)], 2)[:, :, -M:]
+    return after if grad_thru_cache else lax.stop_gradient(after)
+
+
 def pieces(x: jax.Array, block_len: int, mem_len: int, past: Callable, fill: int = 0) -> list[jax.Array]:
     """The window of every block, oldest first, in pieces `[B,H,R,L,...]` of a block each.
 

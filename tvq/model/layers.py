@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tvq import dims
+from tvq import dims, mesh
 from tvq.config import Model
-from tvq.model import attention, full, recurrence, vq
+from tvq.model import attention, full, parts, recurrence, vq
 from tvq.model.attention import KEPT
 
 NORM_EPS = 1e-6
@@ -108,29 +108,31 @@ def position_keys(params: dict, sinusoid_BED: jax.Array, n_head: int) -> jax.Arr
     return r_BEHK.transpose(0, 2, 1, 3) * r_BEHK.shape[-1] ** -0.25
 
 
-class Projected(NamedTuple):
-    q_BHTK: jax.Array
-    k_BHTK: jax.Array
-    v_BHTV: jax.Array
-    gate_BTX: jax.Array  # heads concatenated
+def split_heads(x_BTX: jax.Array, n_head: int) -> jax.Array:
+    B, T, _ = x_BTX.shape
+    return x_BTX.reshape(B, T, n_head, -1).transpose(0, 2, 1, 3)
 
 
-def project(params: dict, x_BTD: jax.Array, config: Model) -> Projected:
-    """Scaled queries and keys (float32 at least), values and gates (dtype of x) of a gated unit."""
-    B, T, _ = x_BTD.shape
-    H, K = config.n_head, config.d_k
-    heads = lambda x: x.reshape(B, T, H, -1).transpose(0, 2, 1, 3)
-    xt_BTD = norm(x_BTD, params["norm"])
-    product = lambda name: checkpoint_name(dense(xt_BTD, params[name]), KEPT)
-    q_BHTK = rms_norm(heads(product("q"))) * K**-0.25
-    k_BHTK = rms_norm(heads(product("k"))) * K**-0.25
-    v_BHTV = heads(jax.nn.silu(product("v")))
-    return Projected(q_BHTK, k_BHTK, v_BHTV, jax.nn.silu(product("g")))
+def queries_and_keys(params: dict, xt_BTD: jax.Array, config: Model) -> tuple[jax.Array, jax.Array]:
+    """Scaled queries and keys `[B,H,T,K]`, float32 at least, of a gated unit's normed input."""
+    K = config.d_k
+
+    def one(name: str) -> jax.Array:
+        x_BTX = checkpoint_name(dense(xt_BTD, params[name]), KEPT)
+        return rms_norm(split_heads(x_BTX, x_BTX.shape[-1] // K)) * K**-0.25
+
+    return one("q"), one("k")
+
+
+def values_and_gate(params: dict, xt_BTD: jax.Array, n_head: int) -> tuple[jax.Array, jax.Array]:
+    """Values `[B,H,T,V]`, and the gate `[B,T,X]` with heads side by side, in the dtype of the input."""
+    one = lambda name: jax.nn.silu(checkpoint_name(dense(xt_BTD, params[name]), KEPT))
+    return split_heads(one("v"), n_head), one("g")
 
 
 def biases(params: dict, config: Model) -> tuple[jax.Array, jax.Array]:
     """Content and position bias u, w `[H,K]`, scaled."""
-    shape, scale = (config.n_head, config.d_k), config.d_k**-0.25
+    shape, scale = (-1, config.d_k), config.d_k**-0.25
     return params["u"].reshape(shape) * scale, params["w"].reshape(shape) * scale
 
 
@@ -149,6 +151,7 @@ def gated_unit(
     config: Model,
     start_BX: jax.Array | None = None,
     probe: vq.Probe | None = None,
+    axes: mesh.Axes = mesh.UNCUT,
 ) -> tuple[jax.Array, attention.State, dict]:
     """The unit's output `[B,T,D]` (no residual), its next state, and what the losses and codebook need.
 
@@ -159,36 +162,20 @@ def gated_unit(
     """
     dims.check(x_BTD=x_BTD, mask_BT=mask_BT, sinusoid_BED=sinusoid_BED, z_BHM=state.z_BHM)
     c_HSK = vq.codewords(codebook)
-    q_BHTK, k_BHTK, v_BHTV, gate_BTX = project(params, x_BTD, config)
+    xt_BTD = norm(x_BTD, params["norm"])
+    if axes.H:
+        xt_BTD = mesh.varying(xt_BTD, (axes.H,))
+    q_BHTK, k_BHTK = queries_and_keys(params, xt_BTD, config)
+    H = q_BHTK.shape[1]
     z_BHT = checkpoint_name(vq.nearest(lax.stop_gradient(k_BHTK), c_HSK), KEPT)
     kz_BHTK = vq.lookup(z_BHT, c_HSK)
     e2_BHT = vq.squared_error(k_BHTK, kz_BHTK)
     u_HK, w_HK = biases(params, config)
-    r_BHEK = position_keys(params, sinusoid_BED, config.n_head)
-
-    if config.attention == "full":
-        start_BT = None if start_BX is None else start_BX[:, -x_BTD.shape[1] :]
-        o_BHTV = full.attend(
-            q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=config.block_len, start_BT=start_BT
-        )
-    else:
-        o_BHTV, state = attention.attend(
-            q_BHTK,
-            vq.straight_through(k_BHTK, kz_BHTK),
-            v_BHTV,
-            z_BHT,
-            c_HSK,
-            u_HK,
-            w_HK,
-            r_BHEK,
-            state,
-            block_len=config.block_len,
-            n_parallel=config.n_parallel,
-            agg_cache=config.agg_cache,
-            grad_thru_cache=config.grad_thru_cache,
-            start_BX=start_BX,
-        )
-    y_BTD = dense(merge_heads(o_BHTV) * gate_BTX, params["out"])
+    attended_BHTK = k_BHTK if config.attention == "full" else vq.straight_through(k_BHTK, kz_BHTK)
+    r_BHEK = position_keys(params, sinusoid_BED, H)
+    y_BTD, state = _attend(
+        params, xt_BTD, q_BHTK, attended_BHTK, z_BHT, c_HSK, u_HK, w_HK, r_BHEK, state, start_BX, config, axes
+    )
     codebook_stats = vq.statistics(k_BHTK, z_BHT, mask_BT, config.n_code)
     if probe is not None:
         codebook_stats["probe"] = probe.statistics(k_BHTK, mask_BT)
@@ -198,6 +185,66 @@ def gated_unit(
         "metrics": vq.key_metrics(k_BHTK, kz_BHTK, e2_BHT, config.block_len),
     }
     return y_BTD, state, stats
+
+
+def _attend(
+    params: dict,
+    xt_BTD: jax.Array,
+    q_BHTK: jax.Array,
+    k_BHTK: jax.Array,
+    z_BHT: jax.Array,
+    c_HSK: jax.Array,
+    u_HK: jax.Array,
+    w_HK: jax.Array,
+    r_BHEK: jax.Array,
+    state: attention.State,
+    start_BX: jax.Array | None,
+    config: Model,
+    axes: mesh.Axes,
+) -> tuple[jax.Array, attention.State]:
+    """Values, attention, gate and output projection: what is cut where V is."""
+    before = state
+    if axes.T:
+        z_BHM, k_BHMK = parts.halo(state.z_BHM, z_BHT, axes.T), parts.halo(state.k_BHMK, k_BHTK, axes.T)
+        before = state._replace(z_BHM=z_BHM, k_BHMK=k_BHMK)
+    whole_BHMK, whole_BHTK = before.k_BHMK, k_BHTK
+    if axes.V:
+        # Each part of V uses these whole: the sum of their gradients over the parts is one reduction.
+        xt_BTD, q_BHTK, k_BHTK, u_HK, w_HK, r_BHEK, memory_BHMK = mesh.varying(
+            (xt_BTD, q_BHTK, k_BHTK, u_HK, w_HK, r_BHEK, whole_BHMK), (axes.V,)
+        )
+        before = before._replace(k_BHMK=memory_BHMK)
+    v_BHTV, gate_BTX = values_and_gate(params, xt_BTD, q_BHTK.shape[1])
+    if config.attention == "full":
+        start_BT = None if start_BX is None else start_BX[:, -xt_BTD.shape[1] :]
+        o_BHTV = full.attend(
+            q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=config.block_len, start_BT=start_BT
+        )
+    else:
+        if axes.T:
+            before = parts.carried_in(before, z_BHT, v_BHTV, start_BX, config.block_len, axes.T)
+            before = before if config.grad_thru_cache else lax.stop_gradient(before)
+        o_BHTV, after = attention.attend(
+            q_BHTK,
+            k_BHTK,
+            v_BHTV,
+            z_BHT,
+            c_HSK,
+            u_HK,
+            w_HK,
+            r_BHEK,
+            before,
+            block_len=config.block_len,
+            n_parallel=config.n_parallel,
+            agg_cache=config.agg_cache,
+            grad_thru_cache=config.grad_thru_cache,
+            start_BX=start_BX,
+        )
+        if axes.V:  # the same keys on all, and known to be
+            after = after._replace(k_BHMK=attention.newest(whole_BHMK, whole_BHTK, config.grad_thru_cache))
+        state = parts.carried_out(after, axes.T) if axes.T else after
+    y_BTD = dense(merge_heads(o_BHTV) * gate_BTX, params["out"])
+    return lax.psum(y_BTD, axes.tensor) if axes.tensor else y_BTD, state
 
 
 def gated_unit_next(
@@ -210,7 +257,9 @@ def gated_unit_next(
     config: Model,
 ) -> tuple[jax.Array, recurrence.Ring]:
     """`gated_unit` for one more token (T = 1) while decoding, in work and memory independent of context."""
-    q_BHTK, k_BHTK, v_BHTV, gate_BTX = project(params, x_BTD, config)
+    xt_BTD = norm(x_BTD, params["norm"])
+    q_BHTK, k_BHTK = queries_and_keys(params, xt_BTD, config)
+    v_BHTV, gate_BTX = values_and_gate(params, xt_BTD, config.n_head)
     z_BHT = vq.nearest(k_BHTK, c_HSK)
     u_HK, w_HK = biases(params, config)
     o_BHV, ring = recurrence.attend_next(

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tvq import mesh
 from tvq.config import Model
-from tvq.model import attention, layers, recurrence, vq
+from tvq.model import attention, layers, parts, recurrence, vq
 from tvq.schema import END
 
 # Applied to kernels [in, out] and to codebook sums [H,S,K].
@@ -138,12 +139,28 @@ def initial_state(config: Model, n_sequence: int) -> State:
     return State(jnp.zeros((), jnp.int32), jax.tree.map(stack, one), start_BE)
 
 
-def starts(inputs_BT: jax.Array, state: State) -> jax.Array | None:
-    """The state's starts, then those of the inputs: `[B,M+1+T]`. An end id begins the next document."""
+def state_specs(config: Model, axes: mesh.Axes) -> State:
+    """How each array of the state lies on the mesh: the letters of its name are its dims."""
+    like = jax.eval_shape(lambda: initial_state(config, 1))
+    letters = lambda path: mesh.name(path).rpartition("_")[2]
+    units = jax.tree.map_with_path(lambda path, _: mesh.spec(("N", *letters(path)), axes), like.units)
+    starts = None if like.start_BE is None else mesh.BATCH
+    return State(mesh.WHOLE, units, starts)  # type: ignore[arg-type]
+
+
+def gather_tables(params: dict, axes: mesh.Axes) -> dict:
+    """All parameters whole but those of units, which `forward` makes whole one unit at a time."""
+    return {name: x if name == "units" else mesh.gather(x, axes, name) for name, x in params.items()}
+
+
+def starts(inputs_BT: jax.Array, first: jax.Array, state: State, axes: mesh.Axes) -> jax.Array | None:
+    """The starts before the inputs, then theirs: `[B,M+1+T]`. An end id begins the next document."""
     if state.start_BE is None:
         return None
-    position_T = state.position + jnp.arange(inputs_BT.shape[1], dtype=jnp.int32)
+    position_T = first + jnp.arange(inputs_BT.shape[1], dtype=jnp.int32)
     begun_BT = jnp.where(inputs_BT == END, position_T[None], 0)
+    if axes.T:
+        return parts.starts(state.start_BE, begun_BT, axes.T)
     return jax.lax.cummax(jnp.concatenate([state.start_BE, begun_BT], 1), axis=1)
 
 
@@ -172,35 +189,41 @@ def forward(
     state: State,
     config: Model,
     draws: layers.Draws | None = None,
+    axes: mesh.Axes = mesh.UNCUT,
 ) -> tuple[jax.Array, State, dict]:
     """The last hidden `[B,T,D]`, the next state, and each unit's statistics stacked along N.
 
     Dropout acts where `draws` are given. T must be a multiple of block_len.
     """
-    T, E = inputs_BT.shape[1], config.mem_len + 1
+    T, E, n_part = inputs_BT.shape[1], config.mem_len + 1, 1
     assert (state.start_BE is None) == config.attend_across_documents, "a state of the other kind"
-    start_BX, position_BT = starts(inputs_BT, state), (state.position + jnp.arange(T))[None]
+    first = state.position
+    if axes.T:
+        n_part = jax.lax.axis_size(axes.T)
+        first = first + jax.lax.axis_index(axes.T) * T
+    start_BX, position_BT = starts(inputs_BT, first, state, axes), (first + jnp.arange(T))[None]
     if start_BX is not None:
         position_BT = position_BT - start_BX[:, E:]
     x_BTD = embed(params, inputs_BT, position_BT, config)
     if draws is not None:
         keys_B = layers.sequence_keys(draws.ephemeral, layers.EMBEDDING, 0, draws.sequence_B)
-        x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len, state.position)
+        x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len, first)
     distance_ED = distances(config)
-    probe = None if draws is None else layers.local_probe(draws, state.position, inputs_BT.shape[1])
+    probe = None if draws is None else layers.local_probe(draws, first, T)
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
         unit_params, codebook, unit_state, index = scanned
+        unit_params = mesh.gather(unit_params, axes, "units")
         sinusoid_BED = jnp.broadcast_to(distance_ED[None], (x_BTD.shape[0], *distance_ED.shape))
         if draws is not None:
             keys_B = layers.sequence_keys(draws.timeless, layers.SINUSOID, index, draws.sequence_B)
             sinusoid_BED = layers.dropout(sinusoid_BED, config.p_dropsin, keys_B)
         y_BTD, unit_state, stats = layers.gated_unit(
-            unit_params, codebook, x_BTD, mask_BT, sinusoid_BED, unit_state, config, start_BX, probe
+            unit_params, codebook, x_BTD, mask_BT, sinusoid_BED, unit_state, config, start_BX, probe, axes
         )
         if draws is not None:
             keys_B = layers.sequence_keys(draws.ephemeral, layers.RESIDUAL, index, draws.sequence_B)
-            y_BTD = layers.token_dropout(y_BTD, config.p_dropres, keys_B, config.block_len, state.position)
+            y_BTD = layers.token_dropout(y_BTD, config.p_dropres, keys_B, config.block_len, first)
             keys_B = layers.sequence_keys(draws.timeless, layers.LAYER, index, draws.sequence_B)
             keep_B11 = layers.dropout(jnp.ones((x_BTD.shape[0], 1, 1), y_BTD.dtype), config.p_droplyr, keys_B)
             y_BTD = y_BTD * keep_B11
@@ -208,7 +231,10 @@ def forward(
 
     scanned = (params["units"], codebooks, state.units, jnp.arange(n_unit(config)))
     x_BTD, (units, stats) = jax.lax.scan(rematerialised(unit, config.remat), x_BTD, scanned)
-    return x_BTD, State(state.position + T, units, None if start_BX is None else start_BX[:, T:]), stats
+    after_BE = None if start_BX is None else start_BX[:, T:]
+    if axes.T:
+        after_BE = parts.carried_out(after_BE, axes.T)
+    return x_BTD, State(state.position + n_part * T, units, after_BE), stats
 
 
 def rematerialised(unit: Callable, remat: str) -> Callable:

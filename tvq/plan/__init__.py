@@ -8,6 +8,7 @@ bounds to compare shapes by, not predictions to rely on.
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -48,7 +49,8 @@ def shapes(c: Config, n_device: int) -> Iterator[tuple[str, Config]]:
     switches = [f.name for f in dataclasses.fields(config.Mesh) if f.type is bool]
     for sizes in factors(n_device, len(axes)):
         for on in itertools.product((False, True), repeat=len(switches)):
-            shape = config.Mesh(**dict(zip(axes, sizes, strict=True)), **dict(zip(switches, on, strict=True)))
+            values: dict[str, Any] = dict(zip(axes + switches, (*sizes, *on), strict=True))
+            shape = config.Mesh(**values)
             names = [f"{axis}={n}" for axis, n in zip(axes, sizes, strict=True) if n > 1 or axis == "devices"]
             names += [name for name, is_on in zip(switches, on, strict=True) if is_on]
             yield " ".join(names), dataclasses.replace(c, mesh=shape)

@@ -60,9 +60,10 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
     chip = flops.chip(devices.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
     B, T, n_device = c.train.global_batch_size, c.train.sequence_len, devices.size
-    mesh.check_batch(devices, "train.global_batch_size", B)
+    mesh.check(devices, c)
+    mesh.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
     tx = optimizer.make(c.optimizer)
-    carried = mesh.with_sharding(devices, state.abstract(c.model, tx))
+    carried = state.place(c, tx, devices)
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=mesh.sharding(devices, mesh.BATCH))
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens_BT)
     began = time.monotonic()
@@ -71,14 +72,16 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
 
     program = Program.read(made.as_text() or "")
     kernels = list(program.kernels())
-    attention = jax.eval_shape(lambda: transformer.initial_state(c.model, B // mesh.n_data(devices)))
+    axes = mesh.axes(devices, c.model, c.mesh.shard_params)
+    empty = jax.eval_shape(lambda: transformer.initial_state(c.model, B))
+    attention = mesh.with_sharding(devices, empty, transformer.state_specs(c.model, axes))
     used = made.memory_analysis()
     assert used is not None, "every target's compiler counts memory"
     memory = {
         "parameters": device_bytes(carried.params),
         "optimizer state": device_bytes(carried.opt_state),
         "codebooks": device_bytes(carried.codebooks),
-        "attention state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(attention)),
+        "attention state": device_bytes(attention),
         "batch": device_bytes(batch),
     }
     work = used.temp_size_in_bytes + used.generated_code_size_in_bytes

@@ -1,0 +1,99 @@
+"""Trains configs/debug.py for 32 updates on many shapes of the mesh, and compares: `make invariance`.
+
+A line a shape: the largest relative deviation of a loss from that of one device, and how many of the tokens
+read took another code, in the first call of four updates and in all. Twice means: again, bitwise the same.
+Exit 1 if a loss deviates by more than 1e-5 or a repetition differs.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tests import conftest  # noqa: F401  eight CPU devices
+from tvq import config, mesh, optimizer, state, train_step
+from tvq.data.corpus import open_corpus
+from tvq.data.packing import Sequences
+from tvq.data.pipeline import training_batches
+
+N_CALL = 8
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"devices": 2},
+    {"devices": 8},
+    {"devices": 8, "shard_params": True},
+    {"replica": 2},
+    {"replica": 4, "devices": 2, "shard_params": True},
+    {"sequence": 2},
+    {"sequence": 4},
+    {"tensor": 2},
+    {"tensor": 8},
+    {"accumulate": 4},
+    {"devices": 2, "shard_params": True, "accumulate": 2},
+    {"devices": 2, "sequence": 4},
+    {"sequence": 4, "tensor": 2},
+    {"devices": 2, "sequence": 2, "tensor": 2, "shard_params": True},
+    {"replica": 2, "devices": 2, "sequence": 2, "shard_params": True, "accumulate": 2},
+]
+
+
+def run(
+    c: config.Config, batches: list[dict[str, np.ndarray]]
+) -> tuple[list[float], list[np.ndarray], bytes]:
+    """Loss and codebook counts after each call, and all parameters at the end."""
+    n_device = math.prod(getattr(c.mesh, axis) for axis in mesh.AXES)
+    devices, tx = mesh.make(c.mesh, jax.devices()[:n_device]), optimizer.make(c.optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
+    now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=shardings)()
+    update = train_step.make(c, devices, tx)
+    losses, counts = [], []
+    for batch in batches:
+        now, metrics = update(now, mesh.global_batch(devices, batch, c.train.global_batch_size))
+        losses.append(float(metrics["loss_lm_per_token_unscaled"]))
+        counts.append(np.asarray(now.codebooks["count"]))
+    return losses, counts, b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(now.params))
+
+
+def main() -> int:
+    base = config.build(config.load(str(Path(__file__).parents[1] / "configs" / "debug.py")))
+    sequences = Sequences(open_corpus(base.data), "train", base.train.sequence_len)
+    reader = training_batches(sequences, batch_size=base.train.global_batch_size, seed=0)
+    batches = [next(reader) for _ in range(N_CALL)]
+    reader.close()
+    ones: list = []
+    worst = 0.0
+    for i, shape in enumerate(SHAPES):
+        sizes = {"devices": 1} | {name: value for name, value in shape.items() if name != "accumulate"}
+        trained = dataclasses.replace(base.train, accumulate=shape.get("accumulate", 1))
+        c = dataclasses.replace(base, mesh=config.Mesh(**sizes), train=trained)
+        config.validate(c)
+        began = time.monotonic()
+        losses, counts, params = run(c, batches)
+        ones = ones or [losses, counts]
+        off = max(abs(a / b - 1) for a, b in zip(losses, ones[0], strict=True))
+        # A code that one more token takes gains 1 - gamma; each token that changes its code shows twice.
+        moved = [
+            np.abs(a - b).sum() / (1 - base.model.c_gamma) / 2 for a, b in zip(counts, ones[1], strict=True)
+        ]
+        again = ""
+        if i in (0, len(SHAPES) - 2):
+            same = run(c, batches)[2] == params
+            again = "  twice: " + ("bitwise the same" if same else "DIFFERS")
+            worst = worst if same else math.inf
+        worst = max(worst, off)
+        name = " ".join(f"{name}={value}" for name, value in shape.items()) or "one device"
+        seconds = time.monotonic() - began
+        print(
+            f"{name:60} loss {off:.1e}  codes {moved[0]:.1f} {moved[-1]:.1f}  {seconds:.0f} s{again}",
+            flush=True,
+        )
+    return int(worst > 1e-5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
