@@ -11,6 +11,7 @@ import pytest
 
 from tests.model import small
 from tvq import config, mesh, state, train_step
+from tvq.model.layers import N_PROBE
 from tvq.plan import step
 from tvq.plan.program import Program
 
@@ -43,11 +44,16 @@ def size(tree: object) -> int:
     return sum(4 * x.size for x in jax.tree.leaves(tree))
 
 
-def test_the_default_mesh_has_one_reduction():
-    """Gradients, codebook statistics and metrics, each once. A new message is a new line here."""
+def test_the_default_mesh_sums_everything_once():
+    """Gradients, codebook statistics, metrics and the probe's keys; and, whole numbers, the probe's mask.
+
+    A new message is a new term here.
+    """
     like = state.abstract(small.MODEL, SGD)
-    reduced = size(like.params) + size(like.codebooks) + 4 * N_METRIC
-    assert links(devices=8) == {("all-reduce", "devices"): (1, 2 * 7 / 8 * reduced)}
+    n_key = N_UNIT * N_PROBE
+    keys, mask = 4 * n_key * small.MODEL.n_head * small.MODEL.d_k, 4 * n_key
+    reduced = size(like.params) + size(like.codebooks) + 4 * N_METRIC + keys + mask
+    assert links(devices=8) == {("all-reduce", "devices"): (2, 2 * 7 / 8 * reduced)}
 
 
 def test_cut_parameters_cost_a_device_no_more_on_more_devices():
