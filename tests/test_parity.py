@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvq import config, evaluate, interop, mesh, optimizer, sample, train_step
+from tvq import config, draw, evaluate, interop, mesh, optimizer, train_step
 from tvq.model import layers, recurrence, transformer, vq
 from tvq.state import TrainState
 
@@ -289,9 +289,10 @@ def check_sample(spec: dict, arrays: dict) -> None:
     model = model_config(spec["transformer_config"])
     params, codebooks = parameters(under(arrays, "params"))
     want = arrays["out/tokens_greedy_p0"]
-    tokens = sample.draw(
-        params, codebooks, np.full((want.shape[0], 1), 1, np.int32), jax.random.key(0),
-        model=model, length=want.shape[1], temperature=1.0, p_nucleus=0.0,
+    n = want.shape[0]
+    tokens = draw.continuations(
+        params, codebooks, [draw.empty(model)] * n, range(n), jax.random.key(0),
+        batch_size=n, model=model, length=want.shape[1], temperature=1.0, p_nucleus=0.0,
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, want)
 
@@ -337,8 +338,8 @@ def check_nucleus(spec: dict, arrays: dict) -> None:
     for name in spec["sets"]:
         logits = jnp.asarray(arrays[f"in/{name}/logits"])
         for p in spec["p_values"]:
-            got = jax.jit(sample.nucleus, static_argnums=1)(logits, p)
-            np.testing.assert_array_equal(got != sample.REMOVED, arrays[f"out/{name}/p{p}/keep"] == 1)
+            got = jax.jit(draw.nucleus, static_argnums=1)(logits, p)
+            np.testing.assert_array_equal(got != draw.REMOVED, arrays[f"out/{name}/p{p}/keep"] == 1)
             np.testing.assert_array_equal(got, arrays[f"out/{name}/p{p}/masked_logits"])
 
 
@@ -441,6 +442,7 @@ def test_recipe_shapes(name: str) -> None:
     assert count(ours) + unused == recipe["n_param_total"]
     assert count(ours[1]) == recipe["n_param_codebook"]
     small = {path: np.empty(shape, np.uint8) for path, shape in recipe["shapes"].items()}
+    assert interop.original_kinds(model) == {p: f"float32{shape}" for p, shape in recipe["shapes"].items()}
     shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
     assert shapes(interop.parameters_from_original(small)) == shapes(ours)
 

@@ -1,4 +1,4 @@
-"""The door, `tvq prepare|train|eval|sample|bench|plan`: reads the command line and runs it."""
+"""The door, `tvq COMMAND`: reads the command line, starts the program, sets the exit code."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from tvq import bench, cluster, config, evaluate, plan, prepare, report, sample, train
+from tvq import bench, cluster, config, evaluate, interop, plan, prepare, report, sample, train
 from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
@@ -46,6 +46,25 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         tvq sample --workdir=runs/debug --prompt="import "
         tvq sample --workdir=runs/debug --prompt="def " --n_sample=3 --length=200 \\
             --temperature=0.8 --nucleus=0.95
+        tvq sample --workdir=runs/debug --prompt="class " --length=1000 --stream
+        tvq sample --workdir=runs/debug --prompts=prompts.txt --output=answers
+        tvq sample --workdir=runs/debug --document=book.txt --save_state=book.state
+        tvq sample --workdir=runs/debug --from_state=book.state --prompt="Who is "
+        """,
+    ),
+    "import": (
+        interop.bring_in,
+        "begin a run with the weights of another",
+        """
+        tvq import --input=checkpoint_125000 --config=configs/debug.py --workdir=runs/original
+        tvq import --input=weights --workdir=runs/copy
+        """,
+    ),
+    "export": (
+        interop.send_out,
+        "write the newest weights of a run as safetensors",
+        """
+        tvq export --workdir=runs/debug --output=weights
         """,
     ),
     "bench": (
@@ -88,6 +107,19 @@ tvq report --workdir=runs/debug runs/mine --output=runs/compared
 SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench, "plan": config.Plan}
 SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench", "plan": "plan"}
 QUIET = "plain lines, as where there is no terminal"
+# What a command is asked for besides the config.
+OPTIONS = {
+    "sample": {
+        "prompts": "file of prompts: one a line, or the field `prompt` of each line of a .jsonl",
+        "document": "file that is read once, before each prompt",
+        "save_state": "write what was read of the document to this file",
+        "from_state": "go on from a saved file in the place of its document",
+        "output": "folder for a file a text, in the place of the terminal",
+    },
+    "import": {"input": "checkpoint of the original program (msgpack), or folder of tvq export"},
+    "export": {"output": "folder for the weights"},
+}
+FLAGS = {"sample": {"stream": "write to the terminal as it is drawn"}}
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -119,6 +151,11 @@ def parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="use N CPU devices, whatever accelerator there is",
             )
+        for option, meaning in OPTIONS.get(name, {}).items():
+            needed = name != "sample"
+            command.add_argument(f"--{option}", required=needed, metavar="PATH", help=meaning)
+        for option, meaning in FLAGS.get(name, {}).items():
+            command.add_argument(f"--{option}", action="store_true", help=meaning)
         for field in dataclasses.fields(SHORT[name]) if name in SHORT else ():
             if (name, field.name) == ("bench", "kind"):
                 continue  # it has no dashes, above
@@ -185,12 +222,15 @@ def prepare_options(arguments: argparse.Namespace) -> prepare.Options:
 
 
 def starting_config(arguments: argparse.Namespace) -> ConfigDict:
-    """The config of the file, or of the run in the workdir."""
+    """The config of the file, or of the run in the workdir, or of the weights that come in."""
     if arguments.config:
         return config.load(arguments.config)
     if arguments.workdir is None:
         raise ValueError("tvq config needs a --config file or the --workdir of a run")
-    path = epath.Path(arguments.workdir) / config.FILE
+    is_import = arguments.command == "import"
+    path = epath.Path(arguments.input if is_import else arguments.workdir) / config.FILE
+    if is_import and not path.exists():
+        raise ValueError(f"--input={arguments.input} has no {config.FILE} with it; give the --config")
     if not path.exists():
         raise ValueError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
     return config.recorded(path)
@@ -291,7 +331,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = open_log(arguments.workdir, place)
     # The guard is outside: with several processes it must see the exit, to leave at once.
     with contextlib.closing(log), cluster.guard(place, log.say), explained(log.say):
-        return COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log)
+        asked = {
+            name: getattr(arguments, name)
+            for table in (OPTIONS, FLAGS)
+            for name in table.get(arguments.command, {})
+        }
+        return COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log, **asked)
 
 
 if __name__ == "__main__":

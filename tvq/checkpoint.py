@@ -25,6 +25,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 
+from tvq import tensors
+
 SEAL = "SEAL.json"
 ITEMS = ("meta", "state")
 MAX_LISTED = 20  # differing arrays that an error lists
@@ -99,8 +101,12 @@ class Checkpoints:
             self._set_aside()
         if step in self._manager.all_steps():
             return
-        arrays = _named(state)
-        meta = {"data": data, "config": config, "arrays": {name: _kind(x) for name, x in arrays.items()}}
+        arrays = tensors.named(state)
+        meta = {
+            "data": data,
+            "config": config,
+            "arrays": {name: tensors.kind(x) for name, x in arrays.items()},
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
@@ -122,8 +128,8 @@ class Checkpoints:
         if step is None:
             return None
         meta = self._read_meta(step)
-        wanted = _named(abstract_state)
-        _check_arrays(step, meta["arrays"], {name: _kind(x) for name, x in wanted.items()})
+        wanted = tensors.named(abstract_state)
+        _check_arrays(step, meta["arrays"], {name: tensors.kind(x) for name, x in wanted.items()})
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         )
@@ -260,24 +266,8 @@ def _size_and_sum(path: epath.Path) -> list[int]:
     return [size, crc]
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by name: a checkpoint then outlives a change of the containers that hold them."""
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two arrays of the state have the same name"
-    return named
-
-
-def _kind(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}"
-
-
 def _check_arrays(step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    differing = [
-        f"  {name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted"
-        for name in saved | wanted
-        if saved.get(name) != wanted.get(name)
-    ]
+    differing = tensors.differing(saved, wanted, "saved")
     if differing:
         more = len(differing) - MAX_LISTED
         raise ValueError(

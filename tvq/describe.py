@@ -22,8 +22,10 @@ SLOW = {
 LEAST_SECONDS = 60.0  # shares of less say little
 
 
-def start(c: Config, devices: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_param: int, step: int) -> str:
-    """What runs where, in a few lines."""
+def start(
+    c: Config, devices: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_param: int, saved: list[int]
+) -> str:
+    """What runs where, in a few lines. It goes on from the last of the steps `saved`."""
     m, t, info = c.model, c.train, corpus.info("train")
     n_batch = f"{t.global_batch_size} x {t.sequence_len:,} tokens"
     axes = [
@@ -35,7 +37,7 @@ def start(c: Config, devices: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_pa
         "mesh": f"{devices.size} x {devices.devices.flat[0].device_kind}: {', '.join(axes)}",
         "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents",
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
-        "workdir": f"{workdir}: " + (f"going on from step {step:,}" if step else "a new run"),
+        "workdir": f"{workdir}: " + (f"going on from step {saved[-1]:,}" if saved else "a new run"),
     }
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 

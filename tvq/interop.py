@@ -1,12 +1,24 @@
-"""Names and layout of the original program's arrays, and ours (issue 2: parity)."""
+"""Weights in and out, and the names and layout of the original program's arrays (issues 2 and 6)."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from flax import serialization, traverse_util
 
+from tvq import cluster, config, evaluate, mesh, metrics, optimizer, state, tensors, train
+from tvq.checkpoint import Checkpoints
+from tvq.config import Config, Model
+from tvq.data.corpus import open_corpus
+from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
 from tvq.model import attention, transformer
+
+# What `tvq export` writes beside config.json.
+WEIGHTS = "model.safetensors"
 
 # Within one of its attention modules -> within one of our units, or a codebook entry.
 UNIT_NAMES = {
@@ -104,3 +116,141 @@ def state_from_original(original: Mapping[str, np.ndarray]) -> transformer.State
         sum_BHSV=stack("aggcache/upper_div_lower") * count[..., None],
     )
     return transformer.State(jnp.asarray(original[f"{places[0][0]}/{places[0][1]}/pos_offset"]), units)
+
+
+def original_kinds(model: Model) -> dict[str, str]:
+    """The original program's parameters for a config: `{path: "float32[D, K]"}`."""
+    D, H, K, V = model.d_model, model.n_head, model.d_k, model.d_v
+    C, S = model.n_vocab, model.n_code
+    unit = {
+        "input_ln/g": (D,),
+        "input_ln/b": (D,),
+        "q_proj/kernel": (D, H * K),
+        "kvg_proj/kernel": (D, H * K + 2 * H * V),
+        "r_proj/kernel": (D, H * K),
+        "u": (H * K,),
+        "v": (H * K,),
+        "res_proj/kernel": (H * V, D),
+        "quantizer/c_sum": (H, S, K),
+        "quantizer/c_count": (H, S),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        f"transformer_layers_{i}/scanned_attn{j}/{name}": shape
+        for i in range(model.n_layer)
+        for j in (1, 2)
+        for name, shape in unit.items()
+    }
+    shapes |= {"token_embedder/embs": (C, D), "token_embedder/bias_out": (C,)}
+    if model.pe_abs:
+        shapes["position_embedder/scale"] = ()
+    if model.e_preln:
+        shapes |= {"out_ln/g": (D,), "out_ln/b": (D,)}
+    if not model.e_tie:
+        shapes |= {"out_proj/kernel": (D, C), "out_proj/bias": (C,)}
+    return {path: f"{model.param_dtype}{list(shape)}" for path, shape in shapes.items()}
+
+
+def read_original(path: epath.Path) -> dict[str, np.ndarray]:
+    """The parameters by path in a flax msgpack of its TrainState or parameters. ValueError: no such."""
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"--input={path}: cannot read it ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError) as error:  # what msgpack says of other bytes
+        raise ValueError(f"--input={path} is no msgpack of flax, or a damaged one: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"--input={path} is no msgpack of flax: it holds no names")
+    while isinstance(tree.get("params"), dict):
+        tree = tree["params"]
+    return {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary]:
+    """Params, codebooks and vocabulary, of the original program's file or of our folder or file.
+
+    ValueError: it is neither, or its arrays are not those of the model; each that differs is listed.
+    """
+    if path.is_dir() or path.suffix == epath.Path(WEIGHTS).suffix:
+        arrays, facts = tensors.read("--input", path / WEIGHTS if path.is_dir() else path)
+        like = dict(zip(("params", "codebooks"), jax.eval_shape(lambda: _init(c.model)), strict=True))
+        check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()})
+        tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in tensors.named(like)])
+        return tree["params"], tree["codebooks"], from_json(json.loads(facts["vocabulary"]))
+    vocabulary = vocabulary_of(c)
+    arrays = read_original(path)
+    check(path, arrays, original_kinds(c.model))
+    return *parameters_from_original(arrays), vocabulary
+
+
+def _init(model: Model) -> tuple[dict, dict]:
+    return transformer.init(model, jax.random.key(0))
+
+
+def check(path: epath.Path, arrays: Mapping[str, np.ndarray], wanted: dict[str, str]) -> None:
+    """ValueError lists each array that is missing, not wanted, or of another shape or dtype."""
+    differing = tensors.differing(
+        {name: tensors.kind(x) for name, x in arrays.items()}, wanted, "in the file"
+    )
+    if differing:
+        raise ValueError(
+            f"--input={path} holds another model than the config: {len(differing)} arrays differ;"
+            " set config.model to what it was trained with\n" + "\n".join(differing)
+        )
+
+
+def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002
+    """Makes a run at step 0 of weights, with a fresh optimizer. ValueError: wrong ones, nothing written."""
+    one_process(place, "import")
+    if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
+        raise ValueError(f"--workdir={workdir} holds a run already; use another folder")
+    train.check_workdir(workdir, c)
+    params, codebooks, vocabulary = read_weights(epath.Path(input), c)
+    tx = optimizer.make(c.optimizer)
+    whole = mesh.sharding(mesh.make(config.Mesh(), jax.devices()[:1]), mesh.WHOLE)
+
+    def begin(params: dict, codebooks: dict) -> state.TrainState:
+        fresh = state.init(c.model, tx, c.train.seed)  # of which only the key stays
+        return fresh._replace(params=params, codebooks=codebooks, opt_state=tx.init(params))
+
+    now = jax.jit(begin, out_shardings=whole)(params, codebooks)
+    data = {"next_batch": 0, "fingerprint": None, "vocabulary": to_json(vocabulary), "seconds": {}}
+    with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
+        checkpoints.save(0, now, data, config.to_dict(c))
+    train.record(workdir, c, log)  # last: without it the folder is no run
+    metrics.Console().say(
+        f"{state.n_param(now):,} parameters of {input} are checkpoint 0 of {workdir}; it has no optimizer"
+        " state: training goes on from these weights with a fresh one and the schedule's warm-up"
+    )
+    return 0
+
+
+def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, output: str) -> int:
+    """Writes parameters and codebooks of the newest checkpoint, by name, and the config of the run."""
+    one_process(place, "export")
+    folder = epath.Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output={output} is not an empty folder; use another")
+    restored = evaluate.restore(c, workdir, mesh.make(config.Mesh(), jax.devices()[:1]), log.say)
+    now = restored.state
+    arrays = tensors.named({"params": now.params, "codebooks": now.codebooks})
+    facts = {"step": str(restored.step), "vocabulary": json.dumps(restored.data["vocabulary"])}
+    n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
+    (folder / config.FILE).write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
+    metrics.Console().say(
+        f"{state.n_param(now):,} parameters of step {restored.step:,} are in {folder}: {n_byte / 1e6:,.1f} MB"
+    )
+    return 0
+
+
+def vocabulary_of(c: Config) -> Vocabulary:
+    """Bytes where the model has as many ids, else that of the data: the original's files have none."""
+    if c.model.n_vocab == ByteVocabulary().size:
+        return ByteVocabulary()
+    corpus = open_corpus(c.data)
+    evaluate.check_vocabulary(corpus, c.model)
+    return corpus.vocabulary
+
+
+def one_process(place: cluster.Place, command: str) -> None:
+    if place.n_process > 1:
+        raise ValueError(f"tvq {command} is for one process, but {place}; start it by itself")

@@ -1,110 +1,18 @@
-"""Sampling: continue prompts one token at a time, at constant memory and cost a token."""
+"""The program `tvq sample`: what is asked, in what order, and where the answer goes."""
 
-from functools import partial
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tvq import cluster, evaluate, mesh, metrics
-from tvq.config import Config, Mesh, Model
-from tvq.data.vocabulary import END, Vocabulary, from_json
+from tvq import cluster, draw, evaluate, mesh, metrics, tensors
+from tvq.config import Config, Mesh
+from tvq.data.vocabulary import Vocabulary, from_json
+from tvq.draw import Prefix
 from tvq.model import transformer
-
-REMOVED = -1e10
-# Blocks of a prompt read at a time: bounds memory, and the shapes to compile.
-READ_BLOCKS = 16
-
-
-def nucleus(logits_BC: jax.Array, p: float) -> jax.Array:
-    """The logits with the tail outside the nucleus of probability p at -1e10 (SPEC.md "Sampling").
-
-    Tokens are taken from the likeliest, the highest id first among equals, while the mass before a token is
-    below p - 1e-4; the first always stays. p = 0 leaves it alone.
-    """
-    probability = jax.nn.softmax(logits_BC)
-    order = jnp.argsort(probability, -1, stable=True)[..., ::-1]
-    ranked = jnp.take_along_axis(probability, order, -1)
-    before = jnp.cumsum(ranked, -1) - ranked
-    first = jnp.arange(logits_BC.shape[-1]) == 0
-    keep = (before < p - 1e-4) | jnp.broadcast_to(first, before.shape)
-    keep = jnp.take_along_axis(keep, jnp.argsort(order, -1), -1)
-    return jnp.where(keep, logits_BC, REMOVED)
-
-
-def choose(
-    log_probs_BC: jax.Array, key: jax.Array, position: jax.Array, temperature: float, p_nucleus: float
-) -> jax.Array:
-    """A token `[B]` int32 for each sequence; the draw is a function of key, sequence and position."""
-    if temperature == 0.0:
-        return jnp.argmax(log_probs_BC, -1).astype(jnp.int32)
-    logits_BC = nucleus(log_probs_BC / temperature, p_nucleus)
-    key = jax.random.fold_in(key, position)
-    keys_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(logits_BC.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BC).astype(jnp.int32)
-
-
-@partial(jax.jit, static_argnames="model")
-def read(
-    params: dict, codebooks: dict, tokens_BT: jax.Array, state: transformer.State, model: Model
-) -> transformer.State:
-    """The state after more tokens, whole blocks of them, read in parallel."""
-    return transformer.forward(params, codebooks, tokens_BT, jnp.ones_like(tokens_BT), state, model)[1]
-
-
-@partial(jax.jit, static_argnames=("model", "length", "temperature", "p_nucleus"))
-def write(
-    params: dict,
-    codebooks: dict,
-    tokens_BT: jax.Array,
-    state: transformer.State,
-    key: jax.Array,
-    model: Model,
-    length: int,
-    temperature: float,
-    p_nucleus: float,
-) -> jax.Array:
-    """Reads the tokens one at a time, then draws `length` more `[B,length]`; one loop on the device."""
-    decoding = transformer.decoding(params, codebooks, state, model)
-    step = lambda decoding, token_B: transformer.decode(params, token_B, decoding, model)[::-1]
-    decoding, _ = jax.lax.scan(step, decoding, tokens_BT[:, :-1].T)
-
-    def draw_one(carry: tuple, position: jax.Array) -> tuple:
-        decoding, token_B = carry
-        decoding, log_probs_BC = step(decoding, token_B)
-        token_B = choose(log_probs_BC, key, position, temperature, p_nucleus)
-        return (decoding, token_B), token_B
-
-    _, drawn_TB = jax.lax.scan(draw_one, (decoding, tokens_BT[:, -1]), jnp.arange(length))
-    return drawn_TB.T
-
-
-def draw(
-    params: dict,
-    codebooks: dict,
-    prompt_BT: np.ndarray,
-    key: jax.Array,
-    *,
-    model: Model,
-    length: int,
-    temperature: float,
-    p_nucleus: float,
-) -> np.ndarray:
-    """Continuations `[B,length]` int32 of prompts of at least one token each (the end id starts a text).
-
-    Whole blocks of the prompt are read in parallel, the rest and every new token one at a time.
-    """
-    n_prompt = prompt_BT.shape[1]
-    n_read = (n_prompt - 1) // model.block_len * model.block_len
-    state = transformer.initial_state(model, prompt_BT.shape[0])
-    piece = READ_BLOCKS * model.block_len
-    for start in range(0, n_read, piece):
-        tokens_BT = prompt_BT[:, start : min(start + piece, n_read)]
-        state = read(params, codebooks, jnp.asarray(tokens_BT), state, model)
-    rest_BT = jnp.asarray(prompt_BT[:, n_read:])
-    tokens = write(params, codebooks, rest_BT, state, key, model, length, temperature, p_nucleus)
-    return np.asarray(tokens)
 
 
 def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> list[str]:
@@ -112,32 +20,117 @@ def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> l
 
     ValueError: the model has quadratic attention, which is there to be measured, not to decode.
     """
+    check_decodes(c)
+    params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
+    before = draw.empty(c.model)
+    return answers(params, codebooks, vocabulary, c, before, [c.sample.prompt])
+
+
+def check_decodes(c: Config) -> None:
     if c.model.attention == "full":
         raise ValueError("config.model.attention=full cannot decode; train with vq to draw samples")
-    params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
-    prompt = vocabulary.encode(c.sample.prompt.encode(errors="surrogateescape")).astype(np.int32)
-    prompt_BT = np.tile(np.concatenate([[END], prompt]).astype(np.int32), (c.sample.n_sample, 1))
-    drawn_BT = draw(
+
+
+def drawing(c: Config) -> dict[str, Any]:
+    """The options of `draw.chunks`."""
+    return {
+        "model": transformer.suited(c.model, jax.devices()[0].platform),
+        "length": c.sample.length,
+        "temperature": c.sample.temperature,
+        "p_nucleus": c.sample.nucleus,
+    }
+
+
+def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
+    """Ids; a command line's bytes that are no UTF-8 stand as surrogates in a prompt."""
+    return vocabulary.encode(prompt.encode(errors="surrogateescape"))
+
+
+def answers(
+    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, before: Prefix, prompts: list[str]
+) -> list[str]:
+    """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
+    options = drawing(c)
+    ids = [encoded(vocabulary, prompt) for prompt in prompts]
+    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"]) for ids_T in ids]
+    asked = [(i, number) for i in range(len(ids)) for number in range(c.sample.n_sample)]
+    found = draw.continuations(
         params,
         codebooks,
-        prompt_BT,
+        [prefixes[i] for i, _ in asked],
+        [number for _, number in asked],
         jax.random.key(c.sample.seed),
-        model=c.model,
-        length=c.sample.length,
-        temperature=c.sample.temperature,
-        p_nucleus=c.sample.nucleus,
+        batch_size=c.sample.batch_size,
+        **options,
     )
-    # Decoded together: where the prompt ends decides how the first piece is written.
-    return [
-        vocabulary.decode(np.concatenate([prompt, tokens])).decode(errors="replace") for tokens in drawn_BT
-    ]
+    # Decoded together: where the prompt ends may decide how the first piece is written.
+    together = (np.concatenate([ids[i], tokens_T]) for (i, _), tokens_T in zip(asked, found, strict=True))
+    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in together]
+
+
+def streams(
+    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, before: Prefix, prompts: list[str]
+) -> Iterator[Iterator[str]]:
+    """The same texts, each in pieces as they are drawn."""
+    options, key = drawing(c), jax.random.key(c.sample.seed)
+    for prompt in prompts:
+        ids = encoded(vocabulary, prompt)
+        prefix = draw.read_on(params, codebooks, before, ids, options["model"])
+        for number in range(c.sample.n_sample):
+            drawn = draw.continuation(params, codebooks, prefix, number, key, **options)
+            yield spoken(vocabulary, ids, drawn)
+
+
+def spoken(vocabulary: Vocabulary, ids_T: np.ndarray, drawn: Iterable[np.ndarray]) -> Iterator[str]:
+    """The text of ids and of those that follow, in pieces: whole characters, none before it is certain."""
+    said = 0
+    for more_T in drawn:
+        ids_T = np.concatenate([ids_T, more_T])
+        text = vocabulary.decode(ids_T).decode(errors="replace")
+        certain = len(text.rstrip("\ufffd"))  # what looks broken at the end may only be unfinished
+        yield text[said:certain]
+        said = max(said, certain)
+    yield text[said:]
+
+
+def read_prompts(path: epath.Path) -> list[str]:
+    """The prompts in a file: a line each, or of `.jsonl` the field `prompt` of a line. ValueError: none."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"--prompts={path}: cannot read it ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts={path} is not UTF-8: {error}") from error
+    if not text:
+        raise ValueError(f"--prompts={path} is empty; write one prompt a line")
+    lines = text.removesuffix("\n").split("\n")
+    return [_prompt(path, i, line) for i, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+
+
+def _prompt(path: epath.Path, number: int, line: str) -> str:
+    try:
+        found = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str):
+        raise ValueError(f'--prompts={path}: line {number} must be {{"prompt": "..."}}, not {line[:60]}')
+    return found
+
+
+def read_document(path: epath.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--document={path}: cannot read it ({error.strerror})") from error
 
 
 def show(found: list[str]) -> str:
     """Texts for the terminal."""
-    if len(found) == 1:
-        return found[0]
-    return "\n".join(f"--- sample {i + 1} of {len(found)} ---\n{text}" for i, text in enumerate(found))
+    return "\n".join(header(i, len(found)) + text for i, text in enumerate(found))
+
+
+def header(i: int, n: int) -> str:
+    return f"--- sample {i + 1} of {n} ---\n" if n > 1 else ""
 
 
 def save(found: list[str], workdir: epath.Path, step: int) -> epath.Path:
@@ -148,12 +141,69 @@ def save(found: list[str], workdir: epath.Path, step: int) -> epath.Path:
     return path
 
 
-def sample(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Prints continuations of a prompt by the newest checkpoint."""
+def write_files(found: list[str], folder: epath.Path) -> str:
+    """A text file each; what to say of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(found):
+        (folder / f"{i + 1:04}.txt").write_text(text)
+    return f"{len(found)} texts in {folder}"
+
+
+def prefix(
+    params: dict,
+    codebooks: dict,
+    vocabulary: Vocabulary,
+    c: Config,
+    say: Callable[[str], None],
+    document: str | None,
+    save_state: str | None,
+    from_state: str | None,
+) -> Prefix:
+    """What stands before every prompt: nothing, a saved state, a document, or both; saved if asked."""
+    weights = tensors.fingerprint((params, codebooks)) if save_state or from_state else ""
+    found = draw.load(epath.Path(from_state), c.model, weights) if from_state else draw.empty(c.model)
+    if document:
+        ids = vocabulary.encode(read_document(epath.Path(document)))
+        found = draw.read_on(params, codebooks, found, ids, drawing(c)["model"])
+    if save_state:
+        n_byte = draw.save(epath.Path(save_state), found, c.model, weights)
+        n_token = int(found.state.position) + len(found.rest_T)
+        say(f"state after {n_token:,} tokens in {save_state}: {n_byte / 1e6:,.1f} MB, as after any number")
+    return found
+
+
+def sample(
+    c: Config,
+    workdir: epath.Path,
+    place: cluster.Place,
+    log: cluster.Log,
+    *,
+    prompts: str | None,
+    output: str | None,
+    stream: bool,
+    document: str | None,
+    save_state: str | None,
+    from_state: str | None,
+) -> int:
+    """Continues prompts with the newest checkpoint."""
     if place.n_process > 1:
         raise ValueError(f"tvq sample is for one process, but {place}; start it by itself")
+    if stream and output:
+        raise ValueError("--stream writes to the terminal and --output to files; use one of them")
+    check_decodes(c)
+    asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
     restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
     vocabulary = from_json(restored.data["vocabulary"])
-    now = restored.state
-    metrics.Console().say(show(texts(now.params, now.codebooks, vocabulary, c)))
+    model = restored.state.params, restored.state.codebooks
+    before = prefix(*model, vocabulary, c, log.say, document, save_state, from_state)
+    if stream:
+        n = len(asked) * c.sample.n_sample
+        for i, pieces in enumerate(streams(*model, vocabulary, c, before, asked)):
+            print(header(i, n), end="")
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+        return 0
+    found = answers(*model, vocabulary, c, before, asked)
+    metrics.Console().say(write_files(found, epath.Path(output)) if output else show(found))
     return 0

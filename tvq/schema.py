@@ -120,6 +120,7 @@ class Evaluate:
 class Sample:
     prompt: str = field("", "text to continue")
     n_sample: int = field(1, "continuations to draw", at_least=1)
+    batch_size: int = field(16, "continuations drawn side by side", at_least=1)
     length: int = field(256, "tokens to draw for each", at_least=1)
     temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token", at_least=0)
     nucleus: float = field(0.9, "draw from the likeliest tokens that hold this much probability")

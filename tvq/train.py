@@ -122,7 +122,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         missed = processes.gather("missed evaluation", missed)[0]
         looks = health.Looks(devices, now.codebooks, workdir / health.FOLDER, step, console.say)
         run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, looks)
-        console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), step))
+        console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), checkpoints.steps()))
         if step < c.train.steps or missed:
             update = compile_step(run, now, tx)
             try:
@@ -172,7 +172,8 @@ def resume(
         shardings = jax.tree.map(lambda x: x.sharding, placed)
         init = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=shardings)
         return init(), 0
-    if restored.data["fingerprint"] != corpus.fingerprint:
+    evaluate.check_same_vocabulary(corpus, restored)
+    if restored.data["fingerprint"] not in (None, corpus.fingerprint):  # None: weights from elsewhere
         raise ValueError(
             f"the data in {corpus.folder} is not what checkpoint {restored.step} was trained on;"
             " set config.data to that, or use another workdir"

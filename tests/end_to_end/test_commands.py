@@ -113,7 +113,7 @@ def test_the_examples_of_help_are_commands(
     parsed, overrides = __main__.parser().parse_known_args(arguments)
     assert parsed.command == name
     if parsed.config is None:
-        parsed.workdir = str(tmp_path)
+        parsed.workdir = parsed.input = str(tmp_path)
         (tmp_path / config.FILE).write_text(json.dumps(config.to_dict(config.Config())))
     __main__.read_config(parsed, overrides)
 
@@ -137,6 +137,52 @@ def test_sample(here: Here, unbroken: Path) -> None:
     assert sample("--prompt=\udcffmport ", "--seed=3").startswith("\ufffdmport "), "a byte that is no UTF-8"
     likeliest = sample("--prompt=import ", "--seed=3", "--temperature=0")
     assert likeliest == sample("--prompt=import ", "--seed=4", "--temperature=0")
+
+
+@pytest.mark.slow
+def test_sample_to_the_terminal_and_to_files(here: Here, unbroken: Path, tmp_path: Path) -> None:
+    def sample(*options: str) -> str:
+        stdout, stderr = here("sample", f"--workdir={unbroken}", "--length=20", *options)
+        assert stderr == ""
+        return stdout
+
+    lines = ["import ", "for i in y:", "x" * 30]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(lines) + "\n")
+    together = sample(f"--prompts={prompts}", "--batch_size=2")
+    assert sample(f"--prompts={prompts}", "--stream") == together
+    alone = [sample(f"--prompt={line}") for line in lines]
+    assert together == "".join(f"--- sample {i + 1} of 3 ---\n{text}" for i, text in enumerate(alone))
+
+    objects = tmp_path / "prompts.jsonl"
+    objects.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    out = tmp_path / "texts"
+    assert sample(f"--prompts={objects}", f"--output={out}") == f"3 texts in {out}\n"
+    assert [path.read_bytes().decode() + "\n" for path in sorted(out.iterdir())] == alone
+
+
+@pytest.mark.slow
+def test_a_document_is_read_once(here: Here, unbroken: Path, tmp_path: Path) -> None:
+    document, state = tmp_path / "document.txt", tmp_path / "document.state"
+    document.write_text("x = 1\n" * 100)
+    run = ("sample", f"--workdir={unbroken}", "--length=12")
+    stdout, stderr = here(*run, f"--document={document}", f"--save_state={state}", "--prompt=for ")
+    assert stderr == f"state after 601 tokens in {state}: 0.0 MB, as after any number\n"
+    assert here(*run, f"--from_state={state}", "--prompt=for ") == (stdout, "")
+    whole, _ = here(*run, f"--prompt={document.read_text()}for ")
+    assert whole == document.read_text() + stdout
+
+
+@pytest.mark.slow
+def test_weights_leave_and_come_back(here: Here, tvq: Program, unbroken: Path, tmp_path: Path) -> None:
+    weights, workdir = tmp_path / "weights", tmp_path / "copy"
+    here("export", f"--workdir={unbroken}", f"--output={weights}")
+    here("import", f"--input={weights}", f"--workdir={workdir}")
+    sample = ("--length=12", "--prompt=import ")
+    assert here("sample", f"--workdir={workdir}", *sample) == here("sample", f"--workdir={unbroken}", *sample)
+    stdout, _ = tvq.train(workdir)
+    assert f"{workdir}: going on from step 0" in stdout
+    assert rows(workdir)[0]["loss"] < rows(unbroken)[0]["loss"] - 0.5
 
 
 @pytest.mark.slow

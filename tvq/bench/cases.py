@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tvq import config, flops, loss, mesh, optimizer, sample, state, train_step
+from tvq import config, draw, flops, loss, mesh, optimizer, state, train_step
 from tvq.bench.session import STEP, Case, DisagreementError, Row, Session, compiled
 from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus
@@ -231,20 +231,14 @@ def prepare_decode(s: Session) -> None:
     contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]
     states, now = {}, transformer.initial_state(model, 1)
     for context in contexts:
-        for start in range(int(now.position), context, sample.READ_BLOCKS * L):
-            n_token = min(sample.READ_BLOCKS * L, context - start)
-            now = sample.read(params, codebooks, random_tokens(model, 1, n_token, start), now, model)
+        for start in range(int(now.position), context, draw.READ_BLOCKS * L):
+            n_token = min(draw.READ_BLOCKS * L, context - start)
+            now = draw.read(params, codebooks, random_tokens(model, 1, n_token, start), now, model)
         states[context] = now
     agree_decoding(s, params, codebooks, states[contexts[0]], random_tokens(model, 1, L, 1), model)
     jax.clear_caches()  # or a program used above would seem to compile in no time
     for B in numbers(c.bench.batch_sizes, "batch_sizes"):
-        add_decoding(s, params, codebooks, {n: repeated(now, B) for n, now in states.items()}, model)
-
-
-def repeated(now: transformer.State, n_sequence: int) -> transformer.State:
-    """The state of one sequence as that of many."""
-    times = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, n_sequence, axis), tree)
-    return now._replace(units=times(now.units, 1), start_BE=times(now.start_BE, 0))
+        add_decoding(s, params, codebooks, {n: draw.beside([now] * B) for n, now in states.items()}, model)
 
 
 def random_tokens(model: Model, n_sequence: int, n_token: int, seed: int) -> jax.Array:
@@ -256,21 +250,19 @@ def add_decoding(
 ) -> None:
     """A case of reading and one of writing after each state, compiled once for all."""
     like, c = next(iter(states.values())), s.config
-    B, piece = like.units.z_BHM.shape[1], sample.READ_BLOCKS * model.block_len
-    more_BT, first_B1, key = (
-        random_tokens(model, B, piece, 1),
-        random_tokens(model, B, 1, 2),
-        jax.random.key(0),
-    )
-    draws = (model, c.bench.n_draw, c.sample.temperature, c.sample.nucleus)
-    read, read_facts = compiled(sample.read, params, codebooks, more_BT, like, model)
-    write, write_facts = compiled(sample.write, params, codebooks, first_B1, like, key, *draws)
+    B, piece = like.units.z_BHM.shape[1], draw.READ_BLOCKS * model.block_len
+    more_BT, first_B = random_tokens(model, B, piece, 1), random_tokens(model, B, 1, 2)[:, 0]
+    decodings = {context: draw.begin(params, codebooks, now, model) for context, now in states.items()}
+    rows = (jnp.full((B, c.bench.n_draw), draw.DRAWN), jnp.arange(B), jax.random.key(0))
+    how = (model, c.sample.temperature, c.sample.nucleus)
+    read, read_facts = compiled(draw.read, params, codebooks, more_BT, like, model)
+    write, write_facts = compiled(draw.write, params, next(iter(decodings.values())), first_B, *rows, *how)
     for context, now in states.items():
         labels = {"batch": B, "context": context}
         with s.trying(**labels) as go:
             if go:
                 prefill = functools.partial(read, params, codebooks, more_BT, now)
-                decode = functools.partial(write, params, codebooks, first_B1, now, key)
+                decode = functools.partial(write, params, decodings[context], first_B, *rows)
                 jax.block_until_ready((prefill(), decode()))
                 s.cases.append(Case({"work": "prefill", **labels}, prefill, B * piece, read_facts))
                 s.cases.append(Case({"work": "decode", **labels}, decode, B * c.bench.n_draw, write_facts))

@@ -1,0 +1,1 @@
+"""tvq: training of Transformer-VQ, a transformer whose dense attention costs linear time."""

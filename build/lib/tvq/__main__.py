@@ -1,0 +1,300 @@
+"""The door, `tvq COMMAND`: reads the command line, starts the program, sets the exit code."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from tvq import bench, cluster, config, evaluate, interop, plan, prepare, sample, train
+from tvq.data.corpus import cache_folder
+
+COMMANDS: dict[str, tuple[Callable, str, str]] = {
+    "train": (
+        train.train,
+        "train a model, or go on with the run in --workdir",
+        """
+        tvq train --config=configs/debug.py --workdir=runs/debug
+        tvq train --config=configs/debug.py --workdir=runs/mesh --cpu_devices=8 --config.mesh.devices=8
+        tvq train --config=configs/debug.py --workdir=runs/books \\
+            --config.data.source=text --config.data.path=books/
+        """,
+    ),
+    "eval": (
+        evaluate.evaluate,
+        "score a split with the newest checkpoint of a run",
+        """
+        tvq eval --workdir=runs/debug
+        tvq eval --workdir=runs/debug --split=test --batch_size=4
+        """,
+    ),
+    "sample": (
+        sample.sample,
+        "continue a prompt with the newest checkpoint of a run",
+        """
+        tvq sample --workdir=runs/debug --prompt="import "
+        tvq sample --workdir=runs/debug --prompt="def " --n_sample=3 --length=200 \\
+            --temperature=0.8 --nucleus=0.95
+        tvq sample --workdir=runs/debug --prompt="class " --length=1000 --stream
+        tvq sample --workdir=runs/debug --prompts=prompts.txt --output=answers
+        tvq sample --workdir=runs/debug --document=book.txt --save_state=book.state
+        tvq sample --workdir=runs/debug --from_state=book.state --prompt="Who is "
+        """,
+    ),
+    "import": (
+        interop.bring_in,
+        "begin a run with the weights of another",
+        """
+        tvq import --input=checkpoint_125000 --config=configs/debug.py --workdir=runs/original
+        tvq import --input=weights --workdir=runs/copy
+        """,
+    ),
+    "export": (
+        interop.send_out,
+        "write the newest weights of a run as safetensors",
+        """
+        tvq export --workdir=runs/debug --output=weights
+        """,
+    ),
+    "bench": (
+        bench.bench,
+        "measure speed and memory of programs that are checked to agree",
+        """
+        tvq bench train --config=configs/debug.py --output=runs/bench --lengths=512,2048,8192
+        tvq bench attention --config=configs/debug.py --output=runs/core --formulations=auto,serial,full
+        tvq bench decode --config=configs/debug.py --output=runs/decode --contexts=1000,10000
+        tvq bench data --config=configs/debug.py --output=runs/data
+        """,
+    ),
+    "plan": (
+        plan.plan,
+        "say what a train step costs on a machine that is not there",
+        """
+        tvq plan --config=configs/debug.py --topology=v5e:4x4
+        tvq plan --config=configs/debug.py --topology=h200:8 --sweep
+        """,
+    ),
+}
+# It has no config and no run: its options are its own.
+PREPARE = """
+tvq prepare enwik8 --download --input=raw/enwik8.zip --output=data/enwik8
+tvq prepare pg19 --download --input=raw/pg19 --output=data/pg19
+tvq prepare imagenet64 --input=raw/imagenet64 --output=data/imagenet64
+tvq prepare text --input=pages.jsonl.zst --column=body --output=data/pages
+tvq prepare images --input=photos --size=32 --output=data/photos
+"""
+# Short forms: `--split=test` is `--config.evaluate.split=test`.
+SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench, "plan": config.Plan}
+SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench", "plan": "plan"}
+# What a command is asked for besides the config.
+OPTIONS = {
+    "sample": {
+        "prompts": "file of prompts: one a line, or the field `prompt` of each line of a .jsonl",
+        "document": "file that is read once, before each prompt",
+        "save_state": "write what was read of the document to this file",
+        "from_state": "go on from a saved file in the place of its document",
+        "output": "folder for a file a text, in the place of the terminal",
+    },
+    "import": {"input": "checkpoint of the original program (msgpack), or folder of tvq export"},
+    "export": {"output": "folder for the weights"},
+}
+FLAGS = {"sample": {"stream": "write to the terminal as it is drawn"}}
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="tvq", description="Transformer-VQ: training in linear time.", allow_abbrev=False
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, what, examples) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=what[0].upper() + what[1:] + ".",
+            epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ") + _fields(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == "bench":
+            command.add_argument("kind", choices=bench.KINDS, help="what to measure")
+            command.add_argument(
+                "--output", dest="workdir", required=True, metavar="DIR", help="folder for the results"
+            )
+        elif name == "plan":
+            command.set_defaults(workdir=".", cpu_devices=1)  # it writes nothing, and computes nothing
+        else:
+            command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+        needed = name in ("train", "bench", "plan")
+        default = "" if needed else " (default: that of the run)"
+        command.add_argument("--config", required=needed, metavar="FILE", help=f"config file{default}")
+        if name != "plan":
+            command.add_argument(
+                "--cpu_devices",
+                type=int,
+                metavar="N",
+                help="use N CPU devices, whatever accelerator there is",
+            )
+        for option, meaning in OPTIONS.get(name, {}).items():
+            needed = name != "sample"
+            command.add_argument(f"--{option}", required=needed, metavar="PATH", help=meaning)
+        for option, meaning in FLAGS.get(name, {}).items():
+            command.add_argument(f"--{option}", action="store_true", help=meaning)
+        for field in dataclasses.fields(SHORT[name]) if name in SHORT else ():
+            if (name, field.name) == ("bench", "kind"):
+                continue  # it has no dashes, above
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
+            doc = field.metadata["doc"].replace("%", "%%")
+            command.add_argument(f"--{field.name}", metavar="VALUE", help=doc, dest=field.name, **switch)
+    _add_prepare(commands)
+    return top
+
+
+def _add_prepare(commands: Any) -> None:
+    what = "make data ready for training"
+    command = commands.add_parser(
+        "prepare",
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog="examples:\n" + textwrap.indent(PREPARE.strip(), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = "; ".join(f"{kind}: {what}" for kind, what in prepare.KINDS.items())
+    command.add_argument("kind", choices=prepare.KINDS, help=kinds, metavar="|".join(prepare.KINDS))
+    for field in dataclasses.fields(prepare.Options)[1:]:
+        how: dict[str, Any] = {"default": field.default, "help": field.metadata["doc"].replace("%", "%%")}
+        if field.type is bool:
+            how["action"] = "store_true"
+        else:
+            how |= {"type": field.type, "required": field.name in ("input", "output"), "metavar": "VALUE"}
+        command.add_argument(f"--{field.name}", **how)
+
+
+def prepare_options(arguments: argparse.Namespace, more: Sequence[str]) -> prepare.Options:
+    """ValueError: there are more than it has."""
+    for text in more:
+        close = difflib.get_close_matches(text.partition("=")[0].strip("-"), vars(arguments), n=1)
+        hint = f"did you mean --{close[0]}?" if close else "see tvq prepare --help"
+        raise ValueError(f"{text} is no option; {hint}")
+    return prepare.Options(**{name: value for name, value in vars(arguments).items() if name != "command"})
+
+
+def _fields() -> str:
+    """The schema, for --help."""
+    defaults = config.flatten(config.base())
+    lines = {f"--config.{name}={defaults[name]!r}": doc for name, doc in config.docs().items()}
+    width = max(len(option) for option in lines)
+    text = "\n".join(f"  {option:{width}}  {doc}" for option, doc in lines.items())
+    return "\n\nevery field of the config, with its default:\n" + text.replace("%", "%%")
+
+
+def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> config.Config:
+    """The config of the file, or of the run in the workdir, with the command line's fields."""
+    if arguments.config:
+        found = config.load(arguments.config)
+    else:
+        is_import = arguments.command == "import"
+        path = epath.Path(arguments.input if is_import else arguments.workdir) / config.FILE
+        if is_import and not path.exists():
+            raise ValueError(f"--input={arguments.input} has no {config.FILE} with it; give the --config")
+        if not path.exists():
+            raise ValueError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
+        found = config.recorded(path)
+    for text in overrides:
+        name, equals, value = text.removeprefix("--config.").partition("=")
+        if not text.startswith("--config.") or not equals:
+            option = text.partition("=")[0].strip("-")
+            close = difflib.get_close_matches(option, vars(arguments), n=1)
+            hint = (
+                f"did you mean --{close[0]}?" if close else "fields are set as --config.section.field=value"
+            )
+            raise ValueError(f"{text} is no option; {hint}")
+        config.override(found, name, value)
+    for field in dataclasses.fields(SHORT[arguments.command]) if arguments.command in SHORT else ():
+        value = getattr(arguments, field.name)
+        if value is not None:
+            config.override(found, f"{SECTION[arguments.command]}.{field.name}", value)
+    return config.build(found)
+
+
+@contextlib.contextmanager
+def explained(say: Callable[[str], None]) -> Iterator[None]:
+    """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
+    try:
+        yield
+    except (cluster.ClusterError, bench.DisagreementError) as error:
+        say(f"tvq: {error}")
+        sys.exit(cluster.EXIT_FAILED)
+    except train.DivergedError as error:
+        say(f"tvq: {error}")
+        sys.exit(cluster.EXIT_DIVERGED)
+    except ValueError as error:
+        # Raised by us it is the user's to mend; raised by a library it is our mistake, with its traceback.
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if Path(__file__).parent not in origin.parents:
+            raise
+        say(f"tvq: {error}")
+        sys.exit(cluster.EXIT_INPUT)
+    except KeyboardInterrupt:
+        say("tvq: interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def open_log(workdir: str, place: cluster.Place) -> cluster.Log:
+    """The log of this process. ValueError: the workdir cannot be written."""
+    try:
+        return cluster.Log(cluster.log_folder(workdir), place)
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir}: cannot write there ({error.strerror}); use another folder"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 3 diverged, 75 saved)."""
+    arguments, overrides = parser().parse_known_args(argv)
+    with explained(lambda text: print(text, file=sys.stderr)):
+        if arguments.command == "prepare":
+            return prepare.prepare(prepare_options(arguments, overrides))
+        run = read_config(arguments, overrides)
+        if arguments.cpu_devices is not None:
+            if arguments.cpu_devices < 1:
+                raise ValueError(f"--cpu_devices must be at least 1, not {arguments.cpu_devices}")
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
+        if "float64" in (run.model.dtype, run.model.param_dtype):
+            if run.model.dtype != run.model.param_dtype:
+                raise ValueError(
+                    f"config.model.dtype {run.model.dtype} and config.model.param_dtype"
+                    f" {run.model.param_dtype} do not go together; use float64 for both or neither"
+                )
+            jax.config.update("jax_enable_x64", True)  # or jax would compute in float32 and only warn
+        if arguments.command in ("bench", "plan"):
+            jax.config.update("jax_enable_compilation_cache", False)  # or no compile time would be true
+        elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            # A restart then compiles nothing.
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder(run.data) / "compiled"))
+        place = cluster.find(run.cluster, os.environ, cluster.tpu_metadata(os.environ))
+        log = open_log(arguments.workdir, place)
+    # The guard is outside: with several processes it must see the exit, to leave at once.
+    with contextlib.closing(log), cluster.guard(place, log.say), explained(log.say):
+        asked = {
+            name: getattr(arguments, name)
+            for table in (OPTIONS, FLAGS)
+            for name in table.get(arguments.command, {})
+        }
+        return COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log, **asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

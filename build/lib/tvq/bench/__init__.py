@@ -1,0 +1,89 @@
+"""Measurements, `tvq bench train|attention|decode|data`: fair, repeatable, and of programs that agree.
+
+All cases of a command are compiled, run once and compared, and only then timed: interleaved, in an order
+drawn anew each round, so that what disturbs the machine disturbs all alike.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import time
+
+import jax
+from etils import epath
+
+from tvq import cluster, config, mesh, metrics
+from tvq.bench import report
+from tvq.bench.cases import PREPARE
+from tvq.bench.session import DisagreementError, Row, Session, measure
+from tvq.config import Config
+
+__all__ = ["KINDS", "DisagreementError", "bench"]
+KINDS = tuple(PREPARE)
+PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints a table and writes bench.json, bench.md and, where matplotlib is installed, bench.png.
+
+    ValueError: the input is wrong. DisagreementError: two programs that must agree do not; nothing is
+    written then.
+    """
+    if place.n_process > 1:
+        raise ValueError(f"tvq bench is for one process, but {place}; start it by itself")
+    if c.bench.kind not in PREPARE:
+        raise ValueError(f"config.bench.kind must be one of {', '.join(KINDS)}, not {c.bench.kind!r}")
+    console = metrics.Console()
+    s = Session(c, mesh.make(c.mesh, jax.devices()), log.say, time.monotonic())
+    PREPARE[c.bench.kind](s)
+    found = report.rows(s, measure(s))
+    if not found:
+        raise ValueError("no case could be measured; see the notes above")
+    facts = conditions(s)
+    console.say(report.table(found))
+    output.mkdir(parents=True, exist_ok=True)
+    text = {**facts, "notes": s.notes, "rows": found, "config": config.to_dict(c)}
+    (output / "bench.json").write_text(json.dumps(text, indent=1) + "\n")
+    (output / "bench.md").write_text(document(facts, s.notes, found))
+    written = "bench.json, bench.md"
+    if "T" in found[0] or "context" in found[0]:
+        if report.plot(found, output / "bench.png"):
+            written += ", bench.png"
+        else:
+            console.say("no plot: matplotlib is not installed (pip install 'tvq[plots]')")
+    console.say(f"{output}: {written}")
+    return 0
+
+
+def conditions(s: Session) -> Row:
+    """What was measured, where and when: all that is needed to do it again, besides the config."""
+    first = s.devices.devices.flat[0]
+    memory = first.memory_stats()  # None on a CPU
+    return {
+        "kind": s.config.bench.kind,
+        "command": shlex.join(sys.orig_argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{s.devices.size} x {first.device_kind}",
+        "versions": versions(),
+        "peak_bytes_in_use": memory and memory.get("peak_bytes_in_use"),  # of all cases together
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that is installed; tvq may run from its sources."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def document(facts: Row, notes: list[str], found: list[Row]) -> str:
+    known = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    head = f"# tvq bench {facts['kind']}\n\n{facts['device']}, {facts['date']}; {known}.\n"
+    lines = "".join(f"- {note}\n" for note in notes)
+    return f"{head}\n    {facts['command']}\n\n{report.markdown(found)}\n\n{lines}"

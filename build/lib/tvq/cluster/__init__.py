@@ -1,0 +1,39 @@
+"""The processes of a run: where this one stands, how all of them meet, agree, wait, stop and fail.
+
+`place` finds coordinator, count and id; `meeting` calls the roll before jax starts; `processes` starts jax
+once and holds barriers, agreement and the stop at one step; `watchdog` ends a process that no longer moves
+and names the one that holds it up; `log` is the file each process writes for itself.
+"""
+
+from tvq.cluster.errors import (
+    EXIT_DIVERGED,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_STOPPED,
+    EXIT_STUCK,
+    ClusterError,
+)
+from tvq.cluster.log import Log, log_folder
+from tvq.cluster.meeting import code_version
+from tvq.cluster.place import Place, find, tpu_metadata
+from tvq.cluster.processes import Processes, guard, start
+from tvq.cluster.watchdog import Watchdog
+
+__all__ = [
+    "EXIT_DIVERGED",
+    "EXIT_FAILED",
+    "EXIT_INPUT",
+    "EXIT_STOPPED",
+    "EXIT_STUCK",
+    "ClusterError",
+    "Log",
+    "Place",
+    "Processes",
+    "Watchdog",
+    "code_version",
+    "find",
+    "guard",
+    "log_folder",
+    "start",
+    "tpu_metadata",
+]

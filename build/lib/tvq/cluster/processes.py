@@ -1,0 +1,244 @@
+"""All processes of a run as one thing: started once, with named barriers, agreement, and one common stop."""
+
+import contextlib
+import glob
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import distributed  # jax's key-value store and barriers have no public name
+from jax.experimental import multihost_utils
+
+from tvq import config
+from tvq.cluster.errors import EXIT_FAILED, ClusterError
+from tvq.cluster.meeting import code_version, differences, meet, names
+from tvq.cluster.place import Place
+
+TPU_LOCK = Path("/tmp/libtpu_lockfile")
+
+
+class Processes:
+    """What the processes of a run do together. With one process every method returns at once.
+
+    All processes must call `barrier`, `gather`, `agree`, `batch_ready` in the same order.
+    """
+
+    def __init__(self, place: Place, hosts: tuple[str, ...], timeout: float):
+        self.place, self.hosts, self.timeout = place, hosts, timeout
+        self.client = distributed.global_state.client if place.n_process > 1 else None
+        self._stop = threading.Event()
+        self._n_asked = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes to the terminal and to outside services."""
+        return self.place.is_main
+
+    def barrier(self, name: str, timeout: float | None = None) -> None:
+        """Returns when all processes are here. ClusterError names those absent after `timeout` seconds."""
+        if self.client is None:
+            return
+        timeout = self.timeout if timeout is None else timeout
+        start = time.monotonic()
+        try:
+            self.client.wait_at_barrier(f"tvq/{name}", round(1000 * timeout))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise ClusterError(f"barrier {name!r}: a process is gone: {_first_line(error)}") from error
+            # All who waited were released together; each signs, and the missing signatures are the absent.
+            self.client.key_value_set(f"tvq/waited/{name}/{self.place.process_id}", "", allow_overwrite=True)
+            time.sleep(1)
+            waited = {
+                int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(f"tvq/waited/{name}/")
+            }
+            absent = [i for i in range(self.place.n_process) if i not in waited]
+            raise ClusterError(
+                f"barrier {name!r}: after {time.monotonic() - start:.0f} s still absent:"
+                f" {names(absent, self.hosts)}; see the log of each for what it was doing"
+            ) from error
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """The JSON value of every process, in order. `name` serves once a run."""
+        if self.client is None:
+            return [value]
+        folder = f"tvq/gather/{name}/"
+        self.client.key_value_set(f"{folder}{self.place.process_id}", json.dumps(value))
+        self.barrier(f"gather {name}")
+        found = {int(k.rpartition("/")[2]): v for k, v in self.client.key_value_dir_get(folder)}
+        return [json.loads(found[i]) for i in range(self.place.n_process)]
+
+    def agree(self, name: str, items: Mapping[str, Any]) -> None:
+        """ValueError in every process, naming each differing item and who has what, unless all are equal."""
+        unequal = differences(dict(enumerate(self.gather(name, dict(items)))), self.hosts)
+        if unequal:
+            raise ValueError("the processes of this run differ:\n  " + "\n  ".join(unequal))
+
+    def batch_ready(self) -> None:
+        """Waits until every process holds its part of the next batch.
+
+        A host that reads slowly is then waited for here, where the watchdog can name it, and not inside a
+        device collective that dies of it. About 1 ms, beside the step that the devices still run.
+        """
+        self.barrier("batch")
+
+    def stop_requested(self) -> bool:
+        """True at the same call in all processes, once any of them got SIGTERM or SIGINT.
+
+        Call it at every step: one process answers at once, several need it to settle on a step.
+        """
+        if self.client is None:
+            return self._stop.is_set()
+        # From 1, not from the step that a run goes on from: a signal before the first call would settle on
+        # call 1, which jax then takes to be missed, and the stop would be lost.
+        self._n_asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._n_asked)
+
+    def finish(self) -> None:
+        """The common end: waits for all at jax's own barrier."""
+        if self.client is not None:
+            jax.distributed.shutdown()
+
+    def _catch_signals(self) -> None:
+        """SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C ends the process."""
+
+        def on_interrupt(number: int, frame: Any) -> None:
+            # Not print: a handler may have interrupted one.
+            os.write(2, b"\nstopping once this step is done and saved; Ctrl-C again ends at once\n")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self.client is None:
+                self._stop.set()
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)  # jax's own notice, which reaches all processes
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        if self.client is None:
+            signal.signal(signal.SIGTERM, lambda number, frame: self._stop.set())
+
+
+def start(
+    place: Place,
+    section: config.Cluster,
+    items: Mapping[str, Any],
+    say: Callable[[str], None],
+    stoppable: bool = True,
+) -> Processes:
+    """Brings the processes together: roll call, jax.distributed, signals, devices. Once, before any jax call.
+
+    Args:
+        place: from `find`.
+        section: config.cluster.
+        items: what must be equal on all processes besides the code: `config.common(...)`.
+        say: takes a line for people.
+        stoppable: SIGTERM and Ctrl-C ask for a stop, which the caller polls with `stop_requested`; else they
+            end the process.
+    Raises:
+        ClusterError: processes are missing, the port is taken, an accelerator is held by another process.
+        ValueError: the processes differ, or found another number of devices than they were given.
+    """
+    if glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
+        clear_stale_lock(TPU_LOCK, say)
+    hosts = place.hosts
+    if place.n_process > 1:
+        began = time.monotonic()
+        hosts = meet(place, {**code_version(), **items}, section.start_timeout, say)
+        jax.config.update("jax_enable_preemption_service", stoppable)
+        jax.distributed.initialize(
+            place.coordinator,
+            place.n_process,
+            place.process_id,
+            local_device_ids=place.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=60,  # all have just been seen
+            # A backstop: our own watchdog looks at half this time, and says more.
+            heartbeat_timeout_seconds=round(2 * section.silence_timeout) + 10,
+            shutdown_timeout_seconds=round(section.silence_timeout) + 10,
+        )
+        say(f"all {place.n_process} processes are here after {time.monotonic() - began:.1f} s")
+    processes = Processes(place, hosts, section.step_timeout)
+    if stoppable:
+        processes._catch_signals()
+    _check_devices(processes, place.local_devices)
+    return processes
+
+
+def _check_devices(processes: Processes, granted: int) -> None:
+    devices = jax.local_devices()
+    kind = devices[0].platform
+    wrong = f"found {len(devices)} {kind} devices of {granted}" if granted not in (0, len(devices)) else ""
+    found = processes.gather("devices", [wrong, f"{len(devices)} {kind}"])
+    errors = [f"{names([i], processes.hosts)} {text}" for i, (text, _) in enumerate(found) if text]
+    if errors:
+        raise ValueError(
+            "; ".join(errors) + ": the scheduler's binding hides them, or the jax installed is for another"
+            " platform; otherwise set config.cluster.local_devices to the number meant"
+        )
+    unequal = differences(
+        {i: {"local devices": count} for i, (_, count) in enumerate(found)}, processes.hosts
+    )
+    if unequal:
+        raise ValueError("the processes see different devices:\n  " + "\n  ".join(unequal))
+
+
+def clear_stale_lock(lock: Path, say: Callable[[str], None], proc: Path = Path("/proc")) -> None:
+    """Removes an accelerator's lock file that no process holds; ClusterError names a living holder."""
+    if not lock.exists():
+        return
+    hidden = 0
+    for folder in proc.glob("[0-9]*"):
+        try:
+            held = any(os.path.realpath(link) == str(lock.resolve()) for link in (folder / "fd").iterdir())
+        except PermissionError:
+            hidden += 1
+            continue
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+        if held and int(folder.name) != os.getpid():
+            text = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            raise ClusterError(
+                f"the accelerator is in use by process {folder.name} ({text[:200]}), which holds {lock};"
+                f" stop it first: kill {folder.name}"
+            )
+    owner = lock.stat().st_uid
+    if hidden and owner != os.getuid():
+        raise ClusterError(
+            f"{lock} belongs to user {owner}, whose processes cannot be seen from here;"
+            f" if none of them uses the accelerator: sudo rm {lock}"
+        )
+    lock.unlink(missing_ok=True)
+    say(f"removed {lock}, left behind by a process that is gone")
+
+
+@contextlib.contextmanager
+def guard(place: Place, say: Callable[[str], None]) -> Iterator[None]:
+    """Around the whole program: a process that fails ends at once instead of holding up the others.
+
+    With several processes the ordinary way out waits for all of them at jax's shutdown barrier, minutes
+    long; so here an error is logged and the process is gone. With one process nothing is changed.
+    """
+    try:
+        yield
+    except BaseException as error:  # the edge of the process: whatever it was, the others must see us go
+        leaving = isinstance(error, SystemExit)
+        if place.n_process == 1 or (leaving and not jax.distributed.is_initialized()):
+            raise
+        code: Any = (error.code or 0) if isinstance(error, SystemExit) else EXIT_FAILED
+        if not leaving:
+            known = isinstance(error, ClusterError)
+            say(str(error) if known else "".join(traceback.format_exception(error)).rstrip())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if place.is_main:
+            time.sleep(2)  # jax aborts the others when process 0 goes; let them say their last words first
+        os._exit(code if isinstance(code, int) else EXIT_FAILED)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

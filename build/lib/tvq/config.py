@@ -1,0 +1,297 @@
+"""The config of a run: read from a file, overridden, checked, and frozen into the schema's dataclasses.
+
+A config file returns `base()` with some fields assigned. `build` turns it, once and at the door, into
+frozen dataclasses. Nothing here touches jax.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import runpy
+import traceback
+from typing import Any, get_type_hints
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from tvq.schema import (
+    Bench,
+    Checkpoint,
+    Cluster,
+    Config,
+    Data,
+    Evaluate,
+    Log,
+    Mesh,
+    Model,
+    Optimizer,
+    Plan,
+    Sample,
+    Train,
+)
+
+__all__ = [
+    "Bench",
+    "Checkpoint",
+    "Cluster",
+    "Config",
+    "Data",
+    "Evaluate",
+    "Log",
+    "Mesh",
+    "Model",
+    "Optimizer",
+    "Plan",
+    "Sample",
+    "Train",
+]
+
+# The resolved config of a run, in its workdir.
+FILE = "config.json"
+# What may differ between a run and its resumption: everything else decides the numbers.
+CHANGEABLE = frozenset(
+    {"model.n_parallel", "model.remat", "train.segment_len", "train.steps", "data.cache", "data.workers"}
+    | {
+        f"{name}.{f.name}"
+        for name, cls in get_type_hints(Config).items()
+        for f in dataclasses.fields(cls)
+        if name in ("mesh", "evaluate", "sample", "bench", "plan", "checkpoint", "log", "cluster")
+    }
+)
+# What may differ between the processes of one run.
+LOCAL = frozenset({"cluster.coordinator", "cluster.process_id", "data.cache"})
+
+
+def base() -> ConfigDict:
+    """Every field at its default. A misspelt assignment is an error."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def load(path: str) -> ConfigDict:
+    """What `get_config()` of the Python file at `path` returns. ValueError: there is no such thing."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--config={path}: there is no such file")
+    try:
+        names = runpy.run_path(path)
+    except SyntaxError as error:
+        raise ValueError(f"--config={path}: line {error.lineno} is not Python: {error.msg}") from error
+    if "get_config" not in names:
+        raise ValueError(f"--config={path} has no function get_config()")
+    try:
+        config = names["get_config"]()
+    except (AttributeError, KeyError, TypeError) as error:  # a locked ConfigDict's word for a wrong field
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = "".join(f", line {line}" for line in lines[-1:])
+        reason: Any = error
+        while isinstance(reason, Exception):  # an AttributeError of ConfigDict's holds a KeyError
+            reason = reason.args[0] if reason.args else repr(reason)
+        words = re.sub(r' Other fields present: ".*"', "", str(reason)).replace("\n", " ")
+        raise ValueError(f"--config={path}{where}: {words}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config={path}: get_config() returned no ConfigDict; start from config.base()")
+    return config
+
+
+def recorded(path: epath.Path) -> ConfigDict:
+    """The config that a run left in its workdir; fields that are newer than the run have their default."""
+    config = base().unlock()
+    try:
+        config.update(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} of {path} is not JSON: {error.msg}; mend it") from error
+    return config
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets `section.field` to what was written on the command line. ValueError: no such field, wrong type."""
+    section, _, key = name.partition(".")
+    types = field_types()
+    if name not in types:
+        raise ValueError(f"--config.{name} is not a field{nearest(name)}")
+    wanted = types[name]
+    value: Any = {"true": True, "false": False}.get(text.lower()) if wanted is bool else text
+    if wanted in (int, float):
+        try:
+            value = wanted(text)
+        except ValueError:
+            value = None
+    if value is None:
+        kind = "true or false" if wanted is bool else wanted.__name__
+        raise ValueError(f"--config.{name} must be {kind}, not {text!r}")
+    config[section][key] = value
+
+
+def field_types() -> dict[str, type]:
+    """`{"section.field": type}`."""
+    return {
+        f"{name}.{key}": kind
+        for name, cls in get_type_hints(Config).items()
+        for key, kind in get_type_hints(cls).items()
+    }
+
+
+def flatten(config: ConfigDict | dict | Config) -> dict[str, Any]:
+    """`{"section.field": value}` in the schema's order; unknown names come last."""
+    sections = dataclasses.asdict(config) if isinstance(config, Config) else config
+    flat = {}
+    for name, values in sections.items():
+        if hasattr(values, "items"):
+            flat.update({f"{name}.{key}": value for key, value in values.items()})
+        else:
+            flat[name] = values
+    return flat
+
+
+def common(config: Config) -> dict[str, Any]:
+    """The fields on which all processes of a run must agree."""
+    return {f"config.{name}": value for name, value in flatten(config).items() if name not in LOCAL}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """For JSON: `{"section": {"field": value}}`."""
+    return dataclasses.asdict(config)
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    """`{"section.field": its dataclass field}`."""
+    sections = get_type_hints(Config)
+    return {f"{name}.{f.name}": f for name, cls in sections.items() for f in dataclasses.fields(cls)}
+
+
+def docs() -> dict[str, str]:
+    """`{"section.field": meaning}`."""
+    return {name: f.metadata["doc"] for name, f in fields().items()}
+
+
+def nearest(name: str) -> str:
+    """` (did you mean ...?)` for a mistyped field, or nothing."""
+    close = difflib.get_close_matches(name, list(docs()), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def build(config: ConfigDict | dict) -> Config:
+    """The validated, frozen form. ValueError names each unknown, missing, mistyped or impossible field."""
+    flat, known = flatten(config), docs()
+    errors = [f"config.{name} is not a field{nearest(name)}" for name in flat if name not in known]
+    errors += [f"config.{name} is missing ({doc})" for name, doc in known.items() if name not in flat]
+    if errors:
+        raise ValueError("\n".join(errors))
+    sections = {}
+    for section_name, cls in get_type_hints(Config).items():
+        types, values = get_type_hints(cls), {}
+        for f in dataclasses.fields(cls):
+            name, value, wanted = f"{section_name}.{f.name}", flat[f"{section_name}.{f.name}"], types[f.name]
+            if wanted is float and type(value) is int:
+                value = float(value)
+            if type(value) is not wanted:
+                errors.append(f"config.{name} must be {wanted.__name__}, not {value!r}")
+            values[f.name] = value
+        sections[section_name] = cls(**values)
+    if errors:
+        raise ValueError("\n".join(errors))
+    built = Config(**sections)
+    validate(built)
+    return built
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """One line for each field whose value differs and decides the numbers of a run."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    names = [name for name in old_flat | new_flat if name not in CHANGEABLE]
+    return [
+        f"config.{name}: {old_flat.get(name, 'absent')!r} in the run, {new_flat.get(name, 'absent')!r} now"
+        for name in names
+        if old_flat.get(name) != new_flat.get(name)
+    ]
+
+
+def out_of_range(config: Config) -> list[str]:
+    """A line for each number that is not finite or outside the range of its field."""
+    errors = []
+    ranges = {name: (f.metadata["at_least"], f.metadata["below"]) for name, f in fields().items()}
+    for name, value in flatten(config).items():
+        low, high = ranges[name]
+        if isinstance(value, float) and not math.isfinite(value):
+            errors.append(f"config.{name} must be finite, not {value}")
+        elif isinstance(value, int | float) and not low <= value < high:
+            span = f"at least {low}" if high == math.inf else f"in [{low}, {high})"
+            errors.append(f"config.{name} must be {span}, not {value}")
+    return errors
+
+
+def validate(config: Config) -> None:
+    """Ranges and divisibility that need no device. ValueError holds one line for each broken rule."""
+    errors = out_of_range(config)
+
+    def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            close = difflib.get_close_matches(value, allowed, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            errors.append(f"config.{name} must be one of {', '.join(allowed)}, not {value!r}{hint}")
+
+    def divides(name: str, value: int, by_name: str, by: int) -> None:
+        if by > 0 and value > 0 and value % by:
+            down, up = value // by * by, -(-value // by) * by
+            options = f"{down} or {up}" if down else str(up)
+            errors.append(f"config.{name} {value} is not a multiple of config.{by_name} {by}; use {options}")
+
+    m, t, o = config.model, config.train, config.optimizer
+    if not 0 <= config.sample.nucleus <= 1:
+        errors.append(f"config.sample.nucleus must be in [0, 1], not {config.sample.nucleus}")
+    if m.d_model % 2:
+        errors.append(f"config.model.d_model must be even (sine and cosine halves), not {m.d_model}")
+    for name, value in (("pe_lam", m.pe_lam), ("e_scale", m.e_scale)):
+        if value <= 0:
+            errors.append(f"config.model.{name} must be positive, not {value}")
+    if o.n_warmup_step >= o.n_max_step:
+        errors.append(
+            f"config.optimizer.n_warmup_step {o.n_warmup_step} must be below n_max_step {o.n_max_step}"
+        )
+    one_of("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
+    one_of("model.param_dtype", m.param_dtype, ("float32", "float64"))
+    one_of("model.attention", m.attention, ("vq", "full"))
+    if m.attention == "full" and (t.update_len != t.sequence_len or t.segment_len):
+        errors.append(
+            "config.model.attention=full carries no state: it needs train.update_len equal to"
+            f" train.sequence_len {t.sequence_len}, not {t.update_len}, and train.segment_len 0"
+        )
+    one_of("model.remat", m.remat, ("all", "names", "nothing"))
+    one_of("optimizer.name", o.name, ("adamw", "lion", "adafactor"))
+    one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))
+    one_of("data.source", config.data.source, ("stdlib", "text", "tokens"))
+    one_of("evaluate.split", config.evaluate.split, ("train", "validation", "test"))
+    if config.data.mix and (config.data.source, config.data.path) != ("tokens", ""):
+        errors.append(
+            "config.data.mix names prepared folders: it needs config.data.source=tokens and an empty"
+            f" config.data.path, not {config.data.source!r} and {config.data.path!r}"
+        )
+    if config.data.source == "text" and not config.data.path:
+        errors.append("config.data.source=text needs config.data.path, a file or folder of text")
+    if config.data.source == "tokens" and not config.data.path and not config.data.mix:
+        errors.append("config.data.source=tokens needs config.data.path, a prepared folder")
+    if config.data.source == "stdlib" and config.data.path:
+        errors.append(
+            f"config.data.source=stdlib does not read config.data.path {config.data.path!r};"
+            " use config.data.source=text, or leave the path empty"
+        )
+    divides("train.sequence_len", t.sequence_len, "train.update_len", t.update_len)
+    divides("train.update_len", t.update_len, "model.block_len", m.block_len)
+    if t.segment_len:
+        divides("train.update_len", t.update_len, "train.segment_len", t.segment_len)
+        divides("train.segment_len", t.segment_len, "model.block_len", m.block_len)
+    if t.update_len > 0 and not t.sequence_len % t.update_len and t.steps > 0:
+        n_update = t.sequence_len // t.update_len
+        if t.steps % n_update:
+            errors.append(
+                f"config.train.steps {t.steps} is not a multiple of {n_update}, the updates of one sequence"
+                f" (sequence_len / update_len); use {-(-t.steps // n_update) * n_update}"
+            )
+    if config.mesh.devices == 0 or config.mesh.devices < -1:
+        errors.append(f"config.mesh.devices must be positive, or -1 for all, not {config.mesh.devices}")
+    elif config.mesh.devices > 0:
+        divides("train.global_batch_size", t.global_batch_size, "mesh.devices", config.mesh.devices)
+    if errors:
+        raise ValueError("\n".join(errors))

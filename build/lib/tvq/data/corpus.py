@@ -1,0 +1,250 @@
+"""The text of a run as memory-mapped tokens, prepared at first use and found again later."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from etils import epath
+
+from tvq import config
+from tvq.data import documents, prepared
+from tvq.data.documents import Document
+from tvq.data.vocabulary import ByteVocabulary, Vocabulary, describe
+
+Span = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """An opened prepared folder: plain values, so it pickles in a few hundred bytes and its vocabulary."""
+
+    folder: epath.Path
+    vocabulary: Vocabulary
+    image_size: int
+    source: dict[str, Any]
+    splits: dict[str, prepared.Split]
+
+    @property
+    def parts(self) -> tuple["Corpus", ...]:
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same tokens in the same splits, wherever they lie."""
+        return hashlib.sha256("".join(info.sha256 for info in self.splits.values()).encode()).hexdigest()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the text to train on."""
+        return self.splits["train"].n_byte / self.splits["train"].n_token
+
+    def info(self, split: str) -> prepared.Split:
+        """Counts of a split. ValueError: it is empty."""
+        info = self.splits[split]
+        if not info.n_token:
+            way_out = (
+                "config.data.path needs more files (a file's name decides its split) or a longer file"
+                if self.source.get("name") == "text"
+                else "prepare it from more text"
+            )
+            raise ValueError(f"config.data: the {split} split of {self.folder} is empty; {way_out}")
+        return info
+
+    def tokens_path(self, split: str) -> epath.Path:
+        return prepared.tokens_path(self.folder, split)
+
+    def tokens(self, split: str) -> np.memmap:
+        """uint16 [n_token], mapped anew at each call, of a local folder. ValueError: the split is empty."""
+        n_token = self.info(split).n_token
+        return np.memmap(self.tokens_path(split), prepared.DTYPE, mode="r", shape=(n_token,))
+
+    def documents(self, split: str) -> np.ndarray:
+        """uint64 [n_document, 3]: the tokens, bytes and words up to the end of each document."""
+        raw = prepared.index_path(self.folder, split).read_bytes()
+        return np.frombuffer(raw, prepared.INDEX_DTYPE).reshape(-1, 3)
+
+    def reader(self, split: str) -> Callable[[Sequence[Span]], list[np.ndarray]]:
+        """Reads spans `(start, stop)` of the tokens: from a memory map; of a bucket those ranges alone."""
+        self.info(split)
+        if "://" not in os.fspath(self.folder):
+            tokens = self.tokens(split)
+            return lambda spans: [tokens[start:stop] for start, stop in spans]
+        files, name = fsspec.core.url_to_fs(os.fspath(self.tokens_path(split)))
+        size = prepared.DTYPE.itemsize
+
+        def read(spans: Sequence[Span]) -> list[np.ndarray]:
+            starts, stops = ([size * span[i] for span in spans] for i in (0, 1))
+            found = files.cat_ranges([name] * len(spans), starts, stops, on_error="raise")
+            return [np.frombuffer(raw, prepared.DTYPE) for raw in found]
+
+        return read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Several prepared folders with their shares of the training sequences; evaluation reads all of each."""
+
+    parts: tuple[Corpus, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def folder(self) -> str:
+        """For messages."""
+        shares = zip(self.parts, self.weights, strict=True)
+        return ", ".join(f"{part.folder} ({weight:.3g})" for part, weight in shares)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.parts[0].vocabulary
+
+    @property
+    def image_size(self) -> int:
+        return self.parts[0].image_size
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same tokens with the same shares."""
+        found = [[part.fingerprint, weight] for part, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the text to train on."""
+        return sum(w * part.bytes_per_token for part, w in zip(self.parts, self.weights, strict=True))
+
+    def info(self, split: str) -> prepared.Split:
+        """Counts of a split of all folders together. ValueError: it is empty in all."""
+        found = [part.splits[split] for part in self.parts]
+        if not any(info.n_token for info in found):
+            raise ValueError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
+        zipped = [info.gzip_bytes for info in found if info.gzip_bytes is not None]
+        return prepared.Split(
+            n_token=sum(info.n_token for info in found),
+            n_document=sum(info.n_document for info in found),
+            n_byte=sum(info.n_byte for info in found),
+            n_word=sum(info.n_word for info in found),
+            sha256=hashlib.sha256("".join(info.sha256 for info in found).encode()).hexdigest(),
+            gzip_bytes=sum(zipped) if len(zipped) == len(found) else None,
+        )
+
+
+AnyCorpus = Corpus | Mixture
+
+
+def open_mixture(text: str) -> Mixture:
+    """`FOLDER:WEIGHT,FOLDER:WEIGHT`; weights are made to add up to 1.
+
+    ValueError: it is written otherwise, a folder cannot be opened, or their vocabularies differ.
+    """
+    folders, weights = [], []
+    for item in text.split(","):
+        folder, _, number = item.strip().rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not folder or not 0 < weight < math.inf:
+            raise ValueError(
+                f"config.data.mix must be FOLDER:WEIGHT,FOLDER:WEIGHT with positive weights, not {item!r}"
+            )
+        folders.append(folder)
+        weights.append(weight)
+    parts = tuple(_open(_folder(folder), "config.data.mix", "prepare it again") for folder in folders)
+    for part in parts:
+        ours, theirs = describe(part.vocabulary), describe(parts[0].vocabulary)
+        if (ours, part.image_size) != (theirs, parts[0].image_size):
+            raise ValueError(
+                f"config.data.mix: {parts[0].folder} and {part.folder} have the vocabularies {theirs} and"
+                f" {ours}; prepare one of them again, with the other's --model"
+            )
+    return Mixture(parts=parts, weights=tuple(weight / sum(weights) for weight in weights))
+
+
+def _folder(name: str) -> epath.Path:
+    return epath.Path(name).expanduser()
+
+
+def open_corpus(data: config.Data) -> AnyCorpus:
+    """Opens what `data` names, in constant time; a source of text is prepared into the cache first.
+
+    ValueError: nothing is there, it is unreadable, damaged, of a newer format, or has nothing to train on.
+    """
+    if data.mix:
+        return open_mixture(data.mix)
+    if data.source == "tokens":
+        remedy = "prepare it again, or use config.data.source=text for plain text"
+        return _open(_folder(data.path), "config.data.path", remedy)
+    found = documents.find(data)
+    source = {"name": data.source, "path": data.path, "n_file": len({document.path for document in found})}
+    if data.source == "stdlib":
+        source["python"] = sys.version.split()[0]
+    vocabulary = ByteVocabulary()
+    folder = cache_folder(data) / _key(found, vocabulary)
+    if not folder.exists():
+        try:
+            _prepare(folder, found, vocabulary, source)
+        except OSError as error:
+            raise ValueError(
+                f"config.data.cache: cannot write {folder} ({error.strerror}); choose another folder"
+            ) from error
+    return _open(epath.Path(folder), "config.data.cache", "delete this folder and it is made again")
+
+
+def cache_folder(data: config.Data) -> Path:
+    """`data.cache`, or tvq's folder in the user's cache."""
+    if data.cache:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvq"
+
+
+def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
+    where = f"{field}: {folder}"
+    manifest = prepared.read(folder, where, remedy)
+    if not manifest.splits["train"].n_token:
+        raise ValueError(f"{where} has an empty train split; {remedy}")
+    return Corpus(
+        folder=folder,
+        vocabulary=manifest.vocabulary,
+        image_size=manifest.image_size,
+        source=manifest.source,
+        splits=manifest.splits,
+    )
+
+
+def _key(found: list[Document], vocabulary: Vocabulary) -> str:
+    """Names the prepared folder after all that decides its contents."""
+    key = hashlib.sha256(
+        json.dumps([prepared.VERSION, documents.SPLIT_RULE, vocabulary.name, vocabulary.size]).encode()
+    )
+    for document in found:
+        span = json.dumps([document.split, document.start, document.stop, document.mtime_ns])
+        key.update(os.fsencode(document.path) + b"\0" + span.encode() + b"\0")
+    return key.hexdigest()[:32]
+
+
+def _prepare(folder: Path, found: list[Document], vocabulary: Vocabulary, source: dict[str, Any]) -> None:
+    """Makes `folder` whole or not at all. Of processes that make it at once the first to finish wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="preparing-", dir=folder.parent) as temporary:
+        made = Path(temporary, folder.name)
+        made.mkdir()
+        pieces = documents.pieces(found)
+        prepared.write(epath.Path(made), pieces, prepared.text_form(vocabulary), source)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise

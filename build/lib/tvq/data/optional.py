@@ -1,0 +1,15 @@
+"""Packages that only some data needs: the one place that imports them."""
+
+import importlib
+from typing import Any
+
+
+def load(package: str) -> Any:
+    """The module `package`. ValueError: it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"this data needs the package {package.partition('.')[0]!r}, which is not installed;"
+            " pip install 'tvq[data]'"
+        ) from error

@@ -1,0 +1,125 @@
+"""Batches of sequences, read ahead by Grain.
+
+Batch t is a function of (seed, t, batch_size): never of the processes that read it, of the rows that a
+process asks for, or of where a run was resumed.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from tvq.data.packing import FILLER, Example, Sequences
+
+Batches = Generator[Example, None, None]
+ALL_ROWS = slice(None)
+# Batches are large and cheap to read: a few in advance hide the reading.
+READ_AHEAD = 4
+
+
+class _Batches:
+    """Random access to batches from `start` on: row j of batch t is sequence `order[t * batch_size + j]`.
+
+    Rows behind the end of `order` are padding.
+    """
+
+    def __init__(
+        self, sequences: Sequences, order: Sequence[int], *, batch_size: int, rows: slice, start: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"a batch needs at least 1 sequence, not {batch_size}")
+        if start < 0:
+            raise ValueError(f"the first batch is number 0, not {start}")
+        self._sequences, self._order = sequences, order
+        self._batch_size, self._start = batch_size, start
+        self._rows = range(batch_size)[rows]
+        if not self._rows:
+            raise ValueError(f"{rows} takes none of the {batch_size} rows of a batch")
+
+    def __len__(self) -> int:
+        # An endless order has sys.maxsize elements, and a rounded-up count must not pass that.
+        n_batch = (len(self._order) - 1) // self._batch_size + 1
+        return max(0, n_batch - self._start)
+
+    def __getitem__(self, index: int) -> Example:
+        """int32 [rows, T] each."""
+        first, end = (self._start + index) * self._batch_size, len(self._order)
+        positions = [first + row for row in self._rows]
+        return self._sequences.batch([self._order[p] if p < end else FILLER for p in positions])
+
+
+def training_batches(
+    sequences: Sequences,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rows: slice = ALL_ROWS,
+    workers: int = 0,
+) -> Batches:
+    """Shuffled batches without end, from batch `start` on; each epoch has its own order.
+
+    `batch_size` is global; this process is given its `rows`: `inputs, targets, doc_ids, loss_mask`, int32
+    [rows, T] each. `workers` processes read ahead; 0 reads in threads. `close()` ends them.
+    """
+    batches = _Batches(sequences, _order(sequences, seed), batch_size=batch_size, rows=rows, start=start)
+    return _read(batches, workers)
+
+
+def _order(sequences: Sequences, seed: int) -> grain.MapDataset:
+    """Sequence numbers without end: of each folder epoch after epoch, mixed by the folders' weights."""
+    spans = list(zip(sequences.starts[:-1], sequences.starts[1:], strict=True))
+    # Grain's epochs use seed, seed + 1, ...: hashed first, so that neighbouring seeds share no epoch.
+    seeds = np.random.SeedSequence(seed).generate_state(len(spans)).tolist()
+    orders = [
+        grain.MapDataset.range(first, end).shuffle(seed=hashed).repeat(None)
+        for (first, end), hashed in zip(spans, seeds, strict=True)
+    ]
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, sequences.corpus.weights)
+
+
+def evaluation_batches(sequences: Sequences, *, batch_size: int, rows: slice = ALL_ROWS) -> Batches:
+    """Every sequence once, in order: int32 [rows, T] each. The last batch is filled up with masked rows.
+
+    All processes get equally many batches. `close()` ends the threads that read ahead.
+    """
+    order = range(len(sequences))
+    return _read(_Batches(sequences, order, batch_size=batch_size, rows=rows), workers=0)
+
+
+def _read(batches: _Batches, workers: int) -> Batches:
+    threads = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=READ_AHEAD)
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(threads)
+    if workers:
+        # Grain's workers read absl flags, which are unparsed where absl.app does not run the program.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _start_worker)
+    iterator = iter(dataset)
+    try:
+        for batch in iterator:
+            # Copied out of the memory shared with a worker, so that it is free at once.
+            yield {name: np.array(values) for name, values in batch.items()} if workers else batch
+            del batch
+    finally:
+        iterator.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in each worker process. Grain's own would outlive a killed run for ever."""
+    # A signal to the whole group is for the run, which still wants batches until it has saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,244 @@
+"""Drawing: a prompt is read in parallel, then continued at constant memory and cost a token."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from tvq import tensors
+from tvq.config import CHANGEABLE, Model
+from tvq.data.vocabulary import END
+from tvq.model import transformer
+
+REMOVED = -1e10
+# Blocks of a prompt read at a time: bounds memory, and the shapes to compile.
+READ_BLOCKS = 16
+# Tokens written by one call: often enough for the eye, seldom enough for the device.
+CHUNK = 16
+# In the place of a token that is to be drawn.
+DRAWN = -1
+
+
+class Prefix(NamedTuple):
+    """A text that has been read: the state after whole blocks, and the one or more tokens after them."""
+
+    state: transformer.State  # of one sequence
+    rest_T: np.ndarray  # int32
+
+
+def nucleus(logits_BC: jax.Array, p: float) -> jax.Array:
+    """The logits with the tail outside the nucleus of probability p at -1e10 (SPEC.md "Sampling").
+
+    Tokens are taken from the likeliest, the highest id first among equals, while the mass before a token is
+    below p - 1e-4; the first always stays. p = 0 leaves it alone.
+    """
+    probability = jax.nn.softmax(logits_BC)
+    order = jnp.argsort(probability, -1, stable=True)[..., ::-1]
+    ranked = jnp.take_along_axis(probability, order, -1)
+    before = jnp.cumsum(ranked, -1) - ranked
+    first = jnp.arange(logits_BC.shape[-1]) == 0
+    keep = (before < p - 1e-4) | jnp.broadcast_to(first, before.shape)
+    keep = jnp.take_along_axis(keep, jnp.argsort(order, -1), -1)
+    return jnp.where(keep, logits_BC, REMOVED)
+
+
+def choose(
+    log_probs_BC: jax.Array,
+    key: jax.Array,
+    position: jax.Array,
+    sequence_B: jax.Array,
+    temperature: float,
+    p_nucleus: float,
+) -> jax.Array:
+    """A token `[B]` int32 for each sequence; the draw is a function of key, position and sequence."""
+    if temperature == 0.0:
+        return jnp.argmax(log_probs_BC, -1).astype(jnp.int32)
+    logits_BC = nucleus(log_probs_BC / temperature, p_nucleus)
+    key = jax.random.fold_in(key, position)
+    keys_B = jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(sequence_B)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BC).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames="model")
+def read(
+    params: dict, codebooks: dict, tokens_BT: jax.Array, state: transformer.State, model: Model
+) -> transformer.State:
+    """The state after more tokens, whole blocks of them, read in parallel."""
+    return transformer.forward(params, codebooks, tokens_BT, jnp.ones_like(tokens_BT), state, model)[1]
+
+
+@partial(jax.jit, static_argnames=("model", "temperature", "p_nucleus"))
+def write(
+    params: dict,
+    decoding: transformer.Decoding,
+    token_B: jax.Array,
+    given_BT: jax.Array,
+    sequence_B: jax.Array,
+    key: jax.Array,
+    model: Model,
+    temperature: float,
+    p_nucleus: float,
+) -> tuple[transformer.Decoding, jax.Array]:
+    """The T tokens that follow `token_B`, `[B,T]` int32: those given, drawn where DRAWN stands.
+
+    One loop on the device. Sequences of another length are then read and continued side by side.
+    """
+
+    def follow(carry: tuple, given_B: jax.Array) -> tuple:
+        decoding, token_B = carry
+        position = decoding.position
+        log_probs_BC, decoding = transformer.decode(params, token_B, decoding, model)
+        token_B = choose(log_probs_BC, key, position, sequence_B, temperature, p_nucleus)
+        token_B = jnp.where(given_B == DRAWN, token_B, given_B)
+        return (decoding, token_B), token_B
+
+    (decoding, _), tokens_TB = jax.lax.scan(follow, (decoding, token_B), given_BT.T)
+    return decoding, tokens_TB.T
+
+
+begin = jax.jit(transformer.decoding, static_argnames="config")
+
+
+def empty(model: Model) -> Prefix:
+    """Before any text: the end id."""
+    return Prefix(transformer.initial_state(model, 1), np.array([END], np.int32))
+
+
+def read_on(params: dict, codebooks: dict, before: Prefix, tokens_T: np.ndarray, model: Model) -> Prefix:
+    """The prefix and more tokens: all whole blocks of them are read, but for the last token.
+
+    Sixteen blocks at a time and then single ones, so that two programs read texts of any length.
+    """
+    state, rest_T = before.state, np.concatenate([before.rest_T, tokens_T.astype(np.int32)])
+    for piece in (READ_BLOCKS * model.block_len, model.block_len):
+        while len(rest_T) > piece:
+            state = read(params, codebooks, jnp.asarray(rest_T[None, :piece]), state, model)
+            rest_T = rest_T[piece:]
+    return Prefix(state, rest_T)
+
+
+def beside(states: Sequence[transformer.State]) -> transformer.State:
+    """One state of many sequences, which are equally long."""
+    join = lambda trees, axis: jax.tree.map(lambda *x: jnp.concatenate(x, axis), *trees)
+    units, start_BE = join([s.units for s in states], 1), join([s.start_BE for s in states], 0)
+    return states[0]._replace(units=units, start_BE=start_BE)
+
+
+def chunks(
+    params: dict,
+    codebooks: dict,
+    prefixes: Sequence[Prefix],
+    sequences: Sequence[int],
+    key: jax.Array,
+    *,
+    model: Model,
+    length: int,
+    temperature: float,
+    p_nucleus: float,
+) -> Iterator[jax.Array]:
+    """What follows the first unread token of each prefix, `[B,CHUNK]` at a time, until all drew `length`.
+
+    The prefixes' states are equally long; `sequences` are the numbers that draw.
+    """
+    decoding = begin(params, codebooks, beside([prefix.state for prefix in prefixes]), model)
+    n_token = max(len(prefix.rest_T) for prefix in prefixes) - 1 + length
+    given_BT = np.full((len(prefixes), -(-n_token // CHUNK) * CHUNK), DRAWN, np.int32)
+    for row, prefix in zip(given_BT, prefixes, strict=True):
+        row[: len(prefix.rest_T) - 1] = prefix.rest_T[1:]
+    token_B = jnp.asarray([prefix.rest_T[0] for prefix in prefixes])
+    sequence_B = jnp.asarray(sequences)
+    for start in range(0, given_BT.shape[1], CHUNK):
+        given = jnp.asarray(given_BT[:, start : start + CHUNK])
+        decoding, tokens_BT = write(
+            params, decoding, token_B, given, sequence_B, key, model, temperature, p_nucleus
+        )
+        token_B = tokens_BT[:, -1]
+        yield tokens_BT
+
+
+def continuations(
+    params: dict,
+    codebooks: dict,
+    prefixes: Sequence[Prefix],
+    sequences: Sequence[int],
+    key: jax.Array,
+    *,
+    batch_size: int,
+    length: int,
+    **options: Any,
+) -> list[np.ndarray]:
+    """Continuations `[length]` int32 of prefixes of any length; `options` are those of `chunks`.
+
+    A continuation is a function of prefix, sequence number and key: those of equally long states are drawn
+    side by side, `batch_size` at a time, and a batch is filled up, so that one program draws all.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, prefix in enumerate(prefixes):
+        groups.setdefault(int(prefix.state.position), []).append(i)
+    B = min(batch_size, max(map(len, groups.values())))
+    batches = [group[i : i + B] for group in groups.values() for i in range(0, len(group), B)]
+    found = {}
+    for batch in batches:
+        rows = batch + batch[-1:] * (B - len(batch))
+        of_rows = [prefixes[i] for i in rows], [sequences[i] for i in rows]
+        tokens_BT = np.concatenate(
+            [np.asarray(x) for x in list(chunks(params, codebooks, *of_rows, key, length=length, **options))],
+            1,
+        )
+        for i, row in zip(batch, tokens_BT, strict=False):
+            start = len(prefixes[i].rest_T) - 1
+            found[i] = row[start : start + length]
+    return [found[i] for i in range(len(prefixes))]
+
+
+def continuation(
+    params: dict,
+    codebooks: dict,
+    prefix: Prefix,
+    sequence: int,
+    key: jax.Array,
+    *,
+    length: int,
+    **options: Any,
+) -> Iterator[np.ndarray]:
+    """The same continuation, some tokens at a time as they are drawn."""
+    start, stop, end = len(prefix.rest_T) - 1, 0, len(prefix.rest_T) - 1 + length
+    for tokens_1T in chunks(params, codebooks, [prefix], [sequence], key, length=length, **options):
+        begun, stop = stop, stop + tokens_1T.shape[1]
+        if stop > start:
+            yield np.asarray(tokens_1T)[0, max(start - begun, 0) : end - begun]
+
+
+def save(path: epath.Path, prefix: Prefix, model: Model, weights: str) -> int:
+    """Writes a prefix and which model read it; returns its bytes: of a text of any length as many."""
+    return tensors.write(path, tensors.named(prefix), {"weights": weights, **_origin(model)})
+
+
+def load(path: epath.Path, model: Model, weights: str) -> Prefix:
+    """What `save` wrote. ValueError: it is no such file, or of another model; each difference is named."""
+    arrays, origin = tensors.read("--from_state", path)
+    wanted = {"weights": weights, **_origin(model)}
+    differing = [
+        f"  {name}: {origin.get(name, 'absent')} in the file, {value} now"
+        for name, value in wanted.items()
+        if origin.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"--from_state={path} was saved by another model; use that one, or read the document again:\n"
+            + "\n".join(differing)
+        )
+    like = jax.eval_shape(lambda: transformer.initial_state(model, 1))
+    prefix = Prefix(like, np.empty(0, np.int32))
+    return jax.tree.unflatten(jax.tree.structure(prefix), [arrays[name] for name in tensors.named(prefix)])
+
+
+def _origin(model: Model) -> dict[str, str]:
+    """What decides the state besides the weights."""
+    flat = {f"config.model.{name}": value for name, value in dataclasses.asdict(model).items()}
+    return {name: repr(x) for name, x in flat.items() if name.removeprefix("config.") not in CHANGEABLE}

@@ -1,0 +1,30 @@
+"""The loss of each token (SPEC.md "Losses of one update")."""
+
+import jax
+import jax.numpy as jnp
+
+from tvq import dims
+from tvq.config import Model
+from tvq.model import transformer
+
+
+def token_nll(
+    params: dict, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, config: Model
+) -> jax.Array:
+    """Nats `[B,T]` of each target after the last hidden x; 0 where masked.
+
+    One block of tokens at a time, computed again in the backward pass: log-probabilities `[B,T,C]` are
+    never held.
+    """
+    B, T = dims.check(x_BTD=x_BTD, targets_BT=targets_BT, mask_BT=mask_BT)["B"], x_BTD.shape[1]
+    blocks = lambda x: x.reshape(B, -1, config.block_len, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def block(scanned: tuple) -> jax.Array:
+        x_BLD, targets_BL = scanned
+        log_probs_BLC = transformer.log_probs(params, x_BLD, config)
+        return -jnp.take_along_axis(log_probs_BLC, targets_BL[..., None], -1)[..., 0]
+
+    nll_RBL = jax.lax.map(block, (blocks(x_BTD), blocks(targets_BT)))
+    nll_BT = nll_RBL.swapaxes(0, 1).reshape(B, T)
+    return nll_BT * mask_BT.astype(nll_BT.dtype)

@@ -1,0 +1,92 @@
+"""An estimate as a page, several as a table."""
+
+import math
+
+from tvq.config import Config
+from tvq.flops import GIB
+from tvq.plan.step import Estimate, TooLargeError
+
+BOUND = {
+    "products": "matrix products",
+    "memory": "memory traffic",
+    "links": "links between devices",
+    "launches": "launches of kernels",
+}
+
+
+def too_large(error: TooLargeError) -> str:
+    needed, available = error.args
+    return f"does not fit: {needed} of memory needed on a device, {available} there"
+
+
+def verdict(found: Estimate) -> str:
+    fits, needed = "fits" if found.fits else "does not fit", found.bytes_needed / GIB
+    return f"{fits}: {needed:.2f} GiB of memory needed on a device, {found.chip.memory / GIB:.2f} there"
+
+
+def page(c: Config, found: Estimate) -> str:
+    """For the terminal."""
+    n_device, n_step = math.prod(found.shape.values()), c.train.sequence_len // c.train.update_len
+    lines = [
+        f"{c.plan.topology}: {n_device} devices, mesh {shape(found)}; a step reads {found.n_token:,} tokens"
+        f" in {n_step} update{'s' * (n_step > 1)}",
+        f"parameters          {found.n_param:,}",
+        verdict(found),
+    ]
+    lines += [f"  {size / GIB:9.3f} GiB  {name}" for name, size in found.memory.items()]
+    lines += ["largest arrays of the program"]
+    lines += [
+        f"  {array.nbytes * n / GIB:9.3f} GiB  {f'{n} x ' if n > 1 else ''}{array.dtype}{list(array.shape)}"
+        for array, n in found.largest
+    ]
+    n_token, lack = found.n_token / n_device, found.compiled / found.analytic - 1
+    lines += [
+        "work of a device, a token of its share",
+        f"  {found.analytic / n_token / 1e9:9.3f} GFLOP needed, {found.compiled / n_token / 1e9:.3f} compiled"
+        f" ({lack:+.1%})",
+        f"  {found.traffic / n_token / 1e6:9.3f} MB to and from memory; {found.n_kernel:,} kernels a step",
+    ]
+    if found.links:
+        lines.append("sent by a device, a step")
+    lines += [
+        f"  {sent / 1e9:9.3f} GB  {kind} along {axes}, {n:,} times"
+        for (kind, axes), (n, sent) in sorted(found.links.items(), key=lambda item: -item[1][1])
+    ]
+    return "\n".join([*lines, *times(found)])
+
+
+def times(found: Estimate) -> list[str]:
+    whole = found.step_seconds
+    n_device = math.prod(found.shape.values())
+    use = found.analytic / found.chip.bfloat16 / whole
+    return [
+        f"compiled in {found.compile_seconds:.0f} s",
+        f"a step takes at least {whole:.3g} s: {found.n_token / whole:,.0f} tokens/s,"
+        f" {found.n_token / whole / n_device:,.0f} a device, at most {use:.0%} of the peak",
+        *(
+            f"  {share / whole:6.0%}  bound by {BOUND[name]}"
+            for name, share in sorted(found.seconds.items(), key=lambda item: -item[1])
+        ),
+    ]
+
+
+def shape(found: Estimate) -> str:
+    return " ".join(f"{axis}={n}" for axis, n in found.shape.items() if n > 1 or axis == "devices")
+
+
+def ranking(c: Config, rows: list[tuple[str, Estimate | str]]) -> str:
+    """Markdown: what fits, the fastest first; then what does not, and why."""
+    found = [(name, one) for name, one in rows if isinstance(one, Estimate)]
+    found.sort(key=lambda row: (not row[1].fits, row[1].step_seconds))
+    lines = [
+        "| mesh | fits | GiB a device | s a step | tokens/s | GB sent a device | bound by |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for name, one in found:
+        sent = sum(sent for _, sent in one.links.values()) / 1e9
+        bound = BOUND[max(one.seconds, key=lambda part: one.seconds[part])]
+        fits, needed, there = "yes" if one.fits else "no", one.bytes_needed / GIB, one.chip.memory / GIB
+        speed = f"{one.step_seconds:.3g} | {one.n_token / one.step_seconds:,.0f}"
+        lines.append(f"| {name} | {fits} | {needed:.2f} of {there:.2f} | {speed} | {sent:.2f} | {bound} |")
+    lines += [f"| {name} | no: {why} | | | | | |" for name, why in rows if isinstance(why, str)]
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""The program `tvq sample`: what is asked, in what order, and where the answer goes."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from tvq import cluster, draw, evaluate, mesh, metrics, tensors
+from tvq.config import Config, Mesh
+from tvq.data.vocabulary import Vocabulary, from_json
+from tvq.draw import Prefix
+from tvq.model import transformer
+
+
+def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> list[str]:
+    """`sample.n_sample` texts that begin with `sample.prompt`, drawn by one device of this process.
+
+    ValueError: the model has quadratic attention, which is there to be measured, not to decode.
+    """
+    check_decodes(c)
+    params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
+    before = draw.empty(c.model)
+    return answers(params, codebooks, vocabulary, c, before, [c.sample.prompt])
+
+
+def check_decodes(c: Config) -> None:
+    if c.model.attention == "full":
+        raise ValueError("config.model.attention=full cannot decode; train with vq to draw samples")
+
+
+def drawing(c: Config) -> dict[str, Any]:
+    """The options of `draw.chunks`."""
+    return {
+        "model": transformer.suited(c.model, jax.devices()[0].platform),
+        "length": c.sample.length,
+        "temperature": c.sample.temperature,
+        "p_nucleus": c.sample.nucleus,
+    }
+
+
+def answers(
+    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, before: Prefix, prompts: list[str]
+) -> list[str]:
+    """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
+    options = drawing(c)
+    ids = [vocabulary.encode(prompt.encode()) for prompt in prompts]
+    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"]) for ids_T in ids]
+    asked = [(i, number) for i in range(len(ids)) for number in range(c.sample.n_sample)]
+    found = draw.continuations(
+        params,
+        codebooks,
+        [prefixes[i] for i, _ in asked],
+        [number for _, number in asked],
+        jax.random.key(c.sample.seed),
+        batch_size=c.sample.batch_size,
+        **options,
+    )
+    # Decoded together: where the prompt ends may decide how the first piece is written.
+    together = (np.concatenate([ids[i], tokens_T]) for (i, _), tokens_T in zip(asked, found, strict=True))
+    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in together]
+
+
+def streams(
+    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, before: Prefix, prompts: list[str]
+) -> Iterator[Iterator[str]]:
+    """The same texts, each in pieces as they are drawn."""
+    options, key = drawing(c), jax.random.key(c.sample.seed)
+    for prompt in prompts:
+        ids = vocabulary.encode(prompt.encode())
+        prefix = draw.read_on(params, codebooks, before, ids, options["model"])
+        for number in range(c.sample.n_sample):
+            drawn = draw.continuation(params, codebooks, prefix, number, key, **options)
+            yield spoken(vocabulary, ids, drawn)
+
+
+def spoken(vocabulary: Vocabulary, ids_T: np.ndarray, drawn: Iterable[np.ndarray]) -> Iterator[str]:
+    """The text of ids and of those that follow, in pieces: whole characters, none before it is certain."""
+    said = 0
+    for more_T in drawn:
+        ids_T = np.concatenate([ids_T, more_T])
+        text = vocabulary.decode(ids_T).decode(errors="replace")
+        certain = len(text.rstrip("\ufffd"))  # what looks broken at the end may only be unfinished
+        yield text[said:certain]
+        said = max(said, certain)
+    yield text[said:]
+
+
+def read_prompts(path: epath.Path) -> list[str]:
+    """The prompts in a file: a line each, or of `.jsonl` the field `prompt` of a line. ValueError: none."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"--prompts={path}: cannot read it ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts={path} is not UTF-8: {error}") from error
+    if not text:
+        raise ValueError(f"--prompts={path} is empty; write one prompt a line")
+    lines = text.removesuffix("\n").split("\n")
+    return [_prompt(path, i, line) for i, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+
+
+def _prompt(path: epath.Path, number: int, line: str) -> str:
+    try:
+        found = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str):
+        raise ValueError(f'--prompts={path}: line {number} must be {{"prompt": "..."}}, not {line[:60]}')
+    return found
+
+
+def read_document(path: epath.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--document={path}: cannot read it ({error.strerror})") from error
+
+
+def show(found: list[str]) -> str:
+    """Texts for the terminal."""
+    return "\n".join(header(i, len(found)) + text for i, text in enumerate(found))
+
+
+def header(i: int, n: int) -> str:
+    return f"--- sample {i + 1} of {n} ---\n" if n > 1 else ""
+
+
+def save(found: list[str], workdir: epath.Path, step: int) -> epath.Path:
+    """Writes texts to `workdir/samples/step_N.txt`; returns the path."""
+    path = workdir / "samples" / f"step_{step}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(show(found) + "\n")
+    return path
+
+
+def write_files(found: list[str], folder: epath.Path) -> str:
+    """A text file each; what to say of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(found):
+        (folder / f"{i + 1:04}.txt").write_text(text)
+    return f"{len(found)} texts in {folder}"
+
+
+def prefix(
+    params: dict,
+    codebooks: dict,
+    vocabulary: Vocabulary,
+    c: Config,
+    say: Callable[[str], None],
+    document: str | None,
+    save_state: str | None,
+    from_state: str | None,
+) -> Prefix:
+    """What stands before every prompt: nothing, a saved state, a document, or both; saved if asked."""
+    weights = tensors.fingerprint((params, codebooks)) if save_state or from_state else ""
+    found = draw.load(epath.Path(from_state), c.model, weights) if from_state else draw.empty(c.model)
+    if document:
+        ids = vocabulary.encode(read_document(epath.Path(document)))
+        found = draw.read_on(params, codebooks, found, ids, drawing(c)["model"])
+    if save_state:
+        n_byte = draw.save(epath.Path(save_state), found, c.model, weights)
+        n_token = int(found.state.position) + len(found.rest_T)
+        say(f"state after {n_token:,} tokens in {save_state}: {n_byte / 1e6:,.1f} MB, as after any number")
+    return found
+
+
+def sample(
+    c: Config,
+    workdir: epath.Path,
+    place: cluster.Place,
+    log: cluster.Log,
+    *,
+    prompts: str | None,
+    output: str | None,
+    stream: bool,
+    document: str | None,
+    save_state: str | None,
+    from_state: str | None,
+) -> int:
+    """Continues prompts with the newest checkpoint."""
+    if place.n_process > 1:
+        raise ValueError(f"tvq sample is for one process, but {place}; start it by itself")
+    if stream and output:
+        raise ValueError("--stream writes to the terminal and --output to files; use one of them")
+    check_decodes(c)
+    asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
+    restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
+    vocabulary = from_json(restored.data["vocabulary"])
+    model = restored.state.params, restored.state.codebooks
+    before = prefix(*model, vocabulary, c, log.say, document, save_state, from_state)
+    if stream:
+        n = len(asked) * c.sample.n_sample
+        for i, pieces in enumerate(streams(*model, vocabulary, c, before, asked)):
+            print(header(i, n), end="")
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+        return 0
+    found = answers(*model, vocabulary, c, before, asked)
+    metrics.Console().say(write_files(found, epath.Path(output)) if output else show(found))
+    return 0

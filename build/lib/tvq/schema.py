@@ -1,0 +1,188 @@
+"""The schema: every field of a run with its type, default, meaning and range, one dataclass a section."""
+
+import dataclasses
+import math
+from typing import Any
+
+# Ids that every vocabulary has: padding, the end of a document (it begins the next), an unknown piece.
+PAD, END, UNKNOWN = 0, 1, 2
+
+
+def field(default: Any, doc: str, at_least: float = -math.inf, below: float = math.inf) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "at_least": at_least, "below": below})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    n_vocab: int = field(
+        259, "token ids; bytes need 259 (three special ids, then the byte values)", at_least=4
+    )
+    n_layer: int = field(24, "layers; each is two gated attention units", at_least=1)
+    n_head: int = field(1, "heads", at_least=1)
+    d_model: int = field(768, "width of the residual stream", at_least=1)
+    d_k: int = field(128, "key width of a head", at_least=1)
+    d_v: int = field(1536, "value width of a head", at_least=1)
+    n_code: int = field(512, "codewords of a head", at_least=1)
+    block_len: int = field(512, "tokens of one attention block", at_least=1)
+    mem_len: int = field(512, "tokens before a block that are attended to exactly", at_least=1)
+    attention: str = field("vq", "vq: linear time; full: exact and quadratic, the baseline of benchmarks")
+    n_parallel: int = field(
+        0, "blocks that attention computes at once; 0 takes what suits the device", at_least=0
+    )
+    attend_across_documents: bool = field(
+        False,
+        "attend to earlier documents of the sequence, as the paper does; off: window and cache end there",
+    )
+    agg_cache: bool = field(True, "attend to the tokens before the window through the compressive cache")
+    grad_thru_cache: bool = field(True, "let gradients pass from block to block within an update")
+    pe_abs: bool = field(False, "add absolute sinusoidal positions to the embedding")
+    pe_lam: float = field(100_000.0, "longest wavelength of the sinusoids, over 2 pi")
+    e_tie: bool = field(False, "use the embedding table as output projection")
+    e_preln: bool = field(False, "normalise before the output projection")
+    e_scale: float = field(1.0, "factor on the logits")
+    p_dropemb: float = field(0.0, "dropout on the embedding", at_least=0, below=1)
+    p_dropsin: float = field(0.0, "dropout on the sinusoids of relative positions", at_least=0, below=1)
+    p_dropres: float = field(0.0, "dropout on the output of each gated unit", at_least=0, below=1)
+    p_droplyr: float = field(0.0, "probability to skip a gated unit, a sequence", at_least=0, below=1)
+    c_gamma: float = field(0.99, "decay of the codebook's moving average", at_least=0, below=1)
+    c_beta: float = field(1e-4, "weight of the commitment loss", at_least=0)
+    remat: str = field("names", "kept of a unit for the backward pass: all, names (the costly) or nothing")
+    dtype: str = field("float32", "dtype of activations: float32, bfloat16 or float64")
+    param_dtype: str = field("float32", "dtype of parameters")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    source: str = field(
+        "stdlib", "stdlib (the running Python's library, nothing to download), text, or tokens"
+    )
+    path: str = field("", "file or folder of text, for source=text; prepared folder, for source=tokens")
+    mix: str = field(
+        "", "FOLDER:WEIGHT,FOLDER:WEIGHT: prepared folders with their shares, in the place of source and path"
+    )
+    cache: str = field("", "folder for prepared tokens and compiled programs; empty: the user's cache folder")
+    workers: int = field(0, "processes that read ahead; 0 reads in threads of this one", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    name: str = field("adamw", "adamw, lion or adafactor")
+    lr_max: float = field(4e-4, "learning rate at the end of warm-up", at_least=0)
+    schedule: str = field("cosine", "cosine, linear or inv_sqrt, after linear warm-up")
+    n_warmup_step: int = field(10_000, "updates of warm-up", at_least=0)
+    n_max_step: int = field(125_000, "update at which the schedule reaches its floor of a tenth", at_least=1)
+    grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip", at_least=0)
+    wd_lam: float = field(2e-4, "weight decay an update, independent of the learning rate", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    devices: int = field(-1, "data-parallel devices; -1 takes all there are")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = field(125_000, "parameter updates of the run", at_least=1)
+    global_batch_size: int = field(128, "sequences of a batch, over all devices", at_least=1)
+    sequence_len: int = field(8192, "tokens of a training sequence", at_least=1)
+    update_len: int = field(2048, "tokens of a sequence that one parameter update sees", at_least=1)
+    segment_len: int = field(
+        0,
+        "tokens of an update held in memory at a time, at the cost of a second forward; 0: all of them",
+        at_least=0,
+    )
+    seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    every: int = field(1000, "updates between evaluations while training; 0 evaluates never", at_least=0)
+    split: str = field("validation", "train, validation or test")
+    batch_size: int = field(
+        0, "sequences of an evaluation batch; 0 takes train.global_batch_size", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    prompt: str = field("", "text to continue")
+    n_sample: int = field(1, "continuations to draw", at_least=1)
+    batch_size: int = field(16, "continuations drawn side by side", at_least=1)
+    length: int = field(256, "tokens to draw for each", at_least=1)
+    temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token", at_least=0)
+    nucleus: float = field(0.9, "draw from the likeliest tokens that hold this much probability")
+    seed: int = field(0, "decides the draws", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    kind: str = field("train", "what to measure: train, attention, decode or data")
+    lengths: str = field("2048,8192", "tokens of a sequence and an update, for train and attention")
+    n_token: int = field(0, "tokens of a step, the same at each length; 0: the largest length", at_least=0)
+    formulations: str = field(
+        "auto,serial,all,full",
+        "vq by model.n_parallel 0, 1 or all blocks, and model.attention=full; auto:nothing sets model.remat",
+    )
+    contexts: str = field("1024,10240,102400", "tokens before those that decode measures")
+    batch_sizes: str = field("1,8", "sequences that decode works on at once")
+    n_draw: int = field(64, "tokens that one call of decode draws", at_least=1)
+    rounds: int = field(5, "times that each case is timed, in turn", at_least=1)
+    seconds: float = field(
+        0.0, "time limit: no case is added after 60 % of it and no round begun after it; 0: none", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    topology: str = field("", "machine to plan for: a TPU slice (v5e:4x4), or GPUs of one host (h200:8)")
+    sweep: bool = field(False, "try every shape of the mesh and rank them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = field(1000, "updates between checkpoints", at_least=1)
+    keep: int = field(3, "latest checkpoints kept", at_least=1)
+    keep_every: int = field(
+        10_000, "checkpoints at multiples of this update are kept for good; 0: none", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    every: int = field(100, "updates between rows of metrics.jsonl", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    coordinator: str = field("", "HOST:PORT of process 0 (PORT + 1 is used too); empty: the scheduler tells")
+    n_process: int = field(0, "processes of the run; 0: the scheduler tells, or there is one", at_least=0)
+    process_id: int = field(-1, "number of this process; -1: the scheduler tells", at_least=-1)
+    local_devices: int = field(
+        0, "devices that each process must find; 0: what the scheduler granted", at_least=0
+    )
+    start_timeout: float = field(300.0, "seconds to wait until all processes have come", at_least=1)
+    step_timeout: float = field(
+        600.0, "seconds without progress until the watchdog ends the process", at_least=1
+    )
+    compile_timeout: float = field(
+        3600.0, "the same for the first step, which compiles, and for restoring", at_least=1
+    )
+    silence_timeout: float = field(
+        60.0, "seconds without a sign of life until a process counts as lost", at_least=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    sample: Sample = Sample()
+    bench: Bench = Bench()
+    plan: Plan = Plan()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    cluster: Cluster = Cluster()

@@ -1,0 +1,254 @@
+"""Drawing: the nucleus and the draws by plain loops; prompts of any length, side by side, read and saved."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.model import small
+from tvq import draw, tensors
+from tvq.config import Model
+from tvq.draw import Prefix
+from tvq.model import transformer
+
+# Prompts hold end ids: documents are kept apart.
+MODEL = dataclasses.replace(small.MODEL, attend_across_documents=False)
+L = MODEL.block_len
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled() -> Iterator[None]:
+    static = ("model", "config", "temperature", "p_nucleus")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("read", "write", "begin"):
+            function = getattr(draw, name).__wrapped__
+            named = [x for x in static if x in inspect.signature(function).parameters]
+            patch.setattr(draw, name, small.jit(function, static_argnames=named))
+        yield
+
+
+def nucleus_by_hand(logits: np.ndarray, p: float) -> np.ndarray:
+    """The likeliest tokens, the highest id first among equals, until their probability reaches p - 1e-4."""
+    e = np.exp(logits - logits.max())
+    probability = e / e.sum()
+    order = sorted(range(len(logits)), key=lambda i: (probability[i], i), reverse=True)
+    kept, mass = np.full(len(logits), False), 0.0
+    for rank, i in enumerate(order):
+        if rank == 0 or mass < p - 1e-4:
+            kept[i] = True
+        mass += probability[i]
+    return np.where(kept, logits, -1e10)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.9, 0.999, 1.0])
+def test_nucleus(p):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20, 12)).astype(np.float32) * 2
+    logits[5:10] = np.round(logits[5:10])  # ties
+    logits[10] = 0.0  # all equal
+    got = draw.nucleus(jnp.asarray(logits), p)
+    for row, want in zip(got, (nucleus_by_hand(row, p) for row in logits), strict=True):
+        np.testing.assert_array_equal(row, want)
+
+
+def test_nucleus_of_nothing_is_greedy_and_of_all_is_all():
+    logits = jnp.asarray([[1.0, 3.0, 3.0, 2.0]])
+    np.testing.assert_array_equal(draw.nucleus(logits, 0.0), [[-1e10, -1e10, 3.0, -1e10]])
+    np.testing.assert_array_equal(draw.nucleus(logits, 1.0), logits)
+
+
+def log_probs(n_sequence: int, n_vocab: int = 5) -> jax.Array:
+    rng = np.random.default_rng(0)
+    row = jax.nn.log_softmax(jnp.asarray(rng.normal(size=n_vocab), jnp.float32))
+    return jnp.broadcast_to(row[None], (n_sequence, n_vocab))
+
+
+choose = jax.jit(draw.choose, static_argnums=(4, 5))
+
+
+def test_temperature_zero_takes_the_likeliest():
+    got = choose(log_probs(4), jax.random.key(0), jnp.int32(0), jnp.arange(4), 0.0, 0.5)
+    np.testing.assert_array_equal(got, np.full(4, np.argmax(log_probs(1)[0])))
+    assert got.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(("temperature", "p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.6), (0.5, 0.9)])
+def test_tokens_come_as_often_as_they_should(temperature, p):
+    n = 4000
+    drawn = choose(log_probs(n), jax.random.key(0), jnp.int32(0), jnp.arange(n), temperature, p)
+    logits = nucleus_by_hand(np.asarray(log_probs(1)[0]) / temperature, p)
+    want = np.exp(logits) / np.exp(logits).sum()
+    got = np.bincount(drawn, minlength=5) / n
+    assert np.all(np.abs(got - want) <= 5 * np.sqrt(want * (1 - want) / n))
+
+
+def test_a_draw_is_a_function_of_key_position_and_sequence():
+    drawn = lambda sequences, seed, position: np.asarray(
+        choose(log_probs(64, 50), jax.random.key(seed), jnp.int32(position), sequences, 1.0, 1.0)
+    )
+    first = drawn(jnp.arange(64), 0, 0)
+    np.testing.assert_array_equal(drawn(jnp.arange(64), 0, 0), first)
+    np.testing.assert_array_equal(drawn(63 - jnp.arange(64), 0, 0), first[::-1])  # not of the row
+    assert len(set(first)) > 10
+    assert np.mean(drawn(jnp.arange(64), 1, 0) == first) < 0.3
+    assert np.mean(drawn(jnp.arange(64), 0, 1) == first) < 0.3
+
+
+@functools.cache
+def greedy_by_hand(prompt: tuple[int, ...], length: int) -> list[int]:
+    """The whole text read again for every token, padded: what follows changes nothing."""
+    text = list(prompt)
+    n_padded = 7 * L
+    for _ in range(length):
+        padded = jnp.asarray([text + [0] * (n_padded - len(text))], jnp.int32)
+        found, _ = small.log_probs(
+            *small.parameters(MODEL), padded, transformer.initial_state(MODEL, 1), MODEL
+        )
+        text.append(int(np.argmax(found[0, len(text) - 1])))
+    return text[len(prompt) :]
+
+
+def options(**changed: Any) -> dict[str, Any]:
+    return {"model": MODEL, "length": 8, "temperature": 0.0, "p_nucleus": 0.9} | changed
+
+
+def read_prompt(tokens: np.ndarray, model: Model = MODEL) -> Prefix:
+    nothing = Prefix(transformer.initial_state(model, 1), np.empty(0, np.int32))
+    return draw.read_on(*small.parameters(model), nothing, np.asarray(tokens), model)
+
+
+def continuations(
+    prefixes: Sequence[Prefix], sequences: Sequence[int], seed: int = 0, batch_size: int = 4, **changed: Any
+) -> list[list[int]]:
+    found = draw.continuations(
+        *small.parameters(MODEL), prefixes, sequences, jax.random.key(seed),
+        batch_size=batch_size, **options(**changed),
+    )  # fmt: skip
+    assert all(row.dtype == np.int32 for row in found)
+    return [row.tolist() for row in found]
+
+
+# One token; up to a block; one more; some blocks and a rest; many blocks.
+LENGTHS = (1, L, L + 1, 2 * L + 3, 4 * L + 1)
+
+
+@functools.cache
+def prompts() -> list[np.ndarray]:
+    return [np.asarray(small.tokens(1, n, seed=n))[0] for n in LENGTHS]
+
+
+def test_greedy_text_is_that_of_the_full_forward():
+    found = continuations([read_prompt(prompt) for prompt in prompts()], [0] * len(LENGTHS))
+    for tokens, prompt in zip(found, prompts(), strict=True):
+        assert tokens == greedy_by_hand(tuple(prompt.tolist()), 8)
+
+
+def test_a_long_prompt_is_read_in_pieces(monkeypatch):
+    want = continuations([read_prompt(prompts()[-1])], [0])
+    monkeypatch.setattr(draw, "READ_BLOCKS", 2)
+    assert continuations([read_prompt(prompts()[-1])], [0]) == want
+
+
+def test_side_by_side_each_is_as_if_alone():
+    prefixes = [read_prompt(prompt) for prompt in prompts()] * 2
+    sequences = [i // len(LENGTHS) for i in range(len(prefixes))]
+    want = [
+        continuations([prefix], [number], batch_size=1, temperature=2.0)[0]
+        for prefix, number in zip(prefixes, sequences, strict=True)
+    ]
+    assert len({tuple(tokens) for tokens in want}) >= 9
+    for batch_size in (3, 16):
+        assert continuations(prefixes, sequences, batch_size=batch_size, temperature=2.0) == want
+    # In another order, and from the middle.
+    backward = continuations(prefixes[::-1], sequences[::-1], temperature=2.0)
+    assert backward[::-1] == want
+
+
+def test_a_stream_is_the_same_text():
+    for prompt in prompts():
+        prefix = read_prompt(prompt)
+        (want,) = continuations([prefix], [3], temperature=2.0, length=40)
+        pieces = draw.continuation(
+            *small.parameters(MODEL), prefix, 3, jax.random.key(0), **options(temperature=2.0, length=40)
+        )
+        found = [piece.tolist() for piece in pieces]
+        assert [token for piece in found for token in piece] == want
+        assert 3 <= len(found) <= 4, "some tokens at a time"
+        assert all(found)
+
+
+def test_texts_do_not_depend_on_chunks(monkeypatch):
+    prefix = read_prompt(prompts()[3])
+    want = continuations([prefix], [0], temperature=2.0, length=20)
+    monkeypatch.setattr(draw, "CHUNK", 5)
+    assert continuations([prefix], [0], temperature=2.0, length=20) == want
+
+
+def test_samples_differ_by_seed_and_by_sequence_and_repeat():
+    prefixes = [read_prompt(np.ones(1, np.int32))] * 3
+    first = continuations(prefixes, range(3), temperature=2.0)
+    assert continuations(prefixes, range(3), temperature=2.0) == first
+    assert continuations(prefixes, range(3), seed=1, temperature=2.0) != first
+    assert len({tuple(row) for row in first}) == 3
+    # A shorter text is the beginning of a longer one.
+    shorter = continuations(prefixes, range(3), temperature=2.0, length=5)
+    assert shorter == [row[:5] for row in first]
+
+
+def test_a_saved_prefix_goes_on_bitwise(tmp_path):
+    path = epath.Path(tmp_path) / "here" / "state"
+    document, question = prompts()[4], prompts()[3]
+    prefix = read_prompt(document)
+    draw.save(path, prefix, MODEL, "weights")
+    loaded = draw.load(path, MODEL, "weights")
+    for name, x in tensors.named(prefix).items():
+        y = tensors.named(loaded)[name]
+        assert (np.asarray(x).tobytes(), x.dtype, x.shape) == (np.asarray(y).tobytes(), y.dtype, y.shape)
+    asked = [draw.read_on(*small.parameters(MODEL), p, question, MODEL) for p in (prefix, loaded)]
+    assert tensors.fingerprint(asked[0]) == tensors.fingerprint(asked[1])
+    (want,) = continuations(asked[:1], [0], temperature=2.0)
+    assert continuations(asked[1:], [0], temperature=2.0) == [want]
+    # Document and question at once: the same text.
+    at_once = read_prompt(np.concatenate([document, question]))
+    assert continuations([at_once], [0], temperature=2.0) == [want]
+
+
+def test_a_saved_prefix_is_as_large_after_any_text(tmp_path):
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    size = {}
+    for n in (2 * L, 9 * L):
+        path = epath.Path(tmp_path) / f"{n}"
+        size[n] = draw.save(path, read_prompt(np.ones(n, np.int32), model), model, "")
+        assert path.stat().length == size[n]
+        assert draw.load(path, model, "").state.units.v_BHMV.dtype == jnp.bfloat16
+    assert size[2 * L] == size[9 * L]
+
+
+def test_a_prefix_of_another_model_is_refused(tmp_path):
+    path = epath.Path(tmp_path) / "state"
+    draw.save(path, read_prompt(prompts()[0]), MODEL, "old")
+    other = dataclasses.replace(MODEL, n_code=MODEL.n_code + 1, n_parallel=1)
+    with pytest.raises(ValueError, match="saved by another model") as error:
+        draw.load(path, other, "new")
+    assert str(error.value).splitlines()[1:] == [
+        "  weights: old in the file, new now",
+        f"  config.model.n_code: {MODEL.n_code} in the file, {MODEL.n_code + 1} now",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "there is no such file"), (b"some text", "is no safetensors file")]
+)
+def test_what_is_no_saved_prefix(tmp_path, content, message):
+    path = epath.Path(tmp_path) / "state"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"--from_state={path}.* {message}"):
+        draw.load(path, MODEL, "")

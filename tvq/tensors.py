@@ -1,0 +1,64 @@
+"""Named arrays in a file: safetensors, with facts about them in its header."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves by name: a file then outlives a change of the containers that hold them."""
+    leaves = jax.tree.leaves_with_path(tree)
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert len(found) == len(leaves), "two arrays have the same name"
+    return found
+
+
+def kind(x: Any) -> str:
+    """`float32[3, 4]`."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def differing(found: Mapping[str, str], wanted: Mapping[str, str], place: str) -> list[str]:
+    """A line for each array of another kind than wanted, or on one side only; `found` ones are in `place`."""
+    return [
+        f"  {name}: {found.get(name, 'absent')} {place}, {wanted.get(name, 'absent')} wanted"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def fingerprint(tree: Any) -> str:
+    """The same for the same names and bits alone."""
+    found = hashlib.sha256()
+    for name, x in named(tree).items():
+        found.update(f"{name} {kind(x)} ".encode())
+        found.update(np.asarray(x, order="C").reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def write(path: epath.Path, arrays: Mapping[str, Any], facts: dict[str, str]) -> int:
+    """Writes the file, whole or not at all; returns its bytes."""
+    data = save({name: np.asarray(x, order="C") for name, x in arrays.items()}, facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+    return len(data)
+
+
+def read(option: str, path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and facts of a local file. ValueError, in the name of the `option` that asked for it."""
+    if not path.is_file():
+        raise ValueError(f"{option}={path}: there is no such file")
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            return file.get_tensors(), file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{option}={path} is no safetensors file, or a damaged one: {error}") from error
