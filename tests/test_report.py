@@ -34,13 +34,17 @@ def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, sample
             row = {"step": step, "split": "train", "loss": bits * 0.69, "bits_per_byte": bits, **pace}
             file.write(json.dumps(row | {"learning_rate": lr_max / step, "grad_norm": 1 / step}) + "\n")
             if step % 50 == 0:
-                lengths = {f"loss_to_{n}": bits - n / 4096 for n in (256, 512, 1024)}
                 evaluated = {"step": step, "split": "validation", "loss": bits, "bits_per_byte": bits + 0.1}
-                file.write(json.dumps(evaluated | lengths) + "\n")
+                file.write(json.dumps(evaluated) + "\n")
     for step in STEPS if looks else ():
         usage = draws.dirichlet(np.full(S, step / 50), (N, H)) * S
         by_head = {name: draws.random((N, H)) for name in ("perplexity", "dead", "relative_error", "churn")}
         health.save(epath.Path(workdir) / health.FOLDER, step, {"usage": usage, **by_head})
+    (workdir / "evaluations").mkdir()
+    table = [{"context_from": 1 << i >> 1, "context_to": (1 << i) - 1, "loss": 9 - i} for i in range(9)]
+    for step in (100, 200) if looks else ():
+        evaluated = {"step": step, "split": "test", "by_context": table if step == 100 else []}
+        (workdir / "evaluations" / f"step_{step}_test.json").write_text(json.dumps(evaluated))
     for step in (100, 200) if samples else ():
         (workdir / "samples").mkdir(exist_ok=True)
         (workdir / "samples" / f"step_{step}.txt").write_text(f"import <b>{step}</b>\n")

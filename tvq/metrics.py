@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from tvq.cluster.log import CLEAR, has_escape_codes
+
 Row = dict[str, Any]
-CLEAR = "\r\x1b[K"  # to the start of the line, and empty it
 
 
 def row(
@@ -198,7 +199,7 @@ class Console:
     def __init__(self, stream: TextIO | None = None, *, silent: bool = False):
         self._stream = sys.stdout if stream is None else stream
         self._silent = silent
-        self._live = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._live = has_escape_codes(self._stream)
         self._line = self._shown = ""  # the line that stays, and what is shown in its place
         self._lock = threading.Lock()
 

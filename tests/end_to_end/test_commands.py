@@ -15,7 +15,7 @@ import pytest
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, TINY, Program, end, newest, rows
 from tvq import __main__, config, metrics, prepare
-from tvq.metrics import CLEAR
+from tvq.cluster.log import CLEAR
 
 EXAMPLES = [
     (name, example)

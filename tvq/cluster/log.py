@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import os
 import re
 import sys
 import tempfile
@@ -11,6 +12,13 @@ from typing import TextIO
 
 from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
+
+CLEAR = "\r\x1b[K"  # to the start of the line, and empty it
+
+
+def has_escape_codes(stream: TextIO) -> bool:
+    """Whether it is a terminal on which a line can be rewritten."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def local_folder(workdir: str) -> Path:
@@ -69,10 +77,11 @@ class Log:
     def say(self, text: str) -> None:
         """One or more lines, with the time, to the file and the terminal."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        clear = CLEAR if has_escape_codes(sys.stderr) else ""  # a live line may stand there
         for line in text.splitlines():
             if self._opened or self.prefix:
                 self.file.write(f"{stamp} {line}\n")
-            print(f"{self.prefix}{line}", file=sys.stderr, flush=True)
+            print(f"{clear}{self.prefix}{line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._opened:

@@ -167,8 +167,8 @@ class Watchdog:
             # Tell early, and then ever more rarely, what a long wait is for.
             if now - since > max(30.0, 2 * warned) and warned < allow:
                 warned = now - since
-                culprit = blame(signs, self.processes.hosts, silence)
-                self.log.say(f"{phase!r} of step {step} for {warned:.0f} s: {culprit}")
+                culprit = f": {blame(signs, self.processes.hosts, silence)}" if many else ""
+                self.log.say(f"{phase!r} of step {step} for {warned:.0f} s{culprit}")
             if now - since < 30:
                 warned = 0.0
 

@@ -1,7 +1,6 @@
 """The pictures of a report: each takes runs and returns a figure, or None where they have nothing of it."""
 
 import importlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,22 +99,18 @@ def time(runs: Sequence[Run]) -> Any:
 
 
 def lengths(runs: Sequence[Run]) -> Any:
-    """Loss against the position of a token in its sequence, from the columns `loss_to_N` of evaluations."""
+    """Loss against the number of tokens before, from the last evaluation that carried whole documents."""
     figure, axes = panels(1, 3.6)
     for i, run in enumerate(runs):
-        for split, mark in zip(run.splits(), "osD^v", strict=False):
-            last = next(r for r in reversed(run.rows) if r["split"] == split)
-            found = {
-                int(m.group(1)): last[name] for name in last if (m := re.fullmatch(r"loss_to_(\d+)", name))
-            }
-            if found:
-                axes[0].plot(
-                    list(found), list(found.values()), mark + "-", color=f"C{i}", label=f"{run.name}, {split}"
-                )
+        for (split, table), mark in zip(run.contexts.items(), "osD^v", strict=False):
+            middle = [(row["context_from"] + row["context_to"]) / 2 + 1 for row in table]
+            label = f"{run.name}, {split}"
+            axes[0].plot(middle, [row["loss"] for row in table], mark + "-", color=f"C{i}", label=label)
     if not axes[0].lines:
         return None
-    axes[0].set_xscale("log", base=2)
-    axes[0].set(xlabel="position in the sequence (tokens)", ylabel="loss (nats a token)")
+    axes[0].set_xscale("log")
+    axes[0].xaxis.set_major_formatter(in_full())
+    axes[0].set(xlabel="position in the document (tokens)", ylabel="loss (nats a token)")
     axes[0].legend()
     return figure
 

@@ -22,6 +22,7 @@ class Run(NamedTuple):
     config: dict[str, Any]  # {"section.field": value}
     looks: dict[int, dict[str, np.ndarray]]  # at the codebooks, by step: the arrays of tvq/health.py
     samples: dict[int, str]
+    contexts: dict[str, list[Row]]  # {split: the newest table by context, of tvq eval --carry}
 
     def column(self, name: str, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of the rows of a split that have a number there."""
@@ -70,12 +71,20 @@ def _read(workdir: epath.Path, name: str) -> Run:
         config.flatten(config.recorded(workdir / config.FILE).to_dict()),
         {step: health.load(workdir / health.FOLDER, step) for step in evenly(looked, MAX_LOOKS)},
         {step: samples[step].read_text() for step in evenly(sorted(samples), MAX_SAMPLES)},
+        _contexts(workdir / "evaluations"),
     )
 
 
 def _samples(folder: epath.Path) -> dict[int, epath.Path]:
     paths = list(folder.iterdir()) if folder.exists() else []
     return {int(found[1]): path for path in paths if (found := re.fullmatch(r"step_(\d+)\.txt", path.name))}
+
+
+def _contexts(folder: epath.Path) -> dict[str, list[Row]]:
+    paths = list(folder.iterdir()) if folder.exists() else []
+    found = [json.loads(path.read_text()) for path in paths if path.suffix == ".json"]
+    by_step = sorted((f for f in found if f["by_context"]), key=lambda f: f["step"])
+    return {f["split"]: f["by_context"] for f in by_step}
 
 
 def evenly(steps: list[int], at_most: int) -> list[int]:
