@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.data import books
 from tests.model import small
 from tvq import config, evaluate, mesh
+from tvq.checkpoint import Restored
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.documents import Piece
 from tvq.data.packing import Streams
-from tvq.data.vocabulary import ByteVocabulary
+from tvq.data.vocabulary import ByteVocabulary, to_json, train_sentencepiece
 from tvq.model import transformer
 
 MODEL = dataclasses.replace(small.MODEL, p_dropemb=0.5, p_dropsin=0.5, p_dropres=0.5, p_droplyr=0.5)
@@ -233,6 +235,17 @@ def test_the_table_by_context():
         "                  2 to 3   2.5000        3.6067              2",
         "                  4 to 7   4.0000        5.7708              1",
     ]
+
+
+def test_data_of_another_vocabulary(tmp_path):
+    trained, other = books.vocabulary(), train_sentencepiece(iter(books.book(7).split("\n")), 120)
+    folder = epath.Path(tmp_path)
+    prepared.write(folder, [Piece("train", "a", b"kalo mi", last=True)], prepared.text_form(trained), {})
+    corpus = open_corpus(config.Data(source="tokens", path=str(folder)))
+    restored = lambda known: Restored(3, None, {"vocabulary": to_json(known)}, {})
+    evaluate.check_same_vocabulary(corpus, restored(trained))
+    with pytest.raises(ValueError, match=r"has the vocabulary .*, checkpoint 3 was trained on"):
+        evaluate.check_same_vocabulary(corpus, restored(other))
 
 
 def test_no_token():

@@ -1,6 +1,7 @@
 """A workdir on gs://, on a pretended bucket: what tvq itself writes there. Orbax brings its own driver."""
 
 import contextlib
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tvq import cluster, config, records, sample, train
+from tvq import cluster, config, prepare, records, sample, train
 from tvq.data import prepared
 from tvq.data.corpus import open_corpus
 from tvq.data.documents import SPLITS, Piece
@@ -89,6 +90,21 @@ def test_hosts_read_only_their_part_of_prepared_tokens(workdir: epath.Path, tmp_
     # Twenty bytes a row; the last sequence is short.
     assert all((n, size) <= (3, 3 * 20) for n, size in Bucket.fetched), "more than the rows of this process"
     assert {n for n, _ in Bucket.fetched} == {3}, "each batch is one request"
+
+
+def test_prepared_from_a_bucket_into_a_bucket(workdir: epath.Path, tmp_path: Path) -> None:
+    root, output = workdir / "raw", workdir / "made"
+    fingerprints = []
+    for i in range(3):
+        folder = root / ("train", "validation", "test")[i]
+        folder.mkdir(parents=True)
+        (folder / "a.txt.gz").write_bytes(gzip.compress(b"book %d" % i))
+    for raw, made in ((root, output), (root, epath.Path(tmp_path / "made"))):
+        prepare.prepare(prepare.Options(kind="text", input=str(raw), output=str(made)))
+        fingerprints.append(open_corpus(config.Data(source="tokens", path=str(made))).fingerprint)
+    assert fingerprints[0] == fingerprints[1]
+    with pytest.raises(ValueError, match=r"--output=gs://bucket/run/made is there already"):
+        prepare.prepare(prepare.Options(kind="text", input=str(root), output=str(output)))
 
 
 def test_logs_stay_on_the_machine() -> None:

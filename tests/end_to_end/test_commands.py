@@ -54,6 +54,20 @@ def test_help_of_prepare(here: Here, tmp_path: Path) -> None:
     assert len(examples) == len(prepare.KINDS)
 
 
+def test_commands_for_data(here: Here) -> None:
+    """Those of docs/data.md that need downloads are at least commands."""
+    page = (REPOSITORY / "docs" / "data.md").read_text().replace("\\\n", "")
+    examples = [line.strip() for line in page.splitlines() if line.startswith("    tvq ")]
+    assert len(examples) == 6
+    for example in examples:
+        arguments, more = __main__.parser().parse_known_args(shlex.split(example)[1:])
+        if arguments.command == "prepare":
+            __main__.refuse(more, arguments)
+        else:
+            arguments.config = str(REPOSITORY / arguments.config)
+            __main__.read_config(arguments, more)
+
+
 def test_prepare(here: Here, tmp_path: Path) -> None:
     (tmp_path / "raw.txt").write_text("to be, or not to be\n" * 50)
     command = ("prepare", "text", f"--input={tmp_path / 'raw.txt'}", f"--output={tmp_path / 'out'}")
