@@ -282,7 +282,8 @@ def check_decode(spec: dict, arrays: dict) -> None:
     close("decode", log_probs, arrays["out/logprobs_block1"])
     want = interop.state_from_original(under(arrays, "out/final_state_block1"))
     ring = jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(on_device(want.units), want.position)
-    trees_close("ring", last.rings, ring)
+    # What rounding took is ours alone.
+    trees_close("ring", last.rings._replace(lost_BHSV=ring.lost_BHSV), ring)
 
 
 def check_sample(spec: dict, arrays: dict) -> None:

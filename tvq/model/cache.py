@@ -45,9 +45,12 @@ def running(x0_BHX: jax.Array, x_BHRX: jax.Array, kept_BR: jax.Array | None = No
                 before_BHX = jnp.where(kept_BX, before_BHX, 0.0)
             totals.append(before_BHX + x_BHX)
         return jnp.stack(totals, 2)
-    x_BHRX = jnp.concatenate([x0_BHX[:, :, None], x_BHRX], 2)
     if kept_BR is None:
-        return jnp.cumsum(x_BHRX, 2)
+        # x0 stands for many tokens: added last and once, it rounds least.
+        return x0_BHX[:, :, None] + jnp.pad(
+            jnp.cumsum(x_BHRX, 2), [(0, 0)] * 2 + [(1, 0)] + [(0, 0)] * (x_BHRX.ndim - 3)
+        )
+    x_BHRX = jnp.concatenate([x0_BHX[:, :, None], x_BHRX], 2)
     kept_BR = jnp.pad(kept_BR, [(0, 0), (1, 0)])
     kept_B1R1 = kept_BR.reshape(len(kept_BR), 1, -1, *[1] * (x_BHRX.ndim - 3))
     add = lambda a, b: (a[0] & b[0], jnp.where(b[0], a[1], 0.0) + b[1])

@@ -13,12 +13,15 @@ class Ring(NamedTuple):
     """The state while decoding: token t of a sequence lies in slot t mod M until it joins the cache.
 
     Window scores are looked up among the code scores, so no keys are kept. The sum of a count 0 is void.
+    `lost` is what the sums lost in rounding, to be added with the next value: small values, one by one, would
+    soon change a float32 sum no more.
     """
 
     z_BHM: jax.Array
     v_BHMV: jax.Array
     count_BHS: jax.Array
     sum_BHSV: jax.Array
+    lost_BHSV: jax.Array
 
 
 def ring_from_state(state: State, position: jax.Array) -> Ring:
@@ -29,6 +32,7 @@ def ring_from_state(state: State, position: jax.Array) -> Ring:
         v_BHMV=jnp.roll(state.v_BHMV, turn, axis=2),
         count_BHS=state.count_BHS,
         sum_BHSV=state.sum_BHSV,
+        lost_BHSV=jnp.zeros(state.sum_BHSV.shape, state.v_BHMV.dtype),
     )
 
 
@@ -78,16 +82,21 @@ def attend_next(
     slot = position % M
     leaving_z, leaving_v = ring.z_BHM[:, :, slot], ring.v_BHMV[:, :, slot]
     fold = jax.vmap(jax.vmap(_fold))
-    count_BHS, sum_BHSV = fold(ring.count_BHS, ring.sum_BHSV, leaving_z, leaving_v.astype(wide))
+    caches = fold(ring.count_BHS, ring.sum_BHSV, ring.lost_BHSV, leaving_z, leaving_v.astype(wide))
     return o_BHV.astype(v_BHV.dtype), Ring(
-        z_BHM=ring.z_BHM.at[:, :, slot].set(z_BH),
-        v_BHMV=ring.v_BHMV.at[:, :, slot].set(v_BHV),
-        count_BHS=count_BHS,
-        sum_BHSV=sum_BHSV,
+        ring.z_BHM.at[:, :, slot].set(z_BH), ring.v_BHMV.at[:, :, slot].set(v_BHV), *caches
     )
 
 
-def _fold(count_S: jax.Array, sum_SV: jax.Array, z: jax.Array, v_V: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A value more for code z; code S adds to none."""
-    old_V = jnp.where(count_S.at[z].get(mode="fill", fill_value=0) > 0, sum_SV.at[z].get(mode="clip"), 0.0)
-    return count_S.at[z].add(1, mode="drop"), sum_SV.at[z].set(old_V + v_V, mode="drop")
+def _fold(count_S: jax.Array, sum_SV: jax.Array, lost_SV: jax.Array, z: jax.Array, v_V: jax.Array) -> tuple:
+    """A value more for code z, by compensated summation (Kahan 1965); code S adds to none."""
+    used = count_S.at[z].get(mode="fill", fill_value=0) > 0
+    old_V, lost_V = (jnp.where(used, x.at[z].get(mode="clip"), 0) for x in (sum_SV, lost_SV))
+    more_V = v_V + lost_V
+    new_V = old_V + more_V
+    lost_V = (more_V - (new_V - old_V)).astype(lost_SV.dtype)
+    return (
+        count_S.at[z].add(1, mode="drop"),
+        sum_SV.at[z].set(new_V, mode="drop"),
+        lost_SV.at[z].set(lost_V, mode="drop"),
+    )
