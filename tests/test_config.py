@@ -199,6 +199,10 @@ RULES = [
         " or leave the path empty",
     ),
     (
+        {"profile__steps": "8:8"},
+        "config.profile.steps must be FIRST:LAST, with FIRST below LAST, as in 100:104, not '8:8'",
+    ),
+    (
         {"model__revive_codes": 3},
         "config.model.revive_codes 3 is below 4, the updates of one sequence (sequence_len / update_len);"
         " use 4 or more, or 0",

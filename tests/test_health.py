@@ -8,6 +8,7 @@ from etils import epath
 from tvq import config, health, mesh
 
 N, H, S, K, X = 2, 2, 12, 3, 5
+GAMMA = 0.5
 RNG = np.random.default_rng(0)
 KEY = RNG.normal(size=(N, H, X, K)).astype(np.float32)
 MASK = np.asarray([[1, 0, 1, 1, 1]] * N)
@@ -21,12 +22,12 @@ def codebooks(seed: int) -> dict:
     return {"sum": rng.normal(size=(N, H, S, K)).astype(np.float32) * count[..., None], "count": count}
 
 
-def written_out(now: dict, before: dict) -> dict:
+def written_out(now: dict, before: dict, initial: float) -> dict:
     """The definitions of the module's first lines, a head at a time."""
     found: dict[str, list] = {}
     for n in range(N):
         for h in range(H):
-            count = now["count"][n, h].astype(np.float64)
+            count = np.maximum(now["count"][n, h] - initial, 0.0)
             p = count / count.sum()
             old, new = (
                 book["sum"][n, h] / np.maximum(book["count"][n, h], 0.01)[:, None] for book in (before, now)
@@ -37,7 +38,7 @@ def written_out(now: dict, before: dict) -> dict:
             norm = lambda c, p=p, size=size: (p * np.linalg.norm(c, axis=-1)).sum() / size
             values = {
                 "usage": p * S,
-                "perplexity": np.exp(-(p * np.log(p)).sum()),
+                "perplexity": np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()),
                 "dead": np.mean(p * S < 0.01),
                 "overused": np.mean(p * S > 10),
                 "relative_error": far(new).min(1).mean() / size,
@@ -53,16 +54,16 @@ def written_out(now: dict, before: dict) -> dict:
 @pytest.fixture
 def looks(tmp_path):
     return health.Looks(
-        mesh.make(config.Mesh(), jax.devices()[:1]), codebooks(1), epath.Path(tmp_path) / "codebook", 0, print
+        mesh.make(config.Mesh(), jax.devices()[:1]), codebooks(1), GAMMA, epath.Path(tmp_path), 0, print
     )
 
 
 def test_a_look_compares_with_the_last(looks, tmp_path):
     probe = {"key": KEY, "mask": MASK}
     for step, seed in ((10, 2), (20, 3)):
-        averages = looks.look(codebooks(seed), probe)
+        averages = looks.look(step, codebooks(seed), probe)
         looks.save(step)
-        want = written_out(codebooks(seed), codebooks(seed - 1))
+        want = written_out(codebooks(seed), codebooks(seed - 1), GAMMA**step)
         got = health.load(epath.Path(tmp_path) / "codebook", step)
         assert set(got) == set(want)
         for name, value in want.items():
@@ -78,18 +79,20 @@ def test_a_look_compares_with_the_last(looks, tmp_path):
 def test_files_of_steps_that_are_repeated_go(looks, tmp_path):
     folder = epath.Path(tmp_path) / "codebook"
     assert health.steps(folder) == []
-    looks.look(codebooks(2), {"key": KEY, "mask": MASK})
+    looks.look(1, codebooks(2), {"key": KEY, "mask": MASK})
     for step in (2, 10, 100):
         looks.save(step)
     (folder / "step_3.npz.tmp").write_bytes(b"torn")
     assert health.steps(folder) == [2, 10, 100]
-    health.Looks(mesh.make(config.Mesh(), jax.devices()[:1]), codebooks(1), folder, 10, print)
+    health.Looks(
+        mesh.make(config.Mesh(), jax.devices()[:1]), codebooks(1), GAMMA, epath.Path(tmp_path), 10, print
+    )
     assert health.steps(folder) == [2, 10]
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(looks, tmp_path, capsys):
     (tmp_path / "codebook").write_text("a file")
-    looks.look(codebooks(2), {"key": KEY, "mask": MASK})
+    looks.look(1, codebooks(2), {"key": KEY, "mask": MASK})
     looks.save(2)
     looks.save(4)
     assert capsys.readouterr().out.count("training goes on without") == 1
@@ -97,5 +100,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(looks, tmp_path, capsys):
 
 def test_no_array_of_two_codes_and_a_width():
     """[S,S,K] would be the largest by far."""
-    jaxpr = jax.make_jaxpr(health.look_at_all)(codebooks(1), {"key": KEY, "mask": MASK}, codebooks(2)["sum"])
+    jaxpr = jax.make_jaxpr(health.look_at_all)(
+        codebooks(1), {"key": KEY, "mask": MASK}, codebooks(2)["sum"], 0.0
+    )
     assert max(x.aval.size for e in jaxpr.eqns for x in e.outvars) <= N * H * X * S

@@ -13,8 +13,9 @@ FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
     "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss", "optimizer", "state",
-    "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "prepare", "evaluate",
-    "draw", "sample", "describe", "train", "bench", "report", "plan", "interop", "__main__",
+    "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "prepare", "trace",
+    "evaluate", "draw", "sample", "describe", "train", "bench", "report", "doctor", "plan", "profile",
+    "interop", "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60
 # Longer, with the reason.

@@ -17,7 +17,20 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from tvq import bench, cluster, config, evaluate, interop, plan, prepare, report, sample, train
+from tvq import (
+    bench,
+    cluster,
+    config,
+    doctor,
+    evaluate,
+    interop,
+    plan,
+    prepare,
+    profile,
+    report,
+    sample,
+    train,
+)
 from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
@@ -77,6 +90,20 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         tvq bench data --config=configs/debug.py --output=runs/data
         """,
     ),
+    "doctor": (
+        doctor.doctor,
+        "say what is wrong with a run, and what to change",
+        """
+        tvq doctor --workdir=runs/debug
+        """,
+    ),
+    "profile": (
+        profile.profile,
+        "say what a train step spends its time on",
+        """
+        tvq profile --config=configs/debug.py --output=runs/profile
+        """,
+    ),
     "plan": (
         plan.plan,
         "say what a train step costs on a machine that is not there",
@@ -120,6 +147,8 @@ OPTIONS = {
     "export": {"output": "folder for the weights"},
 }
 FLAGS = {"sample": {"stream": "write to the terminal as it is drawn"}}
+# No operation whose order of summation may change, and no choice of kernels by timing them.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -134,6 +163,7 @@ def parser() -> argparse.ArgumentParser:
         command.epilog = f"{command.epilog}\n\nevery field of the config, with its default:\n{fields}"
         if name == "bench":
             command.add_argument("kind", choices=bench.KINDS, help="what to measure")
+        if name in ("bench", "profile"):
             command.add_argument(
                 "--output", dest="workdir", required=True, metavar="DIR", help="folder for the results"
             )
@@ -141,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
             command.set_defaults(workdir=".", cpu_devices=1)  # it writes nothing, and computes nothing
         else:
             command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-        needed = name in ("train", "bench", "plan")
+        needed = name in ("train", "bench", "profile", "plan")
         default = "" if needed else " (default: that of the run)"
         command.add_argument("--config", required=needed, metavar="FILE", help=f"config file{default}")
         if name != "plan":
@@ -315,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--cpu_devices must be at least 1, not {arguments.cpu_devices}")
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
+        if run.train.reproducible:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
         if "float64" in (run.model.dtype, run.model.param_dtype):
             if run.model.dtype != run.model.param_dtype:
                 raise ValueError(
@@ -322,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f" {run.model.param_dtype} do not go together; use float64 for both or neither"
                 )
             jax.config.update("jax_enable_x64", True)  # or jax would compute in float32 and only warn
-        if arguments.command in ("bench", "plan"):
+        if arguments.command in ("bench", "profile", "plan"):
             jax.config.update("jax_enable_compilation_cache", False)  # or no compile time would be true
         elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             # A restart then compiles nothing.

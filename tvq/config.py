@@ -30,6 +30,7 @@ from tvq.schema import (
     Model,
     Optimizer,
     Plan,
+    Profile,
     Sample,
     Train,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "Plan",
+    "Profile",
     "Sample",
     "Train",
 ]
@@ -55,12 +57,12 @@ FILE = "config.json"
 # What may differ between a run and its resumption: everything else decides the numbers.
 CHANGEABLE = frozenset(
     {"model.n_parallel", "model.remat", "train.segment_len", "train.accumulate", "train.steps"}
-    | {"data.cache", "data.workers"}
+    | {"train.reproducible", "data.cache", "data.workers"}
     | {
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
         for f in dataclasses.fields(cls)
-        if name in ("mesh", "evaluate", "sample", "bench", "plan", "checkpoint", "log", "cluster")
+        if name in ("mesh", "evaluate", "sample", "bench", "plan", "checkpoint", "log", "profile", "cluster")
     }
 )
 # What may differ between the processes of one run.
@@ -225,6 +227,18 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
+def traced_updates(config: Profile) -> range:
+    """The updates to trace. ValueError: profile.steps is something else."""
+    found = re.fullmatch(r"(\d+):(\d+)", config.steps or "0:0")
+    updates = range(int(found[1]), int(found[2])) if found else range(0)
+    if config.steps and not updates:
+        raise ValueError(
+            "config.profile.steps must be FIRST:LAST, with FIRST below LAST, as in 100:104,"
+            f" not {config.steps!r}"
+        )
+    return updates
+
+
 def out_of_range(config: Config) -> list[str]:
     """A line for each number that is not finite or outside the range of its field."""
     errors = []
@@ -337,6 +351,10 @@ def validate(config: Config) -> None:
             f"config.data.source=stdlib does not read config.data.path {config.data.path!r};"
             " use config.data.source=text, or leave the path empty"
         )
+    try:
+        traced_updates(config.profile)
+    except ValueError as error:
+        errors.append(str(error))
     divides("train.sequence_len", t.sequence_len, "train.update_len", t.update_len)
     divides("train.update_len", t.update_len, "model.block_len", m.block_len)
     if t.segment_len:

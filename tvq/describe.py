@@ -39,6 +39,10 @@ def start(
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
         "workdir": f"{workdir}: " + (f"going on from step {saved[-1]:,}" if saved else "a new run"),
     }
+    if t.reproducible:
+        lines["repeats"] = (
+            "bitwise on equal meshes; on GPUs without their fastest kernels: tvq bench train tells"
+        )
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 

@@ -37,9 +37,14 @@ DEAD, OVERUSED = 0.01, 10.0
 IN_ROWS = ("perplexity", "dead", "overused", "churn", "norm_drift")
 
 
-def use(codebook: dict) -> dict[str, jax.Array]:
-    """What one unit's moving averages alone tell."""
-    p_HS = codebook["count"] / jnp.sum(codebook["count"], -1, keepdims=True)
+def use(codebook: dict, initial: jax.Array | float) -> dict[str, jax.Array]:
+    """What one unit's moving averages alone tell.
+
+    `initial` is what is left in them of the count of one that every code starts with, c_gamma^step: it would
+    hide for hundreds of updates that a code was never chosen.
+    """
+    count_HS = jnp.maximum(codebook["count"] - initial, 0.0)
+    p_HS = count_HS / jnp.maximum(jnp.sum(count_HS, -1, keepdims=True), 1e-30)
     usage_HS = p_HS * p_HS.shape[-1]
     entropy_H = -jnp.sum(jnp.where(p_HS > 0, p_HS * jnp.log(p_HS), 0.0), -1)
     return {
@@ -50,7 +55,9 @@ def use(codebook: dict) -> dict[str, jax.Array]:
     }
 
 
-def look(codebook: dict, probe: dict, before_HSK: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+def look(
+    codebook: dict, probe: dict, before_HSK: jax.Array, initial: jax.Array | float
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """The health of one unit's codebook, and its codewords for the next look."""
     c_HSK, k_BHTK = vq.codewords(codebook), probe["key"][None]
     z_BHT = vq.nearest(k_BHTK, c_HSK)
@@ -58,10 +65,11 @@ def look(codebook: dict, probe: dict, before_HSK: jax.Array) -> tuple[dict[str, 
     size_HX = jnp.linalg.norm(probe["key"], axis=-1)
     weight_X = probe["mask"] / jnp.maximum(probe["mask"].sum(), 1)
     mean = lambda x_HX: jnp.sum(x_HX * weight_X[None], -1)
-    p_HS = codebook["count"] / jnp.sum(codebook["count"], -1, keepdims=True)
+    used = use(codebook, initial)
+    p_HS = used["usage"] / c_HSK.shape[1]
     norm = lambda c_HSK: jnp.sum(p_HS * jnp.linalg.norm(c_HSK, axis=-1), -1)
     key_H = jnp.maximum(mean(size_HX), 1e-30)
-    found = use(codebook) | {
+    found = used | {
         "relative_error": mean(error_HX) / key_H,
         "churn": mean(z_BHT[0] != vq.nearest(k_BHTK, before_HSK)[0]),
         "norm": norm(c_HSK) / key_H,
@@ -70,9 +78,11 @@ def look(codebook: dict, probe: dict, before_HSK: jax.Array) -> tuple[dict[str, 
     return found, c_HSK
 
 
-def look_at_all(codebooks: dict, probe: dict, before_NHSK: jax.Array) -> tuple[dict, dict, jax.Array]:
+def look_at_all(
+    codebooks: dict, probe: dict, before_NHSK: jax.Array, initial: jax.Array | float
+) -> tuple[dict, dict, jax.Array]:
     """What is found in all units, its averages, and the codewords."""
-    found, c_NHSK = jax.vmap(look)(codebooks, probe, before_NHSK)
+    found, c_NHSK = jax.vmap(look, in_axes=(0, 0, 0, None))(codebooks, probe, before_NHSK, initial)
     return found, {f"c_{name}": found[name].mean() for name in IN_ROWS}, c_NHSK
 
 
@@ -80,21 +90,28 @@ class Looks:
     """The looks of a run, each compared with the last. Every process makes one; the first writes files."""
 
     def __init__(
-        self, devices: Mesh, codebooks: dict, folder: epath.Path, step: int, say: Callable[[str], None]
+        self,
+        devices: Mesh,
+        codebooks: dict,
+        gamma: float,
+        workdir: epath.Path,
+        step: int,
+        say: Callable[[str], None],
     ):
         """`codebooks` are those of `step`; files of later steps, which the run repeats, go."""
         whole = mesh.sharding(devices, mesh.WHOLE)
         self._look = jax.jit(look_at_all, out_shardings=whole)
         self._before = jax.jit(jax.vmap(vq.codewords), out_shardings=whole)(codebooks)
         self._found: dict[str, jax.Array] = {}
-        self._folder, self._say = folder, say
+        self._gamma, self._folder, self._say = gamma, workdir / FOLDER, say
         self._is_written = jax.process_index() == 0
-        for later in [s for s in steps(folder) if s > step and self._is_written]:
-            path(folder, later).unlink()
+        for later in [s for s in steps(self._folder) if s > step and self._is_written]:
+            path(self._folder, later).unlink()
 
-    def look(self, codebooks: dict, probe: dict) -> dict[str, jax.Array]:
+    def look(self, step: int, codebooks: dict, probe: dict) -> dict[str, jax.Array]:
         """Looks, and returns the averages, on the devices."""
-        self._found, averages, self._before = self._look(codebooks, probe, self._before)
+        initial = self._gamma**step
+        self._found, averages, self._before = self._look(codebooks, probe, self._before, initial)
         return averages
 
     def save(self, step: int) -> None:

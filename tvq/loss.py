@@ -8,6 +8,7 @@ from tvq.config import Model
 from tvq.model import transformer
 
 
+@jax.named_scope("loss")
 def token_nll(
     params: dict, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, config: Model
 ) -> jax.Array:

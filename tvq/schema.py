@@ -102,6 +102,10 @@ class Train:
         1, "parts of its sequences that a device reads one after the other, to hold one at a time", at_least=1
     )
     seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0)
+    reproducible: bool = field(
+        False,
+        "let GPUs use only kernels that repeat bitwise, at a cost (tvq bench train); CPUs and TPUs always do",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +171,11 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    steps: str = field("", "updates FIRST:LAST whose trace is written to profile/; empty: none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
     coordinator: str = field("", "HOST:PORT of process 0 (PORT + 1 is used too); empty: the scheduler tells")
     n_process: int = field(0, "processes of the run; 0: the scheduler tells, or there is one", at_least=0)
@@ -199,4 +208,5 @@ class Config:
     plan: Plan = Plan()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    profile: Profile = Profile()
     cluster: Cluster = Cluster()

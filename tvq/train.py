@@ -25,6 +25,7 @@ from tvq import (
     records,
     sample,
     state,
+    trace,
     train_step,
 )
 from tvq.checkpoint import Checkpoints
@@ -120,7 +121,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         # The stop that made this checkpoint may have left out the evaluation of its step.
         missed = is_evaluated(c, step) and rows is not None and c.evaluate.split not in rows.splits
         missed = processes.gather("missed evaluation", missed)[0]
-        looks = health.Looks(devices, now.codebooks, workdir / health.FOLDER, step, console.say)
+        looks = health.Looks(devices, now.codebooks, c.model.c_gamma, workdir, step, console.say)
         run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, looks)
         console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), checkpoints.steps()))
         if step < c.train.steps or missed:
@@ -213,6 +214,11 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
         update = train_step.make(run.config, run.devices, tx).lower(now, batch).compile()
     run.console.say(describe.compiled(update, time.monotonic() - began, bool(hits)))
     run.console.progress("training", brief=True)
+    updates = config.traced_updates(run.config.profile)
+    if updates and run.processes.is_main:
+        folder = cluster.local_folder(str(run.workdir)) / "profile"  # object stores take no trace
+        n_update = c.sequence_len // c.update_len
+        return trace.Traced(update, int(now.step), n_update, updates, folder, run.console.say)
     return update
 
 
@@ -249,7 +255,7 @@ def loop(
             is_logged = last or is_due(c.log.every, step, n_update)
             probe = numbers.pop("probe")
             if is_logged:
-                numbers |= run.looks.look(now.codebooks, probe)
+                numbers |= run.looks.look(step, now.codebooks, probe)
             unread.append((step, numbers))
             stopped = run.processes.stop_requested()
 

@@ -132,10 +132,12 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
             return grads, stats, metrics, lax.stop_gradient(state)
 
         grads, stats, metrics, state = accumulated(of_part, config.train.accumulate, batch, state, draws)
-        grads = mesh.total(grads, specs.params, axes.cut_tokens)
         n_device = math.prod(devices.shape[axis] for axis in axes.cut_tokens)
-        grads = jax.tree.map(lambda x: x / n_device, grads)
-        return grads, lax.psum(stats, axes.cut_tokens), lax.pmean(metrics, axes.cut_tokens), state
+        with jax.named_scope("reduce"):
+            grads = mesh.total(grads, specs.params, axes.cut_tokens)
+            grads = jax.tree.map(lambda x: x / n_device, grads)
+            stats, metrics = lax.psum(stats, axes.cut_tokens), lax.pmean(metrics, axes.cut_tokens)
+        return grads, stats, metrics, state
 
     sharded_gradient = jax.shard_map(
         gradient,
@@ -163,8 +165,9 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         grads, stats, metrics, attention_state = sharded_gradient(
             state.params, state.codebooks, mesh.dealt(devices, piece, segment_len), attention_state, draws
         )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics |= transformer.codebook_metrics(state.codebooks)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),

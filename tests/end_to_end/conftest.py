@@ -22,7 +22,7 @@ def tvq(tmp_path_factory: pytest.TempPathFactory) -> Program:
 def unbroken(tvq: Program) -> Path:
     """The workdir of a run of 20 updates on one device. Copy it to change it."""
     workdir = tvq.folder / "unbroken"
-    tvq.train(workdir)
+    tvq.train(workdir, "--config.profile.steps=4:7")
     return workdir
 
 

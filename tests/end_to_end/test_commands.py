@@ -313,3 +313,11 @@ def test_a_finished_run_can_be_prolonged_with_other_habits(
     assert newest(workdir).step == 24
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["24"]
     assert json.loads((workdir / config.FILE).read_text())["log"]["every"] == 4
+
+
+def test_what_reproducible_means(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=")
+    (tmp_path / config.FILE).write_text(json.dumps(config.to_dict(config.Config())))
+    _, err = here("doctor", f"--workdir={tmp_path}", "--config.train.reproducible=true", exit_code=2)
+    assert err == f"tvq: --workdir={tmp_path} holds no checkpoint; train first\n"
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to= --xla_gpu_deterministic_ops=true"

@@ -72,6 +72,7 @@ def unskew(a_BHRLW: jax.Array, n_distance: int) -> jax.Array:
     return flat.reshape(*lead, L, W + 1)[..., :n_distance]
 
 
+@jax.named_scope("attention")
 def attend(
     q_BHTK: jax.Array,
     k_BHTK: jax.Array,

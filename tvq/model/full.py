@@ -18,6 +18,7 @@ from tvq.model.attention import UNSEEN, skew, softmax_sum
 N_GROUP = 8
 
 
+@jax.named_scope("attention")
 def attend(
     q_BHTK: jax.Array,
     k_BHTK: jax.Array,

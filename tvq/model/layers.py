@@ -54,6 +54,7 @@ def sequence_keys(key: jax.Array, what: int, unit: jax.Array | int, sequence_B: 
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(sequence_B)
 
 
+@jax.named_scope("dropout")
 def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     """Zeroes entries with probability `rate` and scales the others; `keys` cover the leading dims of x."""
     if rate == 0.0:
@@ -100,6 +101,7 @@ def sinusoid(position: jax.Array, width: int, pe_lam: float, dtype: jnp.dtype) -
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
+@jax.named_scope("position")
 def position_keys(params: dict, sinusoid_BED: jax.Array, n_head: int) -> jax.Array:
     """The key `[B,H,E,K]` of each distance 0 .. M."""
     r_BEX = jnp.einsum("bed,dx->bex", sinusoid_BED, params["r"].astype(sinusoid_BED.dtype))
@@ -113,6 +115,7 @@ def split_heads(x_BTX: jax.Array, n_head: int) -> jax.Array:
     return x_BTX.reshape(B, T, n_head, -1).transpose(0, 2, 1, 3)
 
 
+@jax.named_scope("project")
 def queries_and_keys(params: dict, xt_BTD: jax.Array, config: Model) -> tuple[jax.Array, jax.Array]:
     """Scaled queries and keys `[B,H,T,K]`, float32 at least, of a gated unit's normed input."""
     K = config.d_k
@@ -124,6 +127,7 @@ def queries_and_keys(params: dict, xt_BTD: jax.Array, config: Model) -> tuple[ja
     return one("q"), one("k")
 
 
+@jax.named_scope("project")
 def values_and_gate(params: dict, xt_BTD: jax.Array, n_head: int) -> tuple[jax.Array, jax.Array]:
     """Values `[B,H,T,V]`, and the gate `[B,T,X]` with heads side by side, in the dtype of the input."""
     one = lambda name: jax.nn.silu(checkpoint_name(dense(xt_BTD, params[name]), KEPT))
@@ -243,7 +247,8 @@ def _attend(
         if axes.V:  # the same keys on all, and known to be
             after = after._replace(k_BHMK=attention.newest(whole_BHMK, whole_BHTK, config.grad_thru_cache))
         state = parts.carried_out(after, axes.T) if axes.T else after
-    y_BTD = dense(merge_heads(o_BHTV) * gate_BTX, params["out"])
+    with jax.named_scope("output"):
+        y_BTD = dense(merge_heads(o_BHTV) * gate_BTX, params["out"])
     return lax.psum(y_BTD, axes.tensor) if axes.tensor else y_BTD, state
 
 

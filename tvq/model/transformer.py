@@ -164,6 +164,7 @@ def starts(inputs_BT: jax.Array, first: jax.Array, state: State, axes: mesh.Axes
     return jax.lax.cummax(jnp.concatenate([state.start_BE, begun_BT], 1), axis=1)
 
 
+@jax.named_scope("embed")
 def embed(params: dict, inputs_BT: jax.Array, position_BT: jax.Array, config: Model) -> jax.Array:
     """`[B,T,D]`; positions count from the first token, or from that of the document: `[1,T]` or `[B,T]`."""
     dtype = jnp.dtype(config.dtype)

@@ -22,6 +22,7 @@ def codewords(codebook: dict) -> jax.Array:
     return lax.stop_gradient(codebook["sum"] / count_HS[..., None])
 
 
+@jax.named_scope("vq")
 def nearest(k_BHTK: jax.Array, c_HSK: jax.Array) -> jax.Array:
     """The code `[B,H,T]` int32 whose codeword is nearest to each key; the lowest among equals."""
     dims.check(k_BHTK=k_BHTK, c_HSK=c_HSK)
@@ -31,6 +32,7 @@ def nearest(k_BHTK: jax.Array, c_HSK: jax.Array) -> jax.Array:
     return jnp.argmax(score_BHTS, -1).astype(jnp.int32)
 
 
+@jax.named_scope("vq")
 def lookup(z_BHT: jax.Array, c_HSK: jax.Array) -> jax.Array:
     """The codewords `[B,H,T,K]` of codes below S; an empty slot (code S) gets zeros."""
     per_head = jax.vmap(lambda z, c: c.at[z].get(mode="fill", fill_value=0), in_axes=(1, 0), out_axes=1)
@@ -47,6 +49,7 @@ def squared_error(k_BHTK: jax.Array, kz_BHTK: jax.Array) -> jax.Array:
     return jnp.sum((k_BHTK - lax.stop_gradient(kz_BHTK)) ** 2, -1)
 
 
+@jax.named_scope("vq")
 def statistics(k_BHTK: jax.Array, z_BHT: jax.Array, mask_BT: jax.Array, n_code: int) -> dict:
     """Sums over the unmasked tokens: keys of each code `[H,S,K]` and their number `[H,S]`, no gradient."""
     k_BHTK = lax.stop_gradient(k_BHTK)
@@ -57,6 +60,7 @@ def statistics(k_BHTK: jax.Array, z_BHT: jax.Array, mask_BT: jax.Array, n_code: 
     return {"sum": total_HSK, "count": jnp.sum(hit_BHTS, (0, 2))}
 
 
+@jax.named_scope("vq")
 def moving_average(codebook: dict, stats: dict, gamma: float) -> dict:
     """`gamma old + (1 - gamma) new`, for sums and counts alike."""
     return {name: gamma * codebook[name] + (1.0 - gamma) * stats[name] for name in ("sum", "count")}
@@ -80,6 +84,7 @@ class Probe(NamedTuple):
         return {"key": k_XHK.swapaxes(0, 1), "mask": mask_X}
 
 
+@jax.named_scope("vq")
 def revive(codebook: dict, averaged: dict, stats: dict, n_update: int) -> dict:
     """The codebook after an update, with codes that no key chose for n_update updates seeded anew.
 
@@ -107,6 +112,7 @@ def revive(codebook: dict, averaged: dict, stats: dict, n_update: int) -> dict:
     return jax.vmap(head)(stats["count"], averaged, codebook["idle"], probe["key"])
 
 
+@jax.named_scope("metrics")
 def codebook_metrics(codebook: dict) -> dict[str, jax.Array]:
     """Norms, similarity, distance, use and entropy of one codebook, averaged over heads (SPEC.md)."""
     count_HS = jnp.maximum(codebook["count"], COUNT_FLOOR)
@@ -146,6 +152,7 @@ def codebook_metrics(codebook: dict) -> dict[str, jax.Array]:
     }
 
 
+@jax.named_scope("metrics")
 def key_metrics(
     k_BHTK: jax.Array, kz_BHTK: jax.Array, e2_BHT: jax.Array, block_len: int
 ) -> dict[str, jax.Array]:

@@ -1,0 +1,112 @@
+"""Sick runs, made up: each has its finding, which names the place, the number and what to change."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tvq import config, doctor
+
+C = config.Config(
+    model=config.Model(n_code=64),
+    optimizer=config.Optimizer(grad_clip=1.0, n_warmup_step=0),
+    train=config.Train(global_batch_size=8, sequence_len=1024, update_len=256),
+)
+N, H = 2, 2
+
+
+def rows(**changes: Any) -> list[dict]:
+    """A run of 30 rows that learns, with `name=function of the row's number`."""
+    made = []
+    for i in range(30):
+        row = {"step": 100 * (i + 1), "split": "train", "loss": 3.0 * 0.97**i, "grad_norm": 0.7 + 0.02 * i}
+        made.append(row | {name: change(i) for name, change in changes.items()})
+    return made
+
+
+def looked(**changes: float) -> dict[str, np.ndarray]:
+    """Healthy codebooks, but for unit 1, head 0."""
+    found = {
+        "perplexity": np.full((N, H), 40.0), "dead": np.zeros((N, H)), "relative_error": np.full((N, H), 0.5),
+        "churn": np.full((N, H), 0.05), "norm_drift": np.zeros((N, H)), "usage": np.ones((N, H, 64)),
+    }  # fmt: skip
+    for name, value in changes.items():
+        found[name][1, 0] = value
+    return found
+
+
+def evaluated(loss: float) -> list[dict]:
+    return [*rows(), {"step": 3000, "split": "validation", "loss": loss}]
+
+
+def spent(kind: str) -> dict[str, Any]:
+    return {"seconds_step": lambda i: 60.0, f"seconds_{kind}": lambda i: 40.0}
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (rows(loss=lambda i: None if i == 7 else 3.0), ("not a number at step 800", "lower config.optim")),
+        (rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i == 20)), ("in 1 of 30 rows: at step 2,100", "=1.5")),
+        (rows(loss=lambda i: 3.0), ("flat over steps 100 to 3,000: 3.000", "raise config.optimizer.lr_max")),
+        (rows(loss=lambda i: 3.0 + 0.01 * i), ("rises", "lower config.optimizer.lr_max")),
+        (rows(grad_norm=lambda i: 5.0 + i % 2), ("its norm is 5.5, the limit 1", "grad_clip=11")),
+        (evaluated(4.0), ("the validation loss is 4.000 at step 3,000", "more data")),
+        (rows(**spent("data")), ("40 % of the time went into data", "config.data.workers")),
+        (rows(**spent("save")), ("into save", "config.checkpoint.every")),
+    ],
+)  # fmt: skip
+def test_rows_of_a_sick_run(made, words):
+    (finding,) = doctor.of_rows(C, made)
+    assert words[0] in finding.what
+    assert words[1] in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dead": 0.5}, ("50 % of 64 codes are dead in unit 1, head 0", "set config.model.revive_codes=20")),
+        ({"relative_error": 0.95}, ("0.95 of their norm", "raise config.model.n_code 64")),
+        ({"churn": 0.5}, ("50 % of the keys have another code", "raise config.model.c_gamma 0.99")),
+        ({"norm_drift": -0.5}, ("changed by 50 %", "lower config.optimizer.lr_max")),
+        ({"norm_drift": np.nan}, ("changed by nan % since the last look in unit 1, head 0", "diverge")),
+    ],
+)  # fmt: skip
+def test_codebooks_of_a_sick_run(changes, words):
+    (finding,) = doctor.of_codebooks(C, looked(**changes))
+    assert words[0] in finding.what
+    assert words[1] in finding.remedy
+
+
+def test_keys_that_crowd_into_a_few_codes():
+    found = looked(perplexity=2.0)
+    found["usage"][1, 0] = [40.0, *[24.0 / 63] * 63]
+    (finding,) = doctor.of_codebooks(C, found)
+    assert finding.what == (
+        "62 % of the keys choose codes that have over 10 times an even share in unit 1, head 0"
+    )
+
+
+def test_where_many_are_sick_the_worst_are_named():
+    found = looked()
+    found["dead"] = np.asarray([[0.2, 0.9], [0.4, 0.3]])
+    (finding,) = doctor.of_codebooks(C, found)
+    assert finding.what == (
+        "90 % of 64 codes are dead in unit 0, head 1; 40 % in unit 1, head 0; 30 % in unit 1, head 1;"
+        " too much in 1 more"
+    )
+
+
+def test_what_is_healthy_has_no_finding():
+    assert not [*doctor.of_rows(C, evaluated(1.3)), *doctor.of_codebooks(C, looked())]
+    assert not list(doctor.of_rows(C, []))
+    # Warm-up is no trend, and without clipping there is none.
+    still = dataclasses.replace(C, optimizer=config.Optimizer(grad_clip=0.0))
+    assert not list(doctor.of_rows(still, rows(loss=lambda i: 3.0, grad_norm=lambda i: 9.0)))
+
+
+def test_revival_that_is_on_is_advised_to_be_sooner():
+    revived = dataclasses.replace(C, model=dataclasses.replace(C.model, revive_codes=30))
+    (finding,) = doctor.of_codebooks(revived, looked(dead=0.5))
+    assert "revive_codes=15" in finding.remedy

@@ -1,0 +1,206 @@
+"""What is wrong with a run, in words, and what to change: `tvq doctor`.
+
+It reads the rows of metrics and the looks at the codebooks; where there is no look, the newest checkpoint.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from tvq import cluster, config, describe, evaluate, health, mesh, metrics, records
+from tvq.config import Config
+
+FOUND = 1  # the exit code
+N_NAMED = 3  # units that a finding names
+LEAST_ROWS = 10  # fewer say nothing of a trend
+DEAD, CROWDED, FAR, RESTLESS, DRIFT = 0.1, 0.5, 0.9, 0.3, 0.2
+SPIKE, SPIKE_NATS = 1.25, 0.3  # a loss so many times, and so many nats, over the rows before
+FLAT, RISING, GAP = 0.005, 1.05, 1.2
+
+
+class Finding(NamedTuple):
+    what: str  # where, and the numbers
+    remedy: str
+
+
+def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints what is found; 0 where that is nothing, else FOUND. ValueError: there is nothing to read yet."""
+    console = metrics.Console()
+    rows = read(workdir / records.FILE)
+    folder = workdir / health.FOLDER
+    steps = health.steps(folder)
+    if steps:
+        looked = health.load(folder, steps[-1])
+    else:
+        devices = mesh.make(config.Mesh(), jax.devices()[:1])
+        restored = evaluate.restore(c, workdir, devices, console.say)
+        initial = c.model.c_gamma**restored.step
+        looked = jax.device_get(jax.vmap(health.use, in_axes=(0, None))(restored.state.codebooks, initial))
+        steps = [restored.step]
+    findings = [*of_rows(c, rows), *of_codebooks(c, looked)]
+    last = f"{rows[-1]['step']:,}" if rows else "none"
+    console.say(f"{workdir}: rows to step {last}, codebooks of step {steps[-1]:,}")
+    for i, finding in enumerate(findings):
+        console.say(f"{i + 1}. {finding.what}\n   {finding.remedy}")
+    if not findings:
+        console.say("nothing is wrong that can be seen from here")
+    return FOUND if findings else 0
+
+
+def read(path: epath.Path) -> list[metrics.Row]:
+    """The rows of a run, without one that is being written; none where there is no file."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
+    trained = [row for row in rows if row["split"] == "train"]
+    broken = next((row["step"] for row in trained if row["loss"] is None or row["grad_norm"] is None), None)
+    if broken is not None:
+        yield Finding(
+            f"the loss or its gradient is not a number at step {broken}",
+            "go on from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
+        )
+        return
+    settled = [row for row in trained if row["step"] > c.optimizer.n_warmup_step]
+    yield from of_spikes(c, trained)
+    if len(settled) >= LEAST_ROWS:
+        yield from of_trend(c, settled)
+        yield from of_clipping(c, settled)
+    yield from of_evaluations(rows)
+    if trained:
+        yield from of_time(trained[-1])
+
+
+def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
+    losses = [row["loss"] for row in trained]
+    spikes = []
+    for i in range(5, len(losses)):
+        before = median(losses[i - 5 : i])
+        if losses[i] > max(SPIKE * before, before + SPIKE_NATS):
+            spikes.append((losses[i] - before, i))
+    if spikes:
+        height, i = max(spikes)
+        yield Finding(
+            f"the loss spikes in {len(spikes)} of {len(losses)} rows: at step {trained[i]['step']:,} it is"
+            f" {losses[i]:.3f}, {height:.3f} above the rows before",
+            f"lower config.optimizer.lr_max {c.optimizer.lr_max:g}, warm up longer, or set"
+            f" config.optimizer.grad_clip={1.5 * median(row['grad_norm'] for row in trained):.2g}",
+        )
+
+
+def of_trend(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
+    third = len(settled) // 3
+    thirds = [settled[:third], settled[third:-third], settled[-third:]]
+    first, middle, last = (median(row["loss"] for row in part) for part in thirds)
+    span = f"over steps {settled[0]['step']:,} to {settled[-1]['step']:,}"
+    if last > RISING * min(first, middle):
+        yield Finding(
+            f"the loss rises {span}: {min(first, middle):.3f}, then {last:.3f}",
+            f"the run is diverging: lower config.optimizer.lr_max {c.optimizer.lr_max:g}",
+        )
+    elif first - last < FLAT * first:
+        yield Finding(
+            f"the loss is flat {span}: {first:.3f}, then {last:.3f}",
+            f"raise config.optimizer.lr_max {c.optimizer.lr_max:g}, or stop: it has learnt what it can",
+        )
+
+
+def of_clipping(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
+    norms, clip = [row["grad_norm"] for row in settled], c.optimizer.grad_clip
+    if 0 < clip < min(norms):
+        yield Finding(
+            f"the gradient is clipped in every row: its norm is {median(norms):.2g}, the limit {clip:g}",
+            f"unless that is meant, set config.optimizer.grad_clip={2 * median(norms):.2g}",
+        )
+
+
+def of_evaluations(rows: Sequence[metrics.Row]) -> Iterator[Finding]:
+    scores = [row for row in rows if row["split"] not in ("train", "test")]
+    losses = [row["loss"] for row in rows if row["split"] == "train"][-5:]
+    if not scores or not losses:
+        return
+    best, last, seen = min(scores, key=lambda row: row["loss"]), scores[-1], median(losses)
+    if last["loss"] > GAP * seen:
+        yield Finding(
+            f"the {last['split']} loss is {last['loss']:.3f} at step {last['step']:,}, the training loss"
+            f" {seen:.3f}; the lowest was {best['loss']:.3f} at step {best['step']:,}",
+            "it learns its data by heart: more data, more dropout (config.model.p_dropres), or fewer steps",
+        )
+
+
+def of_time(row: metrics.Row) -> Iterator[Finding]:
+    seconds = {name.removeprefix("seconds_"): x for name, x in row.items() if name.startswith("seconds_")}
+    total = sum(seconds.values())
+    for kind, (share, remedy) in describe.SLOW.items():
+        if total >= describe.LEAST_SECONDS and seconds.get(kind, 0.0) > share * total:
+            yield Finding(
+                f"{seconds[kind] / total:.0%} of the time went into {kind}".replace("%", " %"), remedy
+            )
+
+
+def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
+    """`looked` is what `health.look` finds, or `health.use` alone."""
+    m, o = c.model, c.optimizer
+    crowded_NHS = np.where(looked["usage"] > health.OVERUSED, looked["usage"], 0.0)
+    yield from over(looked["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, looked))
+    yield from over(
+        crowded_NHS.sum(-1) / m.n_code,
+        CROWDED,
+        f"{{:.0%}} of the keys choose codes that have over {health.OVERUSED:g} times an even share",
+        more_even(c, looked),
+    )
+    if "churn" not in looked:
+        return
+    yield from over(
+        looked["relative_error"],
+        FAR,
+        "keys are {:.2f} of their norm from their codeword",
+        f"raise config.model.n_code {m.n_code} or config.model.c_beta {m.c_beta:g}",
+    )
+    revival = f"raise config.model.revive_codes {m.revive_codes}, " if m.revive_codes else ""
+    yield from over(
+        looked["churn"],
+        RESTLESS,
+        "{:.0%} of the keys have another code than at the last look",
+        f"codewords move too much: {revival}raise config.model.c_gamma {m.c_gamma:g}, or lower"
+        f" config.optimizer.lr_max {o.lr_max:g}",
+    )
+    yield from over(
+        abs(looked["norm_drift"]),
+        DRIFT,
+        "the norm of the codewords has changed by {:.0%} since the last look",
+        f"codewords diverge or vanish: lower config.optimizer.lr_max {o.lr_max:g}",
+    )
+
+
+def more_even(c: Config, looked: dict[str, np.ndarray]) -> str:
+    """What to do about codes that are hardly used."""
+    m, t = c.model, c.train
+    # In so many updates a code with a hundredth of an even share is chosen about once.
+    n = max(20, t.sequence_len // t.update_len, 100 * m.n_code // (t.global_batch_size * t.update_len))
+    n = min(n, m.revive_codes // 2) if m.revive_codes else n
+    enough = 2 ** round(np.log2(2 * np.median(looked["perplexity"])))
+    fewer = f", or config.model.n_code={enough}" if enough < m.n_code else ""
+    return f"in a new run, set config.model.revive_codes={n}{fewer}"
+
+
+def over(found_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator[Finding]:
+    """One finding for all units and heads beyond the limit; those that are not a number are."""
+    places = [tuple(place) for place in np.argwhere(~(found_NH <= limit))]
+    if places:
+        places.sort(key=lambda place: -found_NH[place])
+        number = re.search(r"\{.*\}", what)[0]  # type: ignore[index]
+        where = [f"unit {i}, head {h}" for i, h in places[:N_NAMED]]
+        more = [
+            f"{number.format(found_NH[place])} in {name}" for place, name in zip(places, where, strict=False)
+        ]
+        rest = [f"too much in {len(places) - N_NAMED} more"] if len(places) > N_NAMED else []
+        text = "; ".join([f"{what.format(found_NH[places[0]])} in {where[0]}", *more[1:], *rest])
+        yield Finding(text.replace("%", " %"), remedy)

@@ -1,0 +1,149 @@
+"""What a train step spends its time on: a few steps are traced, and their kernels summed up part by part."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from tvq import cluster, mesh, metrics, optimizer, state, trace, train_step
+from tvq.config import Config
+from tvq.plan.program import Instruction, Kernel, Program
+
+N_STEP, N_ROW = 2, 10
+OTHER = "other"  # what has no name of ours, and what the compiler added
+
+
+class Cost(NamedTuple):
+    """Of one step on one device."""
+
+    part: str  # of trace.PARTS, or OTHER
+    way: str  # forward, again (computed a second time) or backward
+    what: str  # the operation, as jax calls it
+    seconds: float
+    nbytes: float  # read and written
+    n: float  # launches
+
+
+def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints the largest costs of the train step on random tokens, and writes the trace to `output`.
+
+    ValueError: more than one process, or a device whose traces do not name their kernels.
+    """
+    if place.n_process > 1:
+        raise ValueError(f"tvq profile is for one process, but {place}; start it by itself")
+    console = metrics.Console()
+    devices = mesh.make(c.mesh, jax.devices())
+    B, T = c.train.global_batch_size, c.train.sequence_len
+    mesh.check(devices, c)
+    mesh.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
+    tx = optimizer.make(c.optimizer)
+    places = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
+    now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=places)()
+    tokens_BT = np.random.default_rng(0).integers(0, c.model.n_vocab, (B, T), np.int32)
+    rows = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), np.ones_like(tokens_BT))
+    batch = mesh.global_batch(devices, rows | {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1]}, B)
+    console.say("compiling the train step")
+    update = train_step.make(c, devices, tx).lower(now, batch).compile()
+    now, _ = jax.block_until_ready(update(now, batch))  # the first call is not like the others
+    with trace.written(Path(output)):
+        for _ in range(N_STEP):
+            now, _ = update(now, batch)
+        jax.block_until_ready(now)
+    n_run = N_STEP * devices.size
+    spent = {name: seconds / n_run for name, seconds in kernel_seconds(newest(Path(output))).items()}
+    found = costs(Program.read(update.as_text() or ""), spent)
+    if not found:
+        raise ValueError(
+            f"the trace of a {devices.devices.flat[0].device_kind} does not name its kernels;"
+            f" look at it instead: tensorboard --logdir {output}"
+        )
+    console.say(table(found))
+    console.say(f"the trace: tensorboard --logdir {output}")
+    return 0
+
+
+def newest(folder: Path) -> Path:
+    """The last trace written to a folder."""
+    return max(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+
+
+def kernel_seconds(path: Path) -> Counter[str]:
+    """Seconds by the name of the instruction, of all devices together; loops hold what runs inside."""
+    found: Counter[str] = Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if stats.get("hlo_module", "").startswith("jit_train_step"):
+                    found[stats["hlo_op"]] += event.duration_ns * 1e-9
+    return found
+
+
+def costs(program: Program, seconds: Counter[str] | dict[str, float]) -> list[Cost]:
+    """The costs that the kernels of a program add up to, the largest first."""
+    found: dict[tuple[str, str, str], np.ndarray] = {}
+    for kernel in program.kernels():
+        name = kernel.instruction.name
+        if name in seconds:
+            row = found.setdefault(named(program, kernel), np.zeros(3))
+            row += (seconds[name], kernel.n * kernel.nbytes, kernel.n)
+    rows = [Cost(*key, *row.tolist()) for key, row in found.items()]
+    return sorted(rows, key=lambda cost: -cost.seconds)
+
+
+def named(program: Program, kernel: Kernel) -> tuple[str, str, str]:
+    """Part, way and operation, from a name like `jit(train_step)/transpose(jvp(loss))/dot_general`."""
+    path = origin(program, kernel.instruction)
+    parts = re.findall(rf"\b({'|'.join(trace.PARTS)})\b", path)
+    way = "again" if "rematted" in path else "backward" if "transpose(" in path else "forward"
+    return (parts[-1] if parts else OTHER), way, path.rpartition("/")[2] or kernel.instruction.op
+
+
+def origin(program: Program, one: Instruction) -> str:
+    """The name that jax gave; where the compiler lost it, that of what is read."""
+    scope = next(names for names in program.computations.values() if one.name in names)
+    seen: set[str] = set()
+    waiting = [one]
+    while waiting:
+        one = waiting.pop(0)
+        inside = [part for _, part in program.inner(one)] if one.op == "fusion" else []
+        for part in [one, *inside]:
+            if path := part.attribute(r'op_name="([^";]*)'):
+                return path
+        waiting += [scope[name] for name in one.operands if name not in seen]
+        seen |= set(one.operands)
+    return ""
+
+
+def table(found: list[Cost]) -> str:
+    """The N_ROW largest costs, and the time of each part."""
+    total = sum(cost.seconds for cost in found)
+    by_part = {
+        part: sum(cost.seconds for cost in found if cost.part == part) for part in (*trace.PARTS, OTHER)
+    }
+    return "\n".join(
+        [
+            *rows(found, total),
+            "",
+            f"by part, of {1e3 * total:,.1f} ms a step and device:",
+            *(
+                f"{seconds / total:6.1%}  {part}"
+                for part, seconds in sorted(by_part.items(), key=lambda item: -item[1])
+            ),
+        ]
+    ).replace("%", " %")
+
+
+def rows(found: list[Cost], total: float) -> Iterator[str]:
+    yield f"{'share':>7}  {'ms':>9}  {'MB':>9}  {'GB/s':>7}  {'launches':>8}  what"
+    for cost in found[:N_ROW]:
+        rate = cost.nbytes / cost.seconds / 1e9 if cost.seconds else 0.0
+        yield (
+            f"{cost.seconds / total:6.1%}  {1e3 * cost.seconds:9.2f}  {cost.nbytes / 1e6:9,.1f}  {rate:7.1f}"
+            f"  {cost.n:8,.0f}  {cost.part}, {cost.way}: {cost.what}"
+        )
