@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from tests.model import small
-from tvq import optimizer
-from tvq.config import Optimizer
+from tvq import mesh, optimizer, state
+from tvq.config import Mesh, Model, Optimizer
 from tvq.model import transformer
+from tvq.state import TrainState
 
 WARMUP, MAX = 10, 110
 CONFIG = Optimizer(n_warmup_step=WARMUP, n_max_step=MAX, lr_max=0.01, grad_clip=0.0, wd_lam=0.0)
@@ -147,6 +148,25 @@ def test_clipping_is_by_the_norm_of_all_gradients_and_zero_leaves_it_out(name):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert any(np.abs(a - b).max() > 1e-6 for a, b in zip(free, tight, strict=True))
     assert len(optimizer.make(dataclasses.replace(CONFIG, name=name)).init(tree(0))) == 2
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_cut_arrays_are_updated_as_whole_ones(name):
+    """Each device holds a part of parameters and moments: the norm, and Adafactor's means, are of all."""
+    tx = optimizer.make(dataclasses.replace(CONFIG, name=name, grad_clip=0.1, n_warmup_step=0, wd_lam=0.01))
+    params, grads = tree(0), tree(1)
+    update = jax.jit(tx.update)
+    want, want_state = update(grads, tx.init(params), params)
+    like = TrainState(jnp.int32(0), params, {}, tx.init(params), jax.random.key(0))
+    devices = mesh.make(Mesh(devices=2), jax.devices()[:2])
+    specs = state.specs(like, Model(d_model=130), mesh.Axes(D="devices"))
+    placed = jax.tree.map(lambda x, spec: jax.device_put(x, mesh.sharding(devices, spec)), like, specs)
+    cut_grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, placed.params)
+    got, got_state = update(cut_grads, placed.opt_state, placed.params)
+    small.close((got, got_state), (want, want_state), 1e-6)
+    moments = [x for x in jax.tree.leaves(placed.opt_state) if 130 in x.shape]
+    assert not any(x.sharding.is_fully_replicated for x in moments)
+    assert not placed.params["units"]["v"].sharding.is_fully_replicated
 
 
 def test_clipping_scales_by_the_norm_without_epsilon():

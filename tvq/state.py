@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.tree_util import DictKey, GetAttrKey
 
 from tvq import mesh
 from tvq.config import Config, Model
@@ -43,9 +44,11 @@ def specs(like: TrainState, config: Model, axes: mesh.Axes) -> TrainState:
     """How each array of the state lies on the mesh: moments as their parameters."""
 
     def spec(path: tuple, x: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
-        name = mesh.name(path)
-        dims = mesh.dims(name)
-        if {"v_row", "v_col"} & set(name.split("/")):  # Adafactor keeps means of rows and of columns,
+        # A moment stands under its parameter's names, with fields and numbers of the optimizer's between.
+        names = [entry.key for entry in path if isinstance(entry, DictKey)]
+        dims = mesh.dims("/".join([path[0].name, *names]))
+        fields = {entry.name for entry in path if isinstance(entry, GetAttrKey)}
+        if fields & {"v_row", "v_col"}:  # Adafactor keeps means of rows and of columns,
             wide = dims and x.shape[-1] == config.d_model
             dims = ("X",) * (x.ndim - 1) + ("D",) if wide else ()
         elif len(dims) != x.ndim:  # and then nothing for the array itself
