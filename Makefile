@@ -7,7 +7,7 @@ EXTRA := $(shell cuda=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([
 	if [ -n "$$cuda" ]; then [ "$$cuda" -ge 13 ] && echo ,cuda || echo ,cuda12; \
 	elif ls /dev/accel* /dev/vfio/[0-9]* 2>/dev/null | grep -q .; then echo ,tpu; fi)
 
-.PHONY: train test test-quick invariance check format lint types setup clean
+.PHONY: train test test-quick test-aot invariance check format lint types setup clean
 
 train: setup
 	$(BIN)/tvq train --config=configs/debug.py --workdir=$(WORKDIR)
@@ -21,6 +21,15 @@ test-quick: setup
 # The debug model on sixteen shapes of the mesh against one device; about ten minutes.
 invariance: setup
 	$(BIN)/python -m tests.mesh_invariance
+
+# Costs of programs compiled for an H200 and a TPU that are not there. The compilers take 5 GB.
+test-aot: .venv-aot/ready
+	JAX_PLATFORMS=cpu .venv-aot/bin/pytest -q -s tests/aot
+
+.venv-aot/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,cuda,tpu]'
+	touch $@
 
 check: setup lint types test
 
@@ -44,4 +53,4 @@ setup: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .cache
+	rm -rf .venv .venv-aot .cache
