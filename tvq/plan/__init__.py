@@ -6,9 +6,7 @@ bounds to compare shapes by, not predictions to rely on.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from etils import epath
@@ -44,16 +42,14 @@ def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) 
 
 
 def shapes(c: Config, n_device: int) -> Iterator[tuple[str, Config]]:
-    """Every shape of the mesh over so many devices, with its config."""
-    axes = [f.name for f in dataclasses.fields(config.Mesh) if f.type is int]
-    switches = [f.name for f in dataclasses.fields(config.Mesh) if f.type is bool]
-    for sizes in factors(n_device, len(axes)):
-        for on in itertools.product((False, True), repeat=len(switches)):
-            values: dict[str, Any] = dict(zip(axes + switches, (*sizes, *on), strict=True))
-            shape = config.Mesh(**values)
-            names = [f"{axis}={n}" for axis, n in zip(axes, sizes, strict=True) if n > 1 or axis == "devices"]
-            names += [name for name, is_on in zip(switches, on, strict=True) if is_on]
-            yield " ".join(names), dataclasses.replace(c, mesh=shape)
+    """Every shape of the mesh over so many devices of one machine, with its config."""
+    for devices, sequence, tensor in factors(n_device, 3):
+        for shard_params in (False, True) if devices > 1 else (False,):
+            shape = config.Mesh(devices=devices, sequence=sequence, tensor=tensor, shard_params=shard_params)
+            sizes = {"devices": devices, "sequence": sequence, "tensor": tensor}
+            names = [f"{axis}={n}" for axis, n in sizes.items() if n > 1 or axis == "devices"]
+            name = " ".join([*names, "shard_params"] if shard_params else names)
+            yield name, dataclasses.replace(c, mesh=shape)
 
 
 def factors(n: int, k: int) -> Iterator[tuple[int, ...]]:

@@ -1,8 +1,9 @@
 """Machines that are not there: devices of a TPU slice or a GPU host, for their compiler to work for."""
 
 import importlib.util
+import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -62,7 +63,7 @@ def devices(topology: str) -> list[jax.Device]:
     if kind in GPUS and len(sizes) == 1 and sizes[0] > 0:
         return gpus(GPUS[kind], sizes[0])
     if kind in TPUS and shape and all(sizes):
-        return tpus(topology, kind)
+        return tpus(topology, kind, sizes)
     raise ValueError(
         f"--topology={topology} is not known; use a TPU slice such as v5e:4x4 ({', '.join(TPUS)}), or GPUs of"
         f" one machine such as h200:8 ({', '.join(GPUS)})"
@@ -75,14 +76,17 @@ def gpus(gpu: Gpu, n: int) -> list[jax.Device]:
     return topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{n}").devices
 
 
-def tpus(topology: str, kind: str) -> list[jax.Device]:
+def tpus(topology: str, kind: str, sizes: list[int]) -> list[jax.Device]:
     need("libtpu", extra="tpu")
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # On a v4 two cores are one device.
-    paired = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)} if kind == "v4" else {}
+    options: dict[str, Any] = {}
+    if kind == "v4":  # two cores are one device
+        options = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    if math.prod(sizes) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return topologies.get_topology_desc(topology, platform="tpu", **paired).devices
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--topology={topology} is no slice that there is: {reason}") from error
