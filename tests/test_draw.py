@@ -135,6 +135,16 @@ def continuations(
     return [row.tolist() for row in found]
 
 
+def test_drawing_tells_how_far_it_is():
+    said = []
+    drawn = options(length=20) | {"progress": lambda done, of: said.append((done, of))}
+    prefixes = [read_prompt(prompts()[0])] * 3
+    draw.continuations(
+        *small.parameters(MODEL), prefixes, [0, 1, 2], jax.random.key(0), batch_size=2, **drawn
+    )
+    assert said == [(16, 40), (20, 40), (36, 40), (40, 40)]
+
+
 # One token; up to a block; one more; some blocks and a rest; many blocks.
 LENGTHS = (1, L, L + 1, 2 * L + 3, 4 * L + 1)
 

@@ -1,7 +1,7 @@
 """Drawing: a prompt is read in parallel, then continued at constant memory and cost a token."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -170,9 +170,12 @@ def continuations(
     *,
     batch_size: int,
     length: int,
+    progress: Callable[[int, int], Any] = lambda done, of: None,
     **options: Any,
 ) -> list[np.ndarray]:
     """Continuations `[length]` int32 of prefixes of any length; `options` are those of `chunks`.
+
+    `progress` hears tokens done and tokens in all, one batch after the other.
 
     A continuation is a function of prefix, sequence number and key: those of equally long states are drawn
     side by side, `batch_size` at a time, and a batch is filled up, so that one program draws all.
@@ -183,13 +186,13 @@ def continuations(
     B = min(batch_size, max(map(len, groups.values())))
     batches = [group[i : i + B] for group in groups.values() for i in range(0, len(group), B)]
     found = {}
-    for batch in batches:
+    for number, batch in enumerate(batches):
         rows = batch + batch[-1:] * (B - len(batch))
         of_rows = [prefixes[i] for i in rows], [sequences[i] for i in rows]
-        tokens_BT = np.concatenate(
-            [np.asarray(x) for x in list(chunks(params, codebooks, *of_rows, key, length=length, **options))],
-            1,
-        )
+        tokens_BT = np.zeros((B, 0), np.int32)
+        for more_BT in chunks(params, codebooks, *of_rows, key, length=length, **options):
+            tokens_BT = np.concatenate([tokens_BT, np.asarray(more_BT)], 1)
+            progress(number * length + min(tokens_BT.shape[1], length), len(batches) * length)
         for i, row in zip(batch, tokens_BT, strict=False):
             start = len(prefixes[i].rest_T) - 1
             found[i] = row[start : start + length]

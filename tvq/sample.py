@@ -15,7 +15,9 @@ from tvq.draw import Prefix
 from tvq.model import transformer
 
 
-def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> list[str]:
+def texts(
+    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, console: metrics.Console
+) -> list[str]:
     """`sample.n_sample` texts that begin with `sample.prompt`, drawn by one device of this process.
 
     ValueError: the model has quadratic attention, which is there to be measured, not to decode.
@@ -23,7 +25,7 @@ def texts(params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config) -> l
     check_decodes(c)
     params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
     before = draw.empty(c.model)
-    return answers(params, codebooks, vocabulary, c, before, [c.sample.prompt])
+    return answers(params, codebooks, vocabulary, c, before, [c.sample.prompt], console)
 
 
 def check_decodes(c: Config) -> None:
@@ -47,7 +49,13 @@ def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
 
 
 def answers(
-    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, before: Prefix, prompts: list[str]
+    params: dict,
+    codebooks: dict,
+    vocabulary: Vocabulary,
+    c: Config,
+    before: Prefix,
+    prompts: list[str],
+    console: metrics.Console,
 ) -> list[str]:
     """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
     options = drawing(c)
@@ -61,6 +69,7 @@ def answers(
         [number for _, number in asked],
         jax.random.key(c.sample.seed),
         batch_size=c.sample.batch_size,
+        progress=lambda done, of: console.progress(f"drawing: {done:,} of {of:,} tokens", brief=True),
         **options,
     )
     # Decoded together: where the prompt ends may decide how the first piece is written.
@@ -204,6 +213,7 @@ def sample(
                 print(piece, end="", flush=True)
             print()
         return 0
-    found = answers(*model, vocabulary, c, before, asked)
-    metrics.Console().say(write_files(found, epath.Path(output)) if output else show(found))
+    with metrics.Console() as console:
+        found = answers(*model, vocabulary, c, before, asked, console)
+        console.say(write_files(found, epath.Path(output)) if output else show(found))
     return 0

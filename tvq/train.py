@@ -378,6 +378,6 @@ def finish(run: Run, now: TrainState, stopped: bool) -> None:
         gather = jax.jit(lambda *x: x, out_shardings=whole)  # takes all processes
         params, codebooks = gather(now.params, now.codebooks)
         if run.processes.is_main:
-            texts = sample.texts(params, codebooks, run.corpus.vocabulary, run.config)
+            texts = sample.texts(params, codebooks, run.corpus.vocabulary, run.config, run.console)
             path = sample.save(texts, run.workdir, step)
             run.console.say(sample.show(texts) + f"\n(in {path})")

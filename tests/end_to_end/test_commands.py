@@ -255,6 +255,7 @@ def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
     assert {"model", "mesh", "data", "batch", "workdir", "compile", "memory", "time"} <= named
     assert "mesh     1 x cpu: devices=1 (cuts the batch)" in lines
     assert CLEAR + "compiling" in output
+    assert CLEAR + "drawing: 8 of 8 tokens" in output
     assert output.count(CLEAR + "step 20 of 20, loss ") >= 1
     assert output.count(CLEAR + "evaluating: batch 1 of 1") == 1
     lines = render(output)
