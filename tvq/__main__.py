@@ -27,6 +27,7 @@ from tvq import (
     plan,
     prepare,
     profile,
+    recall,
     report,
     sample,
     train,
@@ -50,6 +51,14 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """
         tvq eval --workdir=runs/debug
         tvq eval --workdir=runs/debug --split=test --batch_size=4
+        """,
+    ),
+    "recall": (
+        recall.recall,
+        "say how far back a model looks something up",
+        """
+        tvq recall --workdir=runs/debug
+        tvq recall --workdir=runs/debug --length=65536 --n_sequence=1
         """,
     ),
     "sample": (
@@ -131,8 +140,14 @@ tvq report --workdir=runs/debug
 tvq report --workdir=runs/debug runs/mine --output=runs/compared
 """
 # Short forms: `--split=test` is `--config.evaluate.split=test`.
-SHORT = {"eval": config.Evaluate, "sample": config.Sample, "bench": config.Bench, "plan": config.Plan}
-SECTION = {"eval": "evaluate", "sample": "sample", "bench": "bench", "plan": "plan"}
+SHORT = {
+    "eval": config.Evaluate,
+    "recall": config.Recall,
+    "sample": config.Sample,
+    "bench": config.Bench,
+    "plan": config.Plan,
+}
+SECTION = {"eval": "evaluate", "recall": "recall", "sample": "sample", "bench": "bench", "plan": "plan"}
 QUIET = "plain lines, as where there is no terminal"
 # What a command is asked for besides the config.
 OPTIONS = {

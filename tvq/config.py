@@ -31,6 +31,7 @@ from tvq.schema import (
     Optimizer,
     Plan,
     Profile,
+    Recall,
     Sample,
     Train,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Optimizer",
     "Plan",
     "Profile",
+    "Recall",
     "Sample",
     "Train",
 ]
@@ -62,7 +64,7 @@ CHANGEABLE = frozenset(
         f"{name}.{f.name}"
         for name, cls in get_type_hints(Config).items()
         for f in dataclasses.fields(cls)
-        if name in ("mesh", "evaluate", "sample", "bench", "plan", "checkpoint", "log", "profile", "cluster")
+        if name not in ("model", "data", "optimizer", "train")
     }
 )
 # What may differ between the processes of one run.

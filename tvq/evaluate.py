@@ -338,27 +338,24 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         console.say(line(c.evaluate.split, found, corpus))
         console.say(json.dumps(row))
         if processes.is_main:
-            record(workdir, c, row, table, corpus, devices)
+            data = {
+                "folder": str(corpus.folder),
+                "fingerprint": corpus.fingerprint,
+                "vocabulary": vocabulary.describe(corpus.vocabulary),
+            }
+            name = f"step_{row['step']}_{row['split']}{'_carried' if c.evaluate.carry else ''}"
+            record(workdir, c, name, row | {"by_context": table, "data": data}, devices)
     processes.finish()
     return 0
 
 
-def record(
-    workdir: epath.Path, c: Config, row: dict, table: list[dict], corpus: AnyCorpus, devices: Mesh
-) -> None:
-    """Writes to `workdir/evaluations/` the result and all that is needed to repeat it."""
-    how = "_carried" if c.evaluate.carry else ""
-    path = workdir / "evaluations" / f"step_{row['step']}_{row['split']}{how}.json"
-    found = row | {
-        "by_context": table,
-        "data": {
-            "folder": str(corpus.folder),
-            "fingerprint": corpus.fingerprint,
-            "vocabulary": vocabulary.describe(corpus.vocabulary),
-        },
+def record(workdir: epath.Path, c: Config, name: str, found: dict, devices: Mesh) -> None:
+    """Writes what was found, and all that is needed to repeat it, to `workdir/evaluations/NAME.json`."""
+    found = found | {
         "code": {name: importlib.metadata.version(name) for name in ("tvq", "jax", "jaxlib")},
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
         "config": config.to_dict(c),
     }
+    path = workdir / "evaluations" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -121,6 +121,13 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall:
+    length: int = field(8192, "tokens of a sequence of the recall probe, rounded up to pieces", at_least=1)
+    n_sequence: int = field(8, "sequences of the probe", at_least=1)
+    seed: int = field(0, "decides the pairs and the questions", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     prompt: str = field("", "text to continue")
     n_sample: int = field(1, "continuations to draw", at_least=1)
@@ -203,6 +210,7 @@ class Config:
     mesh: Mesh = Mesh()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    recall: Recall = Recall()
     sample: Sample = Sample()
     bench: Bench = Bench()
     plan: Plan = Plan()

@@ -216,6 +216,20 @@ def test_eval_finds_what_training_found(tvq: Program, unbroken: Path) -> None:
 
 
 @pytest.mark.slow
+def test_recall(tvq: Program, run: Path) -> None:
+    command = ("recall", f"--workdir={run}", "--length=250", "--n_sequence=2")
+    stdout, _ = tvq.run(*command)
+    *table, row = stdout.splitlines()
+    assert table[1].split()[0] == "window"
+    assert table[-1].split() == ["chance", "5.5452"]
+    found = json.loads((run / "evaluations" / "step_18_recall.json").read_text())
+    assert json.loads(row).items() <= found.items()
+    assert found["length"] == 256  # whole pieces of 32
+    assert [row["recalled"] for row in found["answers"][:2]] == [0.0, 0.0], "it has learnt nothing yet"
+    assert found["config"]["recall"]["length"] == 250
+
+
+@pytest.mark.slow
 def test_eval_of_whole_documents(tvq: Program, run: Path) -> None:
     """A table, and a file with what is needed to repeat it: one document of the 200 bytes."""
     stdout, _ = tvq.run("eval", f"--workdir={run}", "--split=test", "--carry", "--batch_size=2")
