@@ -121,7 +121,7 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     rows = mesh.local_rows(devices, n_row)
     with metrics.Console(silent=not processes.is_main) as console:
         now = evaluate.restore(c, workdir, devices, console.say).state
-        empty, read = evaluate.make_carried(c.model, devices)
+        empty, read = evaluate.make_carried(c.model, devices, c.mesh.shard_params)
         state, found = empty(n_row), []
         for start in range(0, length, piece):
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])
