@@ -12,16 +12,17 @@ from etils import epath
 
 from tvq import cluster, mesh, metrics, optimizer, state, trace, train_step
 from tvq.config import Config
-from tvq.plan.program import Instruction, Kernel, Program
+from tvq.plan.program import COLLECTIVES, Instruction, Kernel, Program
 
 N_STEP, N_ROW = 2, 10
+EXCHANGE = "exchange"  # of devices, besides the sums of `reduce`
 OTHER = "other"  # what has no name of ours, and what the compiler added
 
 
 class Cost(NamedTuple):
     """Of one step on one device."""
 
-    part: str  # of trace.PARTS, or OTHER
+    part: str  # of trace.PARTS, or EXCHANGE or OTHER
     way: str  # forward, again (computed a second time) or backward
     what: str  # the operation, as jax calls it
     seconds: float
@@ -101,7 +102,9 @@ def named(program: Program, kernel: Kernel) -> tuple[str, str, str]:
     path = origin(program, kernel.instruction)
     parts = re.findall(rf"\b({'|'.join(trace.PARTS)})\b", path)
     way = "again" if "rematted" in path else "backward" if "transpose(" in path else "forward"
-    return (parts[-1] if parts else OTHER), way, path.rpartition("/")[2] or kernel.instruction.op
+    exchanges = kernel.instruction.op.startswith(COLLECTIVES)
+    part = parts[-1] if parts else EXCHANGE if exchanges else OTHER
+    return part, way, path.rpartition("/")[2] or kernel.instruction.op
 
 
 def origin(program: Program, one: Instruction) -> str:
@@ -124,7 +127,8 @@ def table(found: list[Cost]) -> str:
     """The N_ROW largest costs, and the time of each part."""
     total = sum(cost.seconds for cost in found)
     by_part = {
-        part: sum(cost.seconds for cost in found if cost.part == part) for part in (*trace.PARTS, OTHER)
+        part: sum(cost.seconds for cost in found if cost.part == part)
+        for part in (*trace.PARTS, EXCHANGE, OTHER)
     }
     return "\n".join(
         [

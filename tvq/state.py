@@ -60,4 +60,5 @@ def specs(like: TrainState, config: Model, axes: mesh.Axes) -> TrainState:
 
 def n_param(state: TrainState) -> int:
     """Parameters and codebook entries."""
-    return sum(x.size for x in jax.tree.leaves((state.params, state.codebooks)))
+    codebooks = {name: state.codebooks[name] for name in ("sum", "count")}
+    return sum(x.size for x in jax.tree.leaves((state.params, codebooks)))

@@ -19,7 +19,7 @@ def test_profile(tvq: Program, tmp_path: Path) -> None:
     shares = {
         line.split()[2]: float(line.split()[0]) for line in lines if line.count(" %  ") and "," not in line
     }
-    assert set(shares) == {*trace.PARTS, profile.OTHER}
+    assert set(shares) == {*trace.PARTS, profile.EXCHANGE, profile.OTHER}
     assert sum(shares.values()) == pytest.approx(100, abs=1)
     assert shares["other"] < 50
 

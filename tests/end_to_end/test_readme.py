@@ -17,6 +17,7 @@ SMALLER = {
     "--config.train.sequence_len=131072": "--config.train.sequence_len=64",
     "--config.train.update_len=131072": "--config.train.update_len=64",
     "--config.train.segment_len=4096": "--config.train.segment_len=16",
+    "--config.model.revive_codes=100": "--config.model.revive_codes=2",  # as the tiny model has it
     "--lengths=2048,8192": "--lengths=16,32",
     "--length=200": "--length=20",
 }
