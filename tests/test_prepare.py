@@ -129,7 +129,15 @@ def test_pg19_with_a_given_model_and_small_pieces(made, tmp_path, monkeypatch):
     whole = made("pg19", library(tmp_path / "pg19"), model=str(model))
     assert whole.vocabulary == books.vocabulary()
     monkeypatch.setattr(texts.at_spaces, "__defaults__", (50,))
-    assert made("pg19", tmp_path / "pg19", model=str(model)).fingerprint == whole.fingerprint
+    assert made("pg19", tmp_path / "pg19", model=str(model)).splits == whole.splits
+
+
+def test_another_model_in_the_folder(made, tmp_path):
+    folder = Path(made("pg19", library(tmp_path / "pg19"), pieces=120).folder)
+    for model in (books.vocabulary().model, b""):
+        (folder / "vocabulary.model").write_bytes(model)
+        with pytest.raises(ValueError, match=r"made with a vocabulary\.model of sha256 .*, there is one of"):
+            open_corpus(config.Data(source="tokens", path=str(folder)))
 
 
 def test_pg19_tables(made, tmp_path):

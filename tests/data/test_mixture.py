@@ -60,6 +60,11 @@ def test_shares(folders):
     assert set(Counter(i for i in order if i >= 80).values()) <= {1, 2}
 
 
+def test_folders_of_one_size_have_orders_of_their_own(folders):
+    order = numbers(mixed((folders[0], folders[0]), (1, 1)), 20)
+    assert order[::2] != order[1::2]
+
+
 def test_batch_t_is_a_function_of_t(folders):
     mixture = mixed(folders)
     order = numbers(mixture, 12)
