@@ -123,6 +123,27 @@ def test_messages_go_along_axes():
     }
 
 
+def test_a_message_under_way_counts_once():
+    part = """
+%fused.{i} (p.{i}: f32[8]) -> f32[16] {{
+  %p.{i} = f32[8] parameter(0)
+  ROOT %g.{i} = f32[16] all-gather(%p.{i}), {options}
+}}
+"""
+    main = """
+ENTRY %main (a.1: f32[8]) -> f32[16] {
+  %a.1 = f32[8] parameter(0)
+  %b.1 = f32[16] fusion(%a.1), kind=kCustom, calls=%fused.1
+  ROOT %c.1 = f32[16] fusion(%a.1), kind=kCustom, calls=%fused.2
+}
+"""
+    chain = 'channel_id=7, replica_groups={{0,1}}, frontend_attributes={chain_id="6"}'
+    for options, n in ((chain, 1), ("channel_id=7, replica_groups={{0,1}}", 2)):
+        fused = [part.format(i=i, options=options) for i in (1, 2)]
+        found = list(Program.read("".join(fused) + main).collectives(2))
+        assert [one.sent for one in found] == n * [4 * 8]
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

@@ -231,11 +231,14 @@ class Program:
                 yield out.nbytes
 
     def collectives(self, n_device: int) -> Iterator[Collective]:
+        """A TPU's is part of each fusion that computes while it is under way: it counts where it begins."""
+        seen: set[str] = set()
         for name, one, n in self.run():
             parts = self.inner(one) if one.op == "fusion" else [(self.computations[name], one)]
             for scope, part in parts:
-                kind = part.op.removesuffix("-start")
-                if kind in COLLECTIVES:
+                kind, chain = part.op.removesuffix("-start"), part.attribute(r"(channel_id=.*chain_id=\S+)")
+                if kind in COLLECTIVES and chain not in seen:
+                    seen |= {chain} - {""}
                     groups = groups_of(part, n_device)
                     given = sum(array.size for operand in part.operands for array in scope[operand].arrays)
                     yield Collective(kind, groups, n, sent(kind, given, len(groups[0])))
