@@ -7,7 +7,7 @@ EXTRA := $(shell cuda=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([
 	if [ -n "$$cuda" ]; then [ "$$cuda" -ge 13 ] && echo ,cuda || echo ,cuda12; \
 	elif ls /dev/accel* /dev/vfio/[0-9]* 2>/dev/null | grep -q .; then echo ,tpu; fi)
 
-.PHONY: train test test-quick test-aot invariance check format lint types setup clean
+.PHONY: train test test-quick test-aot plans invariance check format lint types setup clean
 
 train: setup
 	$(BIN)/tvq train --config=configs/debug.py --workdir=$(WORKDIR)
@@ -25,6 +25,12 @@ invariance: setup
 # Costs of programs compiled for an H200 and a TPU that are not there. The compilers take 5 GB.
 test-aot: .venv-aot/ready
 	JAX_PLATFORMS=cpu .venv-aot/bin/pytest -q -s tests/aot
+
+# What docs/plan.md tabulates, a file a line; hours on two cores.
+plans: .venv-aot/ready
+	mkdir -p runs/plans
+	while read -r name options; do \
+		.venv-aot/bin/tvq plan $$options > runs/plans/$$name.txt; done < docs/plans.txt
 
 .venv-aot/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-aot

@@ -98,6 +98,9 @@ def test_page(capsys, monkeypatch):
     monkeypatch.setattr(step, "estimate", lambda *_: small_chip)
     assert run(CONFIG) == 1
     assert "does not fit: " in capsys.readouterr().out
+    monkeypatch.setattr(step, "estimate", lambda *_: dataclasses.replace(small_chip, placed=True))
+    assert run(CONFIG) == 0
+    assert "fits, says the compiler" in capsys.readouterr().out
 
 
 def test_the_compiler_may_say_that_it_does_not_fit(capsys, monkeypatch):
@@ -151,6 +154,14 @@ def test_the_door(monkeypatch, capsys):
     assert door.main([*arguments, "--sweep"]) == 0
     assert door.main(arguments) == 0
     assert [(asked.topology, asked.sweep) for asked in seen] == [("v5e:4x4", True), ("v5e:4x4", False)]
+
+
+def test_the_tabulated_plans_are_commands(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for line in (ROOT / "docs" / "plans.txt").read_text().splitlines():
+        name, *options = line.split()
+        arguments, overrides = door.parser().parse_known_args(["plan", *options])
+        assert door.read_config(arguments, overrides).plan.topology, name
 
 
 @pytest.mark.parametrize("topology", ["", "v5e", "v5e:4y4", "h200:0", "h200:2x2", "abacus:4"])

@@ -20,7 +20,11 @@ def too_large(error: TooLargeError) -> str:
 
 
 def verdict(found: Estimate) -> str:
-    fits, needed = "fits" if found.fits else "does not fit", found.bytes_needed / GIB
+    if found.placed:
+        fits = "fits, says the compiler, in parts that may share memory"
+    else:
+        fits = "fits" if found.fits else "does not fit"
+    needed = found.bytes_needed / GIB
     return f"{fits}: {needed:.2f} GiB of memory needed on a device, {found.chip.memory / GIB:.2f} there"
 
 

@@ -32,6 +32,7 @@ class Estimate:
     n_token: int  # of the whole batch
     n_param: int  # of the whole model
     memory: dict[str, int]  # bytes by what they hold
+    placed: bool  # by a compiler that refuses what does not fit, and shares more memory than it tells
     largest: list[tuple[Array, int]]  # arrays of the program, and how many there are
     analytic: float  # FLOPs that the mathematics needs
     compiled: float  # FLOPs that the program does
@@ -47,7 +48,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.bytes_needed <= self.chip.memory
+        return self.placed or self.bytes_needed <= self.chip.memory
 
     @property
     def step_seconds(self) -> float:
@@ -93,6 +94,7 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
         n_token=B * T,
         n_param=state.n_param(carried),
         memory=memory,
+        placed=mesh.platform(devices) == "tpu",
         largest=largest(program),
         analytic=flops.train(c.model, c.train.update_len) * B * T / n_device,
         compiled=sum(kernel.n * kernel.flops for kernel in kernels),
