@@ -14,8 +14,8 @@ FILES = sorted((ROOT / "tvq").rglob("*.py"))
 ORDER = (
     "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss", "optimizer", "state",
     "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "prepare", "trace",
-    "evaluate", "recall", "draw", "sample", "describe", "train", "bench", "report", "doctor", "plan",
-    "profile", "interop", "__main__",
+    "evaluate", "recall", "draw", "pictures", "sample", "describe", "train", "bench", "report", "doctor",
+    "plan", "profile", "interop", "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60
 # Longer, with the reason.

@@ -152,11 +152,11 @@ QUIET = "plain lines, as where there is no terminal"
 # What a command is asked for besides the config.
 OPTIONS = {
     "sample": {
-        "prompts": "file of prompts: one a line, or the field `prompt` of each line of a .jsonl",
+        "prompts": "file of prompts, one a line or in the field `prompt` of a .jsonl; images to complete",
         "document": "file that is read once, before each prompt",
         "save_state": "write what was read of the document to this file",
         "from_state": "go on from a saved file in the place of its document",
-        "output": "folder for a file a text, in the place of the terminal",
+        "output": "folder for a file a text, or an image",
     },
     "import": {"input": "checkpoint of the original program (msgpack), or folder of tvq export"},
     "export": {"output": "folder for the weights"},

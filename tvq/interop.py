@@ -165,8 +165,8 @@ def read_original(path: epath.Path) -> dict[str, np.ndarray]:
     return {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary]:
-    """Params, codebooks and vocabulary, of the original program's file or of our folder or file.
+def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary, int]:
+    """Params, codebooks, vocabulary, side of images: of the original's file, or of our folder or file.
 
     ValueError: it is neither, or its arrays are not those of the model; each that differs is listed.
     """
@@ -175,11 +175,16 @@ def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary]:
         like = dict(zip(("params", "codebooks"), jax.eval_shape(lambda: _init(c.model)), strict=True))
         check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()})
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in tensors.named(like)])
-        return tree["params"], tree["codebooks"], from_json(json.loads(facts["vocabulary"]))
+        return (
+            tree["params"],
+            tree["codebooks"],
+            from_json(json.loads(facts["vocabulary"])),
+            int(facts["image_size"]),
+        )
     vocabulary = vocabulary_of(c)
     arrays = read_original(path)
     check(path, arrays, original_kinds(c.model))
-    return *parameters_from_original(arrays), vocabulary
+    return *parameters_from_original(arrays), vocabulary, 0
 
 
 def _init(model: Model) -> tuple[dict, dict]:
@@ -204,7 +209,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
         raise ValueError(f"--workdir={workdir} holds a run already; use another folder")
     train.check_workdir(workdir, c)
-    params, codebooks, vocabulary = read_weights(epath.Path(input), c)
+    params, codebooks, vocabulary, image_size = read_weights(epath.Path(input), c)
     tx = optimizer.make(c.optimizer)
     whole = mesh.sharding(mesh.make(config.Mesh(), jax.devices()[:1]), mesh.WHOLE)
 
@@ -213,7 +218,8 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         return fresh._replace(params=params, codebooks=codebooks, opt_state=tx.init(params))
 
     now = jax.jit(begin, out_shardings=whole)(params, codebooks)
-    data = {"next_batch": 0, "fingerprint": None, "vocabulary": to_json(vocabulary), "seconds": {}}
+    data = {"next_batch": 0, "fingerprint": None, "seconds": {}}
+    data |= {"vocabulary": to_json(vocabulary), "image_size": image_size}
     with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
         checkpoints.save(0, now, data, config.to_dict(c))
     train.record(workdir, c, log)  # last: without it the folder is no run
@@ -233,7 +239,8 @@ def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     restored = evaluate.restore(c, workdir, mesh.make(config.Mesh(), jax.devices()[:1]), log.say)
     now = restored.state
     arrays = tensors.named({"params": now.params, "codebooks": now.codebooks})
-    facts = {"step": str(restored.step), "vocabulary": json.dumps(restored.data["vocabulary"])}
+    kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}
+    facts = {"step": str(restored.step), **kept}
     n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
     (folder / config.FILE).write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
     metrics.Console().say(

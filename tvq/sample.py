@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq import cluster, draw, evaluate, mesh, metrics, tensors
+from tvq import cluster, draw, evaluate, mesh, metrics, pictures, tensors
 from tvq.config import Config, Mesh
 from tvq.data.vocabulary import Vocabulary, from_json
 from tvq.draw import Prefix
@@ -200,10 +200,19 @@ def sample(
     if stream and output:
         raise ValueError("--stream writes to the terminal and --output to files; use one of them")
     check_decodes(c)
-    asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
     restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
     vocabulary = from_json(restored.data["vocabulary"])
     model = restored.state.params, restored.state.codebooks
+    if restored.data["image_size"]:
+        if stream or document or save_state or from_state or c.sample.prompt:
+            raise ValueError("this model draws images: it takes --prompts of images and --output, no text")
+        folder = epath.Path(output) if output else workdir / "samples" / f"step_{restored.step}"
+        size = restored.data["image_size"]
+        halves = pictures.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]
+        images = pictures.drawn(*model, c, size, halves, drawing(c))
+        metrics.Console().say(pictures.write(images, folder))
+        return 0
+    asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
     before = prefix(*model, vocabulary, c, log.say, document, save_state, from_state)
     if stream:
         n = len(asked) * c.sample.n_sample

@@ -294,6 +294,7 @@ def save(run: Run, now: TrainState, step: int) -> None:
         "next_batch": step // (run.config.train.sequence_len // run.config.train.update_len),
         "fingerprint": run.corpus.fingerprint,
         "vocabulary": vocabulary.to_json(run.corpus.vocabulary),
+        "image_size": run.corpus.image_size,
         "seconds": run.clock.spent,
     }
     with run.clock.spending("save"):
@@ -372,7 +373,7 @@ def finish(run: Run, now: TrainState, stopped: bool) -> None:
     run.console.say(describe.spent(run.clock.spent))
     if stopped:
         run.console.say(f"stopped and saved at step {step}; the same command goes on")
-    elif run.config.model.attention == "vq":
+    elif run.config.model.attention == "vq" and not run.corpus.image_size:  # images take long
         run.watchdog.beat("sample", step, run.config.cluster.compile_timeout)
         whole = mesh.sharding(run.devices, mesh.WHOLE)
         gather = jax.jit(lambda *x: x, out_shardings=whole)  # takes all processes
