@@ -61,13 +61,14 @@ wait_for() {
   while kill -0 "$1" 2>/dev/null; do
     wait "$1"
     code=$?
-    # 127: bash has already handed out the code of a process that was gone.
-    [ "$code" -le 128 ] && return "$code"
+    # 127: bash has already handed out the code of a process that was gone. -1: a signal came in the midst of it.
+    [ "$code" -ge 0 ] && [ "$code" -le 128 ] && return "$code"
   done
   wait "$1"
   local last=$?
-  [ "$last" -eq 127 ] && return "$code"
-  return "$last"
+  [ "$last" -eq 127 ] || code=$last
+  [ "$code" -ge 0 ] || code=143 # bash has lost it: that of the SIGTERM that we sent on
+  return "$code"
 }
 
 # The machine's own notice of its end; asks the child to save, once.

@@ -443,7 +443,7 @@ def test_a_pod_of_four_ends_like_an_unbroken_run_though_a_worker_rebooted(
         assert len(kill_marked("TVQ_PROCESS_ID=2", f"--workdir={workdir}\0")) >= 2  # supervisor too
         output = process.communicate(timeout=250)[0]
     assert process.returncode == 0, output
-    assert output.count("devices  8 x cpu") >= 2, output
+    assert output.count("mesh     8 x cpu") >= 2, output
     assert cloud.calls().count("tpu-vm create") == 1
     program.train(unbroken, "--cpu_devices=8")
     assert_close(workdir, unbroken, 1e-5)
