@@ -36,17 +36,17 @@ def running(x0_BHX: jax.Array, x_BHRX: jax.Array, kept_BR: jax.Array | None = No
     """`x0 + x_0 + ... + x_{r-1}` for r = 0 .. R, along axis 2; where x_r is not kept with what is before it,
     the sum begins anew with x_r. Nothing is subtracted, so that what was left out leaves no trace.
     """
+    # x0 stands for ever more tokens: added last and once, it rounds least.
     if x_BHRX.shape[2] <= UNROLLED:
-        totals = [x0_BHX]
+        totals, old_BHX, new_BHX = [x0_BHX], x0_BHX, jnp.zeros_like(x0_BHX)
         for r, x_BHX in enumerate(jnp.moveaxis(x_BHRX, 2, 0)):
-            before_BHX = totals[-1]
             if kept_BR is not None:
                 kept_BX = kept_BR[:, r].reshape(-1, *[1] * (x_BHX.ndim - 1))
-                before_BHX = jnp.where(kept_BX, before_BHX, 0.0)
-            totals.append(before_BHX + x_BHX)
+                old_BHX, new_BHX = jnp.where(kept_BX, old_BHX, 0.0), jnp.where(kept_BX, new_BHX, 0.0)
+            new_BHX = new_BHX + x_BHX
+            totals.append(old_BHX + new_BHX)
         return jnp.stack(totals, 2)
     if kept_BR is None:
-        # x0 stands for many tokens: added last and once, it rounds least.
         return x0_BHX[:, :, None] + jnp.pad(
             jnp.cumsum(x_BHRX, 2), [(0, 0)] * 2 + [(1, 0)] + [(0, 0)] * (x_BHRX.ndim - 3)
         )
