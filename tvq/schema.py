@@ -27,7 +27,9 @@ class Model:
     mem_len: int = field(512, "tokens before a block that are attended to exactly", at_least=1)
     attention: str = field("vq", "vq: linear time; full: exact and quadratic, the baseline of benchmarks")
     n_parallel: int = field(
-        0, "blocks that attention computes at once; 0 takes what suits the device", at_least=0
+        0,
+        "blocks of all sequences of a device that attention computes at once; 0 takes what suits the device",
+        at_least=0,
     )
     attend_across_documents: bool = field(
         False,

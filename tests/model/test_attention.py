@@ -201,7 +201,7 @@ def starts(L: int, M: int, T: int) -> list[jax.Array]:
 
 # (L, M, T), (agg_cache, grad_thru_cache), blocks at once.
 APART = [((4, 6, 16), switches, 0) for switches in SWITCHES] + [
-    ((5, 3, 15), (True, True), 0), ((3, 8, 18), (True, True), 2), ((3, 8, 18), (True, False), 1),
+    ((5, 3, 15), (True, True), 0), ((3, 8, 18), (True, True), 4), ((3, 8, 18), (True, False), 1),
     ((1, 1, 6), (True, True), 0),
 ]  # fmt: skip
 
@@ -221,9 +221,9 @@ def test_equals_dense_attention_within_documents(sizes, switches, n_parallel):
                 close(got, want, 1e-9)
 
 
-@pytest.mark.parametrize(("n_parallel", "grad_thru_cache"), [(1, True), (1, False), (3, True)])
+@pytest.mark.parametrize(("n_parallel", "grad_thru_cache"), [(1, True), (1, False), (7, True)])
 def test_blocks_in_turn_are_blocks_at_once(n_parallel, grad_thru_cache):
-    """Of 4 blocks 1 at a time, or 2: 3 at a time would leave one over."""
+    """Of 4 blocks of each of two sequences 1 at a time, or 2: 3 at a time would leave one over."""
     options = {"block_len": 3, "agg_cache": True, "grad_thru_cache": grad_thru_cache}
     with jax.enable_x64(True):
         x = inputs(H=2, T=12, M=4, n_memory=4, n_cached=40)

@@ -98,11 +98,13 @@ def attend(
     from block to block. c gets no gradient. Documents are kept apart by start, that of the document of each
     of the M + 1 tokens before and the T of the call, int32 `[B,M+1+T]`; without it there is but one.
 
-    All blocks are computed at once, or n_parallel of them and then the next: the result is the same.
+    All blocks are computed at once, or a part of them and then the next: n_parallel counts the blocks of all
+    sequences together, and at least one of each is taken. The result is the same.
     """
     B, H, T, _ = q_BHTK.shape
     n_block = T // block_len
-    at_once = max((n for n in range(1, min(n_parallel, n_block) + 1) if n_block % n == 0), default=n_block)
+    most = max(1, n_parallel // B) if n_parallel else n_block
+    at_once = max(n for n in range(1, min(most, n_block) + 1) if n_block % n == 0)
 
     def chunk(state: State, tokens: tuple) -> tuple[State, jax.Array]:
         (q, k, v, z), start = tokens
