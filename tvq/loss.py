@@ -7,6 +7,10 @@ from tvq import dims
 from tvq.config import Model
 from tvq.model import transformer
 
+N_TOKEN = (
+    2048  # whose logits are held at once, if the blocks of one number are fewer: not too small a product
+)
+
 
 @jax.named_scope("loss")
 def token_nll(
@@ -14,11 +18,14 @@ def token_nll(
 ) -> jax.Array:
     """Nats `[B,T]` of each target after the last hidden x; 0 where masked.
 
-    One block of tokens at a time, computed again in the backward pass: log-probabilities `[B,T,C]` are
+    A few blocks of tokens at a time, computed again in the backward pass: log-probabilities `[B,T,C]` are
     never held.
     """
     B, T = dims.check(x_BTD=x_BTD, targets_BT=targets_BT, mask_BT=mask_BT)["B"], x_BTD.shape[1]
-    blocks = lambda x: x.reshape(B, -1, config.block_len, *x.shape[2:]).swapaxes(0, 1)
+    n_block = T // config.block_len
+    most = max(1, N_TOKEN // (B * config.block_len))
+    at_once = max(n for n in range(1, min(most, n_block) + 1) if n_block % n == 0)
+    blocks = lambda x: x.reshape(B, -1, at_once * config.block_len, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
     def block(scanned: tuple) -> jax.Array:
