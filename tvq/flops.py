@@ -14,7 +14,7 @@ class Chip(NamedTuple):
     highest: float  # of those that must not be rounded
     bandwidth: float  # of main memory
     memory: float  # of it, what one process gets
-    link: float  # that leave a device in an exchange along one axis of the mesh
+    link: float  # that leave a device in an exchange along one dimension of the machine
     launch: float = 0.0  # seconds to start a kernel
 
 

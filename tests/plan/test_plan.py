@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
@@ -72,6 +74,17 @@ def test_gradients_and_statistics_are_all_that_devices_exchange():
     assert (kind, axes) == ("all-reduce", "devices")
     reduced = found().memory["parameters"] + found().memory["codebooks"]
     assert sent == pytest.approx(2 * (2 * 7 / 8) * (reduced + PROBE), rel=0.01)  # in each of two updates
+
+
+@pytest.mark.parametrize(
+    ("group", "n"), [((0, 1), 1), ((0, 2), 1), ((0, 1, 2, 3), 2), ((0, 3), 2), ((0,), 1)]
+)
+def test_an_exchange_has_a_ring_along_each_dimension(group, n):
+    """On chips that lie 2 x 2 x 1."""
+    chips = [types.SimpleNamespace(coords=(i // 2, i % 2, 0)) for i in range(4)]
+    slice_ = types.SimpleNamespace(devices=np.array(chips))
+    assert step.n_ring(slice_, group) == n
+    assert step.n_ring(mesh.make(config.Mesh(), jax.devices()), (0, 1, 2, 3)) == 1
 
 
 def test_the_old_state_is_donated():

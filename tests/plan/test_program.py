@@ -145,6 +145,29 @@ ENTRY %main (a.1: f32[8]) -> f32[16] {
 
 
 @pytest.mark.parametrize(
+    ("kept", "kind", "sent"),
+    [("dynamic-slice(%r.1, %i.1)", "reduce-scatter", 32 / 2), ("add(%r.1, %p.1)", "all-reduce", 32)],
+)
+def test_a_sum_of_which_a_slice_is_kept_is_scattered(kept, kind, sent):
+    text = f"""
+%all-reduce-scatter (p.1: f32[8], i.1: u32[]) -> f32[4] {{
+  %p.1 = f32[8]{{0}} parameter(0)
+  %i.1 = u32[] parameter(1)
+  %r.1 = f32[8]{{0}} all-reduce(%p.1), channel_id=2, replica_groups={{{{0,1}}}}, to_apply=%add
+  ROOT %s.1 = f32[4]{{0}} {kept}, dynamic_slice_sizes={{4}}
+}}
+
+ENTRY %main (a.1: f32[8], b.1: u32[]) -> f32[4] {{
+  %a.1 = f32[8]{{0}} parameter(0)
+  %b.1 = u32[] parameter(1)
+  ROOT %c.1 = f32[4]{{0}} fusion(%a.1, %b.1), kind=kCustom, calls=%all-reduce-scatter
+}}
+"""
+    (found,) = Program.read(text).collectives(2)
+    assert (found.kind, found.sent) == (kind, sent)
+
+
+@pytest.mark.parametrize(
     ("text", "groups"),
     [
         ("replica_groups={{0,1},{2,3}}", [(0, 1), (2, 3)]),

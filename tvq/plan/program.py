@@ -231,7 +231,10 @@ class Program:
                 yield out.nbytes
 
     def collectives(self, n_device: int) -> Iterator[Collective]:
-        """A TPU's is part of each fusion that computes while it is under way: it counts where it begins."""
+        """A TPU's is part of each fusion that computes while it is under way: it counts where it begins.
+
+        And its reduce-scatter may be written as an all-reduce in one fusion with the slice that is kept.
+        """
         seen: set[str] = set()
         for name, one, n in self.run():
             parts = self.inner(one) if one.op == "fusion" else [(self.computations[name], one)]
@@ -239,6 +242,8 @@ class Program:
                 kind, chain = part.op.removesuffix("-start"), part.attribute(r"(channel_id=.*chain_id=\S+)")
                 if kind in COLLECTIVES and chain not in seen:
                     seen |= {chain} - {""}
+                    if kind == "all-reduce" and one.op == "fusion" and sliced(scope, part):
+                        kind = "reduce-scatter"
                     groups = groups_of(part, n_device)
                     given = sum(array.size for operand in part.operands for array in scope[operand].arrays)
                     yield Collective(kind, groups, n, sent(kind, given, len(groups[0])))
@@ -253,12 +258,17 @@ def outputs(scope: dict[str, Instruction]) -> Iterator[Instruction]:
         yield one
 
 
-def source(scope: dict[str, Instruction], update: Instruction) -> str:
-    """What an update in place updates."""
-    one = scope[update.operands[0]]
+def source(scope: dict[str, Instruction], user: Instruction) -> str:
+    """What an update in place updates, or a slice is of."""
+    one = scope[user.operands[0]]
     while one.op == "bitcast":
         one = scope[one.operands[0]]
     return one.name
+
+
+def sliced(scope: dict[str, Instruction], one: Instruction) -> bool:
+    """Whether a fused computation returns of an instruction but a slice."""
+    return any(out.op == "dynamic-slice" and source(scope, out) == one.name for out in outputs(scope))
 
 
 def dims_of(one: Instruction, pattern: str) -> list[int]:

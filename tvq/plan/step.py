@@ -147,12 +147,19 @@ def links(program: Program, devices: Mesh) -> dict[tuple[str, str], tuple[int, f
 
 
 def roofline(kernels: list[Kernel], program: Program, devices: Mesh, chip: flops.Chip) -> dict[str, float]:
-    """Seconds by what bounds each kernel; exchanges go at the rate of one ring through the machine."""
+    """Seconds by what bounds each kernel; an exchange has a ring along each dimension that it spans."""
     seconds = {"products": 0.0, "memory": 0.0}
     for kernel in kernels:
         working = kernel.flops / getattr(chip, kernel.precision)
         moving = kernel.nbytes / chip.bandwidth
         seconds["products" if working > moving else "memory"] += kernel.n * max(working, moving)
     seconds["launches"] = chip.launch * sum(kernel.n for kernel in kernels)
-    seconds["links"] = sum(sent for _, sent in links(program, devices).values()) / chip.link
+    exchanges = program.collectives(devices.size)
+    seconds["links"] = sum(one.n * one.sent / n_ring(devices, one.groups[0]) for one in exchanges) / chip.link
     return seconds
+
+
+def n_ring(devices: Mesh, group: tuple[int, ...]) -> int:
+    """The dimensions of a TPU slice along which a group of devices lies; elsewhere one."""
+    places = [getattr(devices.devices.flat[i], "coords", (i,)) for i in group]
+    return max(1, sum(len(set(along)) > 1 for along in zip(*places, strict=True)))
