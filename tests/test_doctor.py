@@ -48,7 +48,11 @@ def spent(kind: str) -> dict[str, Any]:
     ("made", "words"),
     [
         (rows(loss=lambda i: None if i == 7 else 3.0), ("not a number at step 800", "lower config.optim")),
-        (rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i == 20)), ("in 1 of 30 rows: at step 2,100", "=1.5")),
+        (
+            rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i == 20), grad_norm=lambda i: 0.3 + 2.0 * (i == 20)),
+            ("in 1 of 30 rows: at step 2,100 it is 3.631, 1.844 above", "optimizer.grad_clip=0.45"),
+        ),
+        (rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i in (20, 21))), ("in 2 of 30 rows: at step", "lower")),
         (rows(loss=lambda i: 3.0), ("flat over steps 100 to 3,000: 3.000", "raise config.optimizer.lr_max")),
         (rows(loss=lambda i: 3.0 + 0.01 * i), ("rises", "lower config.optimizer.lr_max")),
         (rows(grad_norm=lambda i: 5.0 + i % 2), ("its norm is 5.5, the limit 1", "grad_clip=11")),
@@ -104,6 +108,18 @@ def test_what_is_healthy_has_no_finding():
     # Warm-up is no trend, and without clipping there is none.
     still = dataclasses.replace(C, optimizer=config.Optimizer(grad_clip=0.0))
     assert not list(doctor.of_rows(still, rows(loss=lambda i: 3.0, grad_norm=lambda i: 9.0)))
+
+
+def test_one_hard_batch_is_no_spike():
+    """Its loss is far above the others, its gradient is not, and the next rows are as before."""
+    assert not list(doctor.of_rows(C, rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i == 20))))
+    assert not list(doctor.of_rows(C, rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i == 29))))
+
+
+def test_a_limit_that_is_set_is_not_advised():
+    spiking = rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i == 20), grad_norm=lambda i: 0.7 + 2.0 * (i == 20))
+    (finding,) = doctor.of_rows(C, spiking)
+    assert finding.remedy == "lower config.optimizer.lr_max 0.0004, or raise config.optimizer.n_warmup_step 0"
 
 
 def test_revival_that_is_on_is_advised_to_be_sooner():

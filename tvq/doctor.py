@@ -21,6 +21,7 @@ N_NAMED = 3  # units that a finding names
 LEAST_ROWS = 10  # fewer say nothing of a trend
 DEAD, CROWDED, FAR, RESTLESS, DRIFT = 0.1, 0.5, 0.9, 0.3, 0.2
 SPIKE, SPIKE_NATS = 1.25, 0.3  # a loss so many times, and so many nats, over the rows before
+SPIKE_NORM = 1.5  # and its gradient
 FLAT, RISING, GAP = 0.005, 1.05, 1.2
 
 
@@ -79,19 +80,21 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
 
 
 def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
-    losses = [row["loss"] for row in trained]
-    spikes = []
-    for i in range(5, len(losses)):
-        before = median(losses[i - 5 : i])
-        if losses[i] > max(SPIKE * before, before + SPIKE_NATS):
-            spikes.append((losses[i] - before, i))
+    """Losses far above those before, with a gradient or a neighbour that is too: else it is a hard batch."""
+    losses, norms = ([row[name] for row in trained] for name in ("loss", "grad_norm"))
+    usual = lambda values, i: median(values[i - 5 : i])
+    heights = {i: losses[i] - usual(losses, i) for i in range(5, len(losses))}
+    high = {i for i, height in heights.items() if height > max(SPIKE_NATS, (SPIKE - 1) * usual(losses, i))}
+    spikes = [i for i in high if norms[i] > SPIKE_NORM * usual(norms, i) or high & {i - 1, i + 1}]
     if spikes:
-        height, i = max(spikes)
+        i = max(spikes, key=heights.__getitem__)
+        o, clip = c.optimizer, float(f"{1.5 * median(norms):.2g}")
+        is_tighter = not 0 < o.grad_clip <= clip
         yield Finding(
             f"the loss spikes in {len(spikes)} of {len(losses)} rows: at step {trained[i]['step']:,} it is"
-            f" {losses[i]:.3f}, {height:.3f} above the rows before",
-            f"lower config.optimizer.lr_max {c.optimizer.lr_max:g}, warm up longer, or set"
-            f" config.optimizer.grad_clip={1.5 * median(row['grad_norm'] for row in trained):.2g}",
+            f" {losses[i]:.3f}, {heights[i]:.3f} above the rows before",
+            f"lower config.optimizer.lr_max {o.lr_max:g}, or raise config.optimizer.n_warmup_step"
+            f" {o.n_warmup_step}" + (f", or set config.optimizer.grad_clip={clip:g}" if is_tighter else ""),
         )
 
 
