@@ -94,6 +94,20 @@ def test_export_and_import_are_bitwise(tmp_path, capsys):
         bring_in(RUN, first, given)
 
 
+def test_the_original_attends_across_documents(tmp_path, capsys):
+    apart = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, attend_across_documents=False))
+    given = original_file(tmp_path / "given", original_arrays(RUN))
+    warnings = []
+    for i, (c, source) in enumerate([(RUN, given), (apart, given), (apart, tmp_path / "weights")]):
+        bring_in(c, tmp_path / f"run_{i}", source)
+        warnings.append(capsys.readouterr().out.partition("\nwarning: ")[2])
+        if i == 0:
+            send_out(c, tmp_path / "run_0", tmp_path / "weights")
+            capsys.readouterr()
+    assert warnings[0] == warnings[2] == ""
+    assert warnings[1].endswith("import them with --config.model.attend_across_documents=true\n")
+
+
 def refused(c: config.Config, given: Path, tmp_path: Path) -> list[str]:
     with pytest.raises(ValueError, match=f"^--input={given}") as error:
         bring_in(c, tmp_path / "run", given)

@@ -7,7 +7,6 @@ order, so that the result does not depend on batch size or devices.
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -352,7 +351,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
 def record(workdir: epath.Path, c: Config, name: str, found: dict, devices: Mesh) -> None:
     """Writes what was found, and all that is needed to repeat it, to `workdir/evaluations/NAME.json`."""
     found = found | {
-        "code": {name: importlib.metadata.version(name) for name in ("tvq", "jax", "jaxlib")},
+        "code": cluster.code_version(),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
         "config": config.to_dict(c),
     }

@@ -170,7 +170,7 @@ def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary, i
 
     ValueError: it is neither, or its arrays are not those of the model; each that differs is listed.
     """
-    if path.is_dir() or path.suffix == epath.Path(WEIGHTS).suffix:
+    if is_ours(path):
         arrays, facts = tensors.read("--input", path / WEIGHTS if path.is_dir() else path)
         like = dict(zip(("params", "codebooks"), jax.eval_shape(lambda: _init(c.model)), strict=True))
         check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()})
@@ -185,6 +185,11 @@ def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary, i
     arrays = read_original(path)
     check(path, arrays, original_kinds(c.model))
     return *parameters_from_original(arrays), vocabulary, 0
+
+
+def is_ours(path: epath.Path) -> bool:
+    """What `tvq export` wrote, not the original program."""
+    return path.is_dir() or path.suffix == epath.Path(WEIGHTS).suffix
 
 
 def _init(model: Model) -> tuple[dict, dict]:
@@ -223,10 +228,17 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
         checkpoints.save(0, now, data, config.to_dict(c))
     train.record(workdir, c, log)  # last: without it the folder is no run
-    metrics.Console().say(
+    console = metrics.Console()
+    console.say(
         f"{state.n_param(now):,} parameters of {input} are checkpoint 0 of {workdir}; it has no optimizer"
         " state: training goes on from these weights with a fresh one and the schedule's warm-up"
     )
+    if not is_ours(epath.Path(input)) and not c.model.attend_across_documents:
+        console.say(
+            "warning: these weights come from a program that attends across documents, and"
+            " config.model.attend_across_documents is false; for that program's results import them with"
+            " --config.model.attend_across_documents=true"
+        )
     return 0
 
 
