@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
     c.optimizer.n_warmup_step, c.optimizer.n_max_step = 50, 560
     c.train.steps, c.train.global_batch_size = 560, 8
     c.train.sequence_len, c.train.update_len = 1024, 256
-    c.evaluate.every, c.checkpoint.every, c.log.every = 280, 100, 20
+    c.evaluate.every, c.sample.every, c.checkpoint.every, c.log.every = 280, 140, 100, 20
     c.sample.prompt, c.sample.length = "import ", 400
     return c

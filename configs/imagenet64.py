@@ -25,5 +25,5 @@ def get_config() -> ConfigDict:
     c.optimizer.grad_clip = c.optimizer.wd_lam = 0.0
     c.optimizer.n_max_step = c.train.steps = 500_000
     c.train.sequence_len, c.train.update_len = 12_288, 1536  # an image is a sequence
-    c.sample.length, c.sample.nucleus = 12_288, 0.999
+    c.sample.every, c.sample.length, c.sample.nucleus = 10_000, 12_288, 0.999
     return c

@@ -135,14 +135,18 @@ def continuations(
     return [row.tolist() for row in found]
 
 
-def test_drawing_tells_how_far_it_is():
+def test_drawing_and_reading_tell_how_far_they_are():
     said = []
-    drawn = options(length=20) | {"progress": lambda done, of: said.append((done, of))}
+    drawn = options(length=20) | {"tell": said.append}
     prefixes = [read_prompt(prompts()[0])] * 3
     draw.continuations(
         *small.parameters(MODEL), prefixes, [0, 1, 2], jax.random.key(0), batch_size=2, **drawn
     )
-    assert said == [(16, 40), (20, 40), (36, 40), (40, 40)]
+    assert said == [f"drawing: {done} of 40 tokens" for done in (16, 20, 36, 40)]
+    del said[:]
+    tokens, nothing = np.full(33 * L, 7), draw.empty(MODEL)
+    draw.read_on(*small.parameters(MODEL), nothing, tokens, MODEL, said.append)
+    assert said == [f"reading: {n * L:,} of {33 * L + 1:,} tokens" for n in (0, 16, 32)]
 
 
 # One token; up to a block; one more; some blocks and a rest; many blocks.

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
-from tvq import config
-from tvq.records import JsonlWriter, Records, check
+from tvq import config, pictures
+from tvq.records import SAMPLES, JsonlWriter, Records, check, samples
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -206,6 +207,45 @@ def test_tensorboard_has_each_row_once(tmp_path: Path) -> None:
     assert found[0].file_version == "brain.Event:2"
 
 
+def png(width: int, height: int) -> bytes:
+    return pictures.png(np.zeros((height, width, 3), np.uint8))
+
+
+def test_samples_are_files_and_in_tensorboard(tmp_path: Path) -> None:
+    made = records(tmp_path, 0, [])
+    assert made.done == set()
+    made.show(2, "import x\n# é\n")
+    made.show(4, png(5, 3))
+    made.show(6, "lost")
+    made.close()
+    folder = epath.Path(tmp_path) / "samples"
+    assert samples(folder)[2].read_text() == "import x\n# é\n"
+    assert samples(folder)[4].read_bytes() == png(5, 3)
+    text, image, _ = (event.summary.value[0] for event in events(tmp_path / "tensorboard")[2:])
+    assert text.metadata.plugin_data.plugin_name == "text"
+    assert text.tensor.string_val[0].decode() == "    import x\n    # é\n    ", "not Markdown"
+    assert (image.image.width, image.image.height) == (5, 3)
+    assert image.image.encoded_image_string == png(5, 3)
+    (folder / "step_5.txt.tmp").write_bytes(b"torn")
+    (folder / "step_8").mkdir()  # of tvq sample
+    resumed = records(tmp_path, 4, [])
+    resumed.close()
+    assert resumed.done == {SAMPLES}
+    assert list(samples(folder)) == [2, 4]
+
+
+def test_training_goes_on_without_samples(tmp_path: Path) -> None:
+    (tmp_path / SAMPLES).write_text("in the way")
+    said: list[str] = []
+    made = records(tmp_path, 0, said)
+    for step in (1, 2):
+        made.show(step, "text")
+    made.close()
+    (message,) = said
+    assert message.startswith("samples cannot be written ([Errno 17] File exists: ")
+    assert len(events(tmp_path / "tensorboard")) == 4
+
+
 def test_training_goes_on_without_tensorboard(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     said: list[str] = []
@@ -215,7 +255,7 @@ def test_training_goes_on_without_tensorboard(tmp_path: Path) -> None:
     made.close()
     assert len(said) == 1
     assert said[0].startswith("TensorBoard cannot be written ([Errno 17] File exists: ")
-    assert said[0].endswith("training goes on without it, metrics.jsonl has it all")
+    assert said[0].endswith("training goes on without, metrics.jsonl has all numbers")
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -293,7 +333,7 @@ def test_training_goes_on_without_wandb(tmp_path: Path, wandb: Wandb, is_there: 
         made.write({"step": step, "split": "train", "loss": 1.0})
     made.close()
     (message,) = said
-    assert message.startswith("Weights & Biases cannot be written (no answer); training goes on without it")
+    assert message.startswith("Weights & Biases cannot be written (no answer); training goes on without, ")
 
 
 def test_wandb_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import config, health, metrics
+from tvq import config, health, metrics, pictures, records
 from tvq.report import FILE, report, runs
 
 pytest.importorskip("matplotlib", reason="only the extra plots has it")
@@ -45,9 +45,10 @@ def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, sample
     for step in (100, 200) if looks else ():
         evaluated = {"step": step, "split": "test", "by_context": table if step == 100 else []}
         (workdir / "evaluations" / f"step_{step}_test.json").write_text(json.dumps(evaluated))
-    for step in (100, 200) if samples else ():
-        (workdir / "samples").mkdir(exist_ok=True)
-        (workdir / "samples" / f"step_{step}.txt").write_text(f"import <b>{step}</b>\n")
+    for step in (100, 1000, 200) if samples else ():
+        drawn = records.SampleWriter(epath.Path(workdir) / records.SAMPLES, 2000)
+        picture = pictures.png(np.full((8, 8, 3), step // 4, np.uint8))
+        drawn.show(step, picture if step == 200 else f"import <b>{step}</b>\n")
 
 
 def test_a_report_of_two_runs_stands_on_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,8 +63,15 @@ def test_a_report_of_two_runs_stands_on_its_own(tmp_path: Path, capsys: pytest.C
         "perplexity_1", "codes_1", "health_1",
     }  # fmt: skip
     sources = re.findall(r'(?:src|href)="([^"]{0,22})', page)
-    assert sources == ["data:image/png;base64,"] * 8, "nothing is fetched from elsewhere"
-    assert "import &lt;b&gt;200&lt;/b&gt;" in page
+    assert sources == ["data:image/png;base64,"] * 9, "nothing is fetched from elsewhere"
+    table = page.partition('<table class="samples">')[2].partition("</table>")[0]
+    drawn = [
+        "<pre>import &lt;b&gt;100&lt;/b&gt;\n</pre>",
+        "<img ",
+        "<pre>import &lt;b&gt;1000&lt;/b&gt;\n</pre>",
+    ]
+    found = re.findall(r"<tr><td>([\d,]+)</td><td>(<pre>[^/]*/b&gt;\n</pre>|<img )", table)
+    assert found == list(zip(("100", "200", "1,000"), drawn, strict=True))
     differing = page.partition("Where the runs differ")[2].partition("</table>")[0]
     assert re.findall(r"<td>([\w.]+)</td>", differing)[:1] == ["optimizer.lr_max"]
     assert "<td>0.001</td><td>0.002</td>" in differing

@@ -1,10 +1,17 @@
 """What is asked of a model, and the text of its answer while it is drawn."""
 
+import dataclasses
+import io
+import sys
+
+import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
-from tvq import sample
+from tests.model import small
+from tvq import config, draw, mesh, pictures, sample
 from tvq.data.vocabulary import END, ByteVocabulary
 
 BYTES = ByteVocabulary()
@@ -21,6 +28,41 @@ def test_pieces_of_text_hold_whole_characters(text, n):
     # Nothing said is taken back: what is broken is said once that is certain.
     if "\ufffd" not in want:
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("image_size", [0, 6])
+def test_a_sample_of_a_run(image_size):
+    """Of parameters on the whole mesh, and cut over it: what one device draws."""
+    model = dataclasses.replace(small.MODEL, n_vocab=259)
+    c = config.Config(model=model, sample=config.Sample(prompt="a" * 9, n_sample=2, length=8))
+    params, codebooks = small.parameters(model)
+    devices, said = mesh.make(config.Mesh(devices=1, tensor=2), jax.devices()[:2]), []
+    draw_sample = sample.sampler(c, BYTES, image_size, devices)
+    found = []
+    for axes in (mesh.UNCUT, mesh.axes(devices, model, False)):
+        specs = mesh.specs(params, axes), mesh.specs(codebooks, axes, "codebooks")
+        shardings = jax.tree.map(lambda spec: mesh.sharding(devices, spec), specs)
+        placed = jax.device_put((params, codebooks), shardings)
+        found.append(draw_sample(*placed, said.append))
+    assert not placed[0]["units"]["v"].is_fully_replicated
+    assert found[0] == found[1]
+    assert any(line.startswith("drawing: ") for line in said)
+    if image_size:
+        with Image.open(io.BytesIO(found[0])) as sheet:
+            assert sheet.size == (2 * image_size + pictures.GAP, image_size)
+    else:
+        asked = ["a" * 9]
+        alone = sample.answers(params, codebooks, BYTES, c, draw.empty(model), asked, said.append)
+        assert found[0] == sample.show(alone) + "\n"
+        assert alone[0] != alone[1]
+
+
+def test_samples_of_images_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    sample.check(config.Config(), 0)
+    sample.check(config.Config(sample=config.Sample(every=0)), 6)
+    with pytest.raises(ValueError, match=r"pip install 'tvq\[data\]'"):
+        sample.check(config.Config(), 6)
 
 
 @pytest.mark.parametrize(

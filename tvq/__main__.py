@@ -78,7 +78,7 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         interop.bring_in,
         "begin a run with the weights of another",
         """
-        tvq import --input=checkpoint_125000 --config=configs/debug.py --workdir=runs/original
+        tvq import --input=checkpoint_125000 --config=configs/enwik8.py --workdir=runs/original
         tvq import --input=weights --workdir=runs/copy
         """,
     ),
@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{option}", required=needed, metavar="PATH", help=meaning)
         for option, meaning in FLAGS.get(name, {}).items():
             command.add_argument(f"--{option}", action="store_true", help=meaning)
-        for field in dataclasses.fields(SHORT[name]) if name in SHORT else ():
+        for field in short(name):
             if (name, field.name) == ("bench", "kind"):
                 continue  # it has no dashes, above
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
@@ -211,6 +211,11 @@ def parser() -> argparse.ArgumentParser:
     _add_config(commands)
     _add_report(commands)
     return top
+
+
+def short(command: str) -> list[dataclasses.Field]:
+    """The fields that have a short form: those of its section, but for when `tvq train` does the same."""
+    return [f for f in dataclasses.fields(SHORT[command]) if f.name != "every"] if command in SHORT else []
 
 
 def _add(commands: Any, name: str, what: str, examples: str) -> argparse.ArgumentParser:
@@ -294,7 +299,7 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
             )
             raise ValueError(f"{text} is no option; {hint}")
         config.override(found, name, value)
-    for field in dataclasses.fields(SHORT[arguments.command]) if arguments.command in SHORT else ():
+    for field in short(arguments.command):
         value = getattr(arguments, field.name)
         if value is not None:
             config.override(found, f"{SECTION[arguments.command]}.{field.name}", value)

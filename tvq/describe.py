@@ -17,6 +17,7 @@ CACHE_HIT = "/jax/compilation_cache/cache_hits"
 SLOW = {
     "data": (0.1, "read ahead in processes: config.data.workers=2 or more; tvq bench data measures it"),
     "evaluate": (0.25, "raise config.evaluate.every"),
+    "sample": (0.1, "raise config.sample.every"),
     "save": (0.1, "raise config.checkpoint.every"),
 }
 LEAST_SECONDS = 60.0  # shares of less say little

@@ -22,6 +22,8 @@ READ_BLOCKS = 16
 CHUNK = 16
 # In the place of a token that is to be drawn.
 DRAWN = -1
+# Hears in words how far it is.
+Tell = Callable[[str], Any]
 
 
 class Prefix(NamedTuple):
@@ -109,15 +111,26 @@ def empty(model: Model) -> Prefix:
     return Prefix(transformer.initial_state(model, 1), np.array([END], np.int32))
 
 
-def read_on(params: dict, codebooks: dict, before: Prefix, tokens_T: np.ndarray, model: Model) -> Prefix:
+def read_on(
+    params: dict,
+    codebooks: dict,
+    before: Prefix,
+    tokens_T: np.ndarray,
+    model: Model,
+    tell: Tell = lambda line: None,
+) -> Prefix:
     """The prefix and more tokens: all whole blocks of them are read, but for the last token.
 
     Sixteen blocks at a time and then single ones, so that two programs read texts of any length.
     """
     state, rest_T = before.state, np.concatenate([before.rest_T, tokens_T.astype(np.int32)])
+    n_token = len(rest_T)
     for piece in (READ_BLOCKS * model.block_len, model.block_len):
         while len(rest_T) > piece:
+            tell(f"reading: {n_token - len(rest_T):,} of {n_token:,} tokens")
+            behind = state
             state = read(params, codebooks, jnp.asarray(rest_T[None, :piece]), state, model)
+            jax.block_until_ready(behind)  # or what is told would run far ahead of the device
             rest_T = rest_T[piece:]
     return Prefix(state, rest_T)
 
@@ -170,12 +183,10 @@ def continuations(
     *,
     batch_size: int,
     length: int,
-    progress: Callable[[int, int], Any] = lambda done, of: None,
+    tell: Tell = lambda line: None,
     **options: Any,
 ) -> list[np.ndarray]:
     """Continuations `[length]` int32 of prefixes of any length; `options` are those of `chunks`.
-
-    `progress` hears tokens done and tokens in all, one batch after the other.
 
     A continuation is a function of prefix, sequence number and key: those of equally long states are drawn
     side by side, `batch_size` at a time, and a batch is filled up, so that one program draws all.
@@ -192,7 +203,8 @@ def continuations(
         tokens_BT = np.zeros((B, 0), np.int32)
         for more_BT in chunks(params, codebooks, *of_rows, key, length=length, **options):
             tokens_BT = np.concatenate([tokens_BT, np.asarray(more_BT)], 1)
-            progress(number * length + min(tokens_BT.shape[1], length), len(batches) * length)
+            done = number * length + min(tokens_BT.shape[1], length)
+            tell(f"drawing: {done:,} of {len(batches) * length:,} tokens")
         for i, row in zip(batch, tokens_BT, strict=False):
             start = len(prefixes[i].rest_T) - 1
             found[i] = row[start : start + length]

@@ -76,8 +76,9 @@ def duration(seconds: float) -> str:
 
 
 # What the wall time of a run goes into: updates; waiting for data while the devices have nothing to do;
-# compiling, evaluating, saving; starting, until the first update; and updates that were lost with a process.
-KINDS = ("step", "data", "compile", "evaluate", "save", "start", "repeated")
+# compiling, evaluating, drawing samples, saving; starting, until the first update; and updates that were lost
+# with a process.
+KINDS = ("step", "data", "compile", "evaluate", "sample", "save", "start", "repeated")
 
 
 class Clock:

@@ -1,5 +1,6 @@
 """Images that a model draws: whole ones, or the lower halves of given ones, as PNG and on a contact sheet."""
 
+import io
 from typing import Any
 
 import jax
@@ -26,12 +27,18 @@ def upper_halves(path: epath.Path, size: int) -> list[np.ndarray]:
 
 
 def drawn(
-    params: dict, codebooks: dict, c: Config, size: int, halves: list[np.ndarray], options: dict[str, Any]
+    params: dict,
+    codebooks: dict,
+    c: Config,
+    size: int,
+    halves: list[np.ndarray],
+    options: dict[str, Any],
+    tell: draw.Tell = lambda line: None,
 ) -> np.ndarray:
     """`n_sample` images of each half `[N,size,size,3]` uint8; a special id, which none should hold, is 0."""
     options = options | {"length": size * size * 3 - len(halves[0])}
     before = draw.empty(options["model"])
-    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"]) for ids_T in halves]
+    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"], tell) for ids_T in halves]
     asked = [(i, number) for i in range(len(halves)) for number in range(c.sample.n_sample)]
     found = draw.continuations(
         params,
@@ -40,6 +47,7 @@ def drawn(
         [number for _, number in asked],
         jax.random.key(c.sample.seed),
         batch_size=c.sample.batch_size,
+        tell=tell,
         **options,
     )
     ids = np.stack([np.concatenate([halves[i], row]) for (i, _), row in zip(asked, found, strict=True)])
@@ -58,11 +66,17 @@ def sheet(pictures: np.ndarray) -> np.ndarray:
     return found
 
 
+def png(picture: np.ndarray) -> bytes:
+    """An image `[height,width,3]` uint8 as a PNG."""
+    content = io.BytesIO()
+    optional.load("PIL.Image").fromarray(picture).save(content, format="png")
+    return content.getvalue()
+
+
 def write(pictures: np.ndarray, folder: epath.Path) -> str:
     """A PNG of each image and `sheet.png` with all; what to say of them."""
-    image_of = optional.load("PIL.Image")
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
-        image_of.fromarray(picture).save(folder / f"{i + 1:04}.png")
-    image_of.fromarray(sheet(pictures)).save(folder / "sheet.png")
+        (folder / f"{i + 1:04}.png").write_bytes(png(picture))
+    (folder / "sheet.png").write_bytes(png(sheet(pictures)))
     return f"{len(pictures)} images in {folder}, all on sheet.png"

@@ -1,7 +1,7 @@
-"""Where the rows of a run go: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases.
+"""Where rows and samples of a run go: files, TensorBoard and, if asked for, Weights & Biases.
 
-metrics.jsonl is the record: the others repeat it, and one that fails is left out from then on. Training goes
-on in any case, and says so once.
+metrics.jsonl and samples/ are the record: the others repeat it, and one that fails is left out from then on.
+Training goes on in any case, and says so once.
 """
 
 import contextlib
@@ -10,40 +10,57 @@ import importlib.util
 import json
 import math
 import os
+import re
 import secrets
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboardX.proto.tensor_pb2 import TensorProto
 from tensorboardX.record_writer import RecordWriter
 
 from tvq import config
 from tvq.metrics import Row
 
 Say = Callable[[str], None]
-FILE = "metrics.jsonl"
+Sample = str | bytes  # a text, or a picture as PNG
+FILE, SAMPLES = "metrics.jsonl", "samples"
 NEWLINE = b"\n"
 
 
-class Writer(Protocol):
-    def write(self, row: Row) -> None: ...
+class Writer:
+    """What a writer has no use for it leaves out."""
 
-    def close(self) -> None: ...
+    def write(self, row: Row) -> None:
+        """Takes a row."""
+
+    def show(self, step: int, sample: Sample) -> None:
+        """Takes what the model of a step drew."""
+
+    def close(self) -> None:
+        """Nothing follows."""
 
 
-class Records:
-    """All writers of a run, on the main process; `dropped` and `splits` are those of JsonlWriter."""
+class Records(Writer):
+    """All writers of a run, on the main process.
+
+    `dropped` are the rows after `resume_step`, which the run does again. `done` are the splits that have a
+    row of that step, and SAMPLES where it has a sample.
+    """
 
     def __init__(self, c: config.Config, workdir: epath.Path, resume_step: int, local: Path, say: Say):
         """`local` is a folder for what cannot be written to a bucket."""
         self._say = say
         rows = JsonlWriter(workdir / FILE, resume_step, say)
-        self.dropped, self.splits = rows.dropped, rows.splits
+        self.dropped = rows.dropped
+        self.done = rows.splits | ({SAMPLES} if resume_step in samples(workdir / SAMPLES) else set())
         self._writers: dict[str, Writer] = {FILE: rows}
+        self._add(SAMPLES, lambda: SampleWriter(workdir / SAMPLES, resume_step))
         self._add("TensorBoard", lambda: TensorBoardWriter(local / "tensorboard", resume_step))
         if c.log.wandb:
             self._add("Weights & Biases", lambda: WandbWriter(c, workdir, local))
@@ -53,6 +70,11 @@ class Records:
         for name in list(self._writers):
             with self._or_without(name):
                 self._writers[name].write(row)
+
+    def show(self, step: int, sample: Sample) -> None:
+        for name in list(self._writers):
+            with self._or_without(name):
+                self._writers[name].show(step, sample)
 
     def close(self) -> None:
         for name in list(self._writers):
@@ -69,10 +91,10 @@ class Records:
             yield
         except OSError as error:
             self._writers.pop(name, None)
-            self._say(f"{name} cannot be written ({error}); training goes on without it, {FILE} has it all")
+            self._say(f"{name} cannot be written ({error}); training goes on without, {FILE} has all numbers")
 
 
-class JsonlWriter:
+class JsonlWriter(Writer):
     """Appends rows to a file, one JSON object a line, at once. NaN and infinity are written as null.
 
     A run that goes on from the checkpoint of `resume_step` first drops the rows after it, and a last line
@@ -146,8 +168,33 @@ def _row(path: epath.Path, number: int, line: bytes) -> Row:
         ) from None
 
 
-class TensorBoardWriter:
-    """Appends rows to `folder/events.out.tfevents.*`, a file of its own for each start; tags are SPLIT/NAME.
+class SampleWriter(Writer):
+    """A file a sample, `folder/step_STEP.txt` or `.png`. Those after `resume_step`, drawn again, go."""
+
+    def __init__(self, folder: epath.Path, resume_step: int):
+        self._folder = folder
+        for step, path in samples(folder).items():
+            if step > resume_step:
+                path.unlink()
+
+    def show(self, step: int, sample: Sample) -> None:
+        content, suffix = (sample.encode(), "txt") if isinstance(sample, str) else (sample, "png")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{step}.{suffix}"
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+
+
+def samples(folder: epath.Path) -> dict[int, epath.Path]:
+    """The file of each step that has one, in order; none where there is no folder."""
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    named = [(re.fullmatch(r"step_(\d+)\.(txt|png)", path.name), path) for path in paths]
+    return dict(sorted((int(found[1]), path) for found, path in named if found))
+
+
+class TensorBoardWriter(Writer):
+    """Appends to `folder/events.out.tfevents.*`, a file of its own for each start; tags are SPLIT/NAME.
 
     TensorBoard forgets what earlier starts wrote after `resume_step`. OSError: it cannot be written.
     """
@@ -167,6 +214,18 @@ class TensorBoardWriter:
         ]
         self._add(step=row["step"], summary=Summary(value=values))
 
+    def show(self, step: int, sample: Sample) -> None:
+        if isinstance(sample, str):
+            as_is = "\n".join(f"    {line}" for line in sample.split("\n"))  # or it is read as Markdown
+            kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+            text = TensorProto(dtype="DT_STRING", string_val=[as_is.encode()])
+            value = Summary.Value(tag="sample", metadata=kind, tensor=text)
+        else:
+            width, height = struct.unpack(">II", sample[16:24])
+            image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=sample)
+            value = Summary.Value(tag="sample", image=image)
+        self._add(step=step, summary=Summary(value=[value]))
+
     def close(self) -> None:
         self._file.close()
 
@@ -180,7 +239,7 @@ class TensorBoardWriter:
             raise
 
 
-class WandbWriter:
+class WandbWriter(Writer):
     """Sends rows to one Weights & Biases run, whose id is kept in the workdir. OSError: it cannot be reached.
 
     What a resumed run repeats, bitwise, is there already and is not sent again.

@@ -8,24 +8,40 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq import cluster, draw, evaluate, mesh, metrics, pictures, tensors
+from tvq import cluster, draw, evaluate, mesh, metrics, pictures, records, tensors
 from tvq.config import Config, Mesh
+from tvq.data import optional
 from tvq.data.vocabulary import Vocabulary, from_json
-from tvq.draw import Prefix
+from tvq.draw import Prefix, Tell
 from tvq.model import transformer
 
 
-def texts(
-    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, console: metrics.Console
-) -> list[str]:
-    """`sample.n_sample` texts that begin with `sample.prompt`, drawn by one device of this process.
+def check(c: Config, image_size: int) -> None:
+    """ValueError if a run could not write its samples."""
+    if image_size and c.sample.every:
+        optional.load("PIL.Image")
 
-    ValueError: the model has quadratic attention, which is there to be measured, not to decode.
+
+def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sharding.Mesh) -> Callable:
+    """`(params, codebooks, tell) -> records.Sample`: `sample.n_sample` texts that begin with `sample.prompt`.
+
+    Or as many images, on one sheet. Each process draws the same, on one device, so that all can be stopped.
     """
-    check_decodes(c)
-    params, codebooks = jax.tree.map(lambda x: x.addressable_data(0), (params, codebooks))
-    before = draw.empty(c.model)
-    return answers(params, codebooks, vocabulary, c, before, [c.sample.prompt], console)
+    gather = jax.jit(lambda x: x, out_shardings=mesh.sharding(devices, mesh.WHOLE))  # takes all processes
+
+    def here(x: jax.Array) -> jax.Array:
+        return (x if x.is_fully_replicated else gather(x)).addressable_data(0)
+
+    def draw_sample(params: dict, codebooks: dict, tell: Tell) -> records.Sample:
+        params, codebooks = jax.tree.map(here, (params, codebooks))
+        if image_size:
+            nothing, options = [np.empty(0, np.int32)], drawing(c)
+            found = pictures.drawn(params, codebooks, c, image_size, nothing, options, tell)
+            return pictures.png(pictures.sheet(found))
+        before = draw.empty(c.model)
+        return show(answers(params, codebooks, vocabulary, c, before, [c.sample.prompt], tell)) + "\n"
+
+    return draw_sample
 
 
 def check_decodes(c: Config) -> None:
@@ -55,12 +71,12 @@ def answers(
     c: Config,
     before: Prefix,
     prompts: list[str],
-    console: metrics.Console,
+    tell: Tell,
 ) -> list[str]:
     """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
     options = drawing(c)
     ids = [encoded(vocabulary, prompt) for prompt in prompts]
-    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"]) for ids_T in ids]
+    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"], tell) for ids_T in ids]
     asked = [(i, number) for i in range(len(ids)) for number in range(c.sample.n_sample)]
     found = draw.continuations(
         params,
@@ -69,7 +85,7 @@ def answers(
         [number for _, number in asked],
         jax.random.key(c.sample.seed),
         batch_size=c.sample.batch_size,
-        progress=lambda done, of: console.progress(f"drawing: {done:,} of {of:,} tokens", brief=True),
+        tell=tell,
         **options,
     )
     # Decoded together: where the prompt ends may decide how the first piece is written.
@@ -78,13 +94,20 @@ def answers(
 
 
 def streams(
-    params: dict, codebooks: dict, vocabulary: Vocabulary, c: Config, before: Prefix, prompts: list[str]
+    params: dict,
+    codebooks: dict,
+    vocabulary: Vocabulary,
+    c: Config,
+    before: Prefix,
+    prompts: list[str],
+    tell: Tell,
 ) -> Iterator[Iterator[str]]:
     """The same texts, each in pieces as they are drawn."""
     options, key = drawing(c), jax.random.key(c.sample.seed)
     for prompt in prompts:
         ids = encoded(vocabulary, prompt)
-        prefix = draw.read_on(params, codebooks, before, ids, options["model"])
+        prefix = draw.read_on(params, codebooks, before, ids, options["model"], tell)
+        tell("")
         for number in range(c.sample.n_sample):
             drawn = draw.continuation(params, codebooks, prefix, number, key, **options)
             yield spoken(vocabulary, ids, drawn)
@@ -138,16 +161,13 @@ def show(found: list[str]) -> str:
     return "\n".join(header(i, len(found)) + text for i, text in enumerate(found))
 
 
+def line(found: records.Sample, folder: epath.Path) -> str:
+    """A sample of a run for the terminal."""
+    return f"sample in {folder}" + (f"\n{found.rstrip()}" if isinstance(found, str) else "")
+
+
 def header(i: int, n: int) -> str:
     return f"--- sample {i + 1} of {n} ---\n" if n > 1 else ""
-
-
-def save(found: list[str], workdir: epath.Path, step: int) -> epath.Path:
-    """Writes texts to `workdir/samples/step_N.txt`; returns the path."""
-    path = workdir / "samples" / f"step_{step}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(show(found) + "\n")
-    return path
 
 
 def write_files(found: list[str], folder: epath.Path) -> str:
@@ -164,6 +184,7 @@ def prefix(
     vocabulary: Vocabulary,
     c: Config,
     say: Callable[[str], None],
+    tell: Tell,
     document: str | None,
     save_state: str | None,
     from_state: str | None,
@@ -173,7 +194,8 @@ def prefix(
     found = draw.load(epath.Path(from_state), c.model, weights) if from_state else draw.empty(c.model)
     if document:
         ids = vocabulary.encode(read_document(epath.Path(document)))
-        found = draw.read_on(params, codebooks, found, ids, drawing(c)["model"])
+        found = draw.read_on(params, codebooks, found, ids, drawing(c)["model"], tell)
+        tell("")
     if save_state:
         n_byte = draw.save(epath.Path(save_state), found, c.model, weights)
         n_token = int(found.state.position) + len(found.rest_T)
@@ -209,20 +231,27 @@ def sample(
         folder = epath.Path(output) if output else workdir / "samples" / f"step_{restored.step}"
         size = restored.data["image_size"]
         halves = pictures.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]
-        images = pictures.drawn(*model, c, size, halves, drawing(c))
-        metrics.Console().say(pictures.write(images, folder))
+        with metrics.Console() as console:
+            images = pictures.drawn(*model, c, size, halves, drawing(c), telling(console))
+            console.say(pictures.write(images, folder))
         return 0
     asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
-    before = prefix(*model, vocabulary, c, log.say, document, save_state, from_state)
-    if stream:
-        n = len(asked) * c.sample.n_sample
-        for i, pieces in enumerate(streams(*model, vocabulary, c, before, asked)):
-            print(header(i, n), end="")
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
-        return 0
     with metrics.Console() as console:
-        found = answers(*model, vocabulary, c, before, asked, console)
+        tell = telling(console)
+        before = prefix(*model, vocabulary, c, log.say, tell, document, save_state, from_state)
+        if stream:
+            n = len(asked) * c.sample.n_sample
+            for i, pieces in enumerate(streams(*model, vocabulary, c, before, asked, tell)):
+                print(header(i, n), end="")
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+                print()
+            return 0
+        found = answers(*model, vocabulary, c, before, asked, tell)
         console.say(write_files(found, epath.Path(output)) if output else show(found))
     return 0
+
+
+def telling(console: metrics.Console) -> Tell:
+    """Tells on the live line."""
+    return lambda line: console.progress(line, brief=True)

@@ -131,6 +131,11 @@ class Recall:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
+    every: int = field(
+        1000,
+        "updates between samples while training, by the whole model on one device; 0 draws never",
+        at_least=0,
+    )
     prompt: str = field("", "text to continue")
     n_sample: int = field(1, "continuations to draw", at_least=1)
     batch_size: int = field(16, "continuations drawn side by side", at_least=1)

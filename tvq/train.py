@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ class DivergedError(RuntimeError):
 
 
 class StopAskedError(Exception):
-    """An evaluation was given up, at the same batch in all processes, because a stop was asked for."""
+    """An evaluation or a sample was given up, at the same point in all processes: a stop was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     sequences[0]  # tokens of another vocabulary are an error now, not once there is a run
     if c.evaluate.every:
         corpus.info(c.evaluate.split)  # an empty split is an error now, not after hours
+    sample.check(c, corpus.image_size)
     check_workdir(workdir, c)
     processes = cluster.start(place, c.cluster, config.common(c), log.say)
     devices = mesh.make(c.mesh, jax.devices())
@@ -118,9 +119,8 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), console.say)
             stack.callback(rows.close)
             clock.repeat(rows.dropped)
-        # The stop that made this checkpoint may have left out the evaluation of its step.
-        missed = is_evaluated(c, step) and rows is not None and c.evaluate.split not in rows.splits
-        missed = processes.gather("missed evaluation", missed)[0]
+        # The stop that made this checkpoint may have left out the evaluation and the sample of its step.
+        missed = processes.gather("missed", sorted(due(c, step) - rows.done if rows is not None else ()))[0]
         looks = health.Looks(devices, now.codebooks, c.model.c_gamma, workdir, step, console.say)
         run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, looks)
         console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), checkpoints.steps()))
@@ -130,7 +130,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
                 now, stopped = loop(run, now, step, update, sequences, missed)
             except DivergedError as error:
                 raise DivergedError(f"{error}; {way_out(run)}") from error
-            finish(run, now, stopped)
+            finish(run, int(now.step), stopped)
         else:
             stopped = False
             console.say(f"step {step} of config.train.steps {c.train.steps} is done; raise it to go on")
@@ -223,15 +223,16 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
 
 
 def loop(
-    run: Run, now: TrainState, step: int, update: Callable, sequences: Sequences, missed: bool
+    run: Run, now: TrainState, step: int, update: Callable, sequences: Sequences, missed: Collection[str]
 ) -> tuple[TrainState, bool]:
     """Updates until the last step, or until a stop is asked for: (state, stopped). Either way it is saved.
 
-    `missed`: the evaluation of `step` comes first.
+    `missed` of what is due at `step` comes first.
     """
     c = run.config
     n_update = c.train.sequence_len // c.train.update_len
     score = evaluate.scorer(c, run.corpus, run.devices)
+    draw = sample.sampler(c, run.corpus.vocabulary, run.corpus.image_size, run.devices)
     batches = training_batches(
         sequences,
         batch_size=c.train.global_batch_size,
@@ -241,10 +242,8 @@ def loop(
         workers=c.data.workers,
     )
     unread: list[tuple[int, dict]] = []  # (step, metrics on the device), since they were last looked at
-    stopped = False
     with contextlib.closing(batches):
-        if missed:
-            stopped = not evaluate_now(run, score, now, step)
+        stopped = not take_stock(run, score, draw, now, step, missed)
         run.clock.start(step)
         while step < c.train.steps and not stopped:
             batch = next_batch(run, batches, step, unread)
@@ -262,9 +261,9 @@ def loop(
             # The rows of a step are written before its checkpoint: a resumed run then has each row once.
             if is_logged:
                 log_metrics(run, step, unread)
-            if is_evaluated(c, step) and not stopped:
+            if due(c, step) and not stopped:
                 read_metrics(unread)  # what is under way counts as steps
-                stopped = not evaluate_now(run, score, now, step)
+                stopped = not take_stock(run, score, draw, now, step, due(c, step))
             if last or stopped or is_due(c.checkpoint.every, step, n_update):
                 read_metrics(unread)  # a state that is not a number is never saved
                 save(run, now, step)
@@ -301,11 +300,13 @@ def save(run: Run, now: TrainState, step: int) -> None:
         run.checkpoints.save(step, now, data, config.to_dict(run.config))
 
 
-def is_evaluated(c: Config, step: int) -> bool:
-    """Whether an evaluation belongs to a step."""
+def due(c: Config, step: int) -> set[str]:
+    """What belongs to a step: the split to evaluate, and samples."""
     n_update = c.train.sequence_len // c.train.update_len
+    can_draw = c.model.attention == "vq"
+    every = {c.evaluate.split: c.evaluate.every, records.SAMPLES: c.sample.every if can_draw else 0}
     last = step == c.train.steps
-    return step > 0 and c.evaluate.every > 0 and (last or is_due(c.evaluate.every, step, n_update))
+    return {name for name, n in every.items() if n and step and (last or is_due(n, step, n_update))}
 
 
 def is_due(every: int, step: int, n_update: int) -> bool:
@@ -346,39 +347,40 @@ def log_metrics(run: Run, step: int, unread: list[tuple[int, dict]]) -> None:
     run.console.progress(metrics.progress_line(row, steps, run.clock.left(step, steps)))
 
 
-def evaluate_now(run: Run, score: Callable, now: TrainState, step: int) -> bool:
-    """A row for the whole split of config.evaluate. False: a stop was asked for before its end, no row."""
+def take_stock(
+    run: Run, score: Callable, draw: Callable, now: TrainState, step: int, wanted: Collection[str]
+) -> bool:
+    """A row for the whole split of config.evaluate, and a sample. False: a stop was asked for before."""
     c = run.config
 
-    def progress(done: int, of: int) -> None:
-        run.watchdog.beat("evaluate", step)
-        run.console.progress(f"evaluating: batch {done} of {of}", brief=True)
+    def tell(kind: str, line: str) -> None:
+        run.watchdog.beat(kind, step)
+        run.console.progress(line, brief=True)
         if run.processes.stop_requested():
             raise StopAskedError
 
-    run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
     try:
-        with run.clock.spending("evaluate"):
-            result, _ = score(now.params, now.codebooks, progress)
+        if c.evaluate.split in wanted:
+            run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
+            with run.clock.spending("evaluate"):
+                progress = lambda done, of: tell("evaluate", f"evaluating: batch {done} of {of}")
+                result, _ = score(now.params, now.codebooks, progress)
+            run.write({"step": step, "split": c.evaluate.split, **result})
+            run.console.say(f"step {step:,}: " + evaluate.line(c.evaluate.split, result, run.corpus))
+        if records.SAMPLES in wanted:
+            run.watchdog.beat("sample", step, c.cluster.compile_timeout)
+            with run.clock.spending("sample"):
+                found = draw(now.params, now.codebooks, lambda line: tell("sample", line))
+            if run.records is not None:
+                run.records.show(step, found)
+            run.console.say(f"step {step:,}: {sample.line(found, run.workdir / records.SAMPLES)}")
     except StopAskedError:
         return False
-    run.write({"step": step, "split": c.evaluate.split, **result})
-    run.console.say(f"step {step:,}: " + evaluate.line(c.evaluate.split, result, run.corpus))
     return True
 
 
-def finish(run: Run, now: TrainState, stopped: bool) -> None:
-    """The last words: how to go on, or a sample of what was learnt."""
-    step = int(now.step)
+def finish(run: Run, step: int, stopped: bool) -> None:
+    """The last words: where the time went, and how to go on."""
     run.console.say(describe.spent(run.clock.spent))
     if stopped:
         run.console.say(f"stopped and saved at step {step}; the same command goes on")
-    elif run.config.model.attention == "vq" and not run.corpus.image_size:  # images take long
-        run.watchdog.beat("sample", step, run.config.cluster.compile_timeout)
-        whole = mesh.sharding(run.devices, mesh.WHOLE)
-        gather = jax.jit(lambda *x: x, out_shardings=whole)  # takes all processes
-        params, codebooks = gather(now.params, now.codebooks)
-        if run.processes.is_main:
-            texts = sample.texts(params, codebooks, run.corpus.vocabulary, run.config, run.console)
-            path = sample.save(texts, run.workdir, step)
-            run.console.say(sample.show(texts) + f"\n(in {path})")

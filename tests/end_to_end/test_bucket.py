@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tvq import cluster, config, prepare, records, sample, train
+from tvq import cluster, config, prepare, records, train
 from tvq.data import prepared
 from tvq.data.corpus import open_corpus
 from tvq.data.documents import SPLITS, Piece
@@ -64,7 +64,15 @@ def test_rows_and_samples_go_to_a_bucket(workdir: epath.Path) -> None:
         rows.close()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert lines == ['{"step": 2, "split": "train"}', '{"step": 4, "split": "train"}']
-    assert sample.save(["text"], workdir, 4).read_text() == "text\n"
+    drawn = workdir / records.SAMPLES
+    for resume_step in (0, 2):
+        writer = records.SampleWriter(drawn, resume_step)
+        assert list(records.samples(drawn)) == [2][:resume_step], "those after the checkpoint are gone"
+        for step in (2, 4):
+            writer.show(step, "text\n")
+    assert {step: path.read_text() for step, path in records.samples(drawn).items()} == {
+        2: "text\n", 4: "text\n",
+    }  # fmt: skip
 
 
 def test_hosts_read_only_their_part_of_prepared_tokens(workdir: epath.Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import chaos
-from tests.end_to_end.program import Program, arrays, newest, rows
+from tests.end_to_end.program import Program, arrays, newest, rows, tree
 from tests.fakes.pod import SHORT_RUN, Pod
 from tvq import cluster
 
@@ -82,6 +82,7 @@ def test_a_sequence_is_cut_over_processes(tvq: Program, unbroken: Path, tmp_path
     cut = ("--config.mesh.devices=1", "--config.mesh.sequence=2", "--config.mesh.tensor=2")
     train(tvq, tmp_path / "run", 2, 2, *cut)
     assert_close(tmp_path / "run", unbroken, 1e-5)
+    assert set(tree(tmp_path / "run" / "samples")) == {"step_12.txt", "step_20.txt"}
 
 
 def evaluated(workdir: Path, n: int, devices: int) -> list[str]:

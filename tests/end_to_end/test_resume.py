@@ -79,7 +79,8 @@ def test_killed(
     [
         pytest.param(signal.SIGTERM, 10, 12, id="the update under way is finished"),
         pytest.param(signal.SIGINT, 8, 8, id="the evaluation under way is given up"),
-        pytest.param(signal.SIGTERM, 20, 20, id="and so is the last one"),
+        pytest.param(signal.SIGINT, 12, 12, id="and so is a sample"),
+        pytest.param(signal.SIGTERM, 20, 20, id="and so are the last ones"),
     ],
 )
 def test_stopped(

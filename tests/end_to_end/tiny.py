@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     c.train.steps, c.train.global_batch_size = 20, 8
     c.train.sequence_len, c.train.update_len = 64, 32
     c.log.every, c.checkpoint.every, c.evaluate.every = 2, 6, 8
-    c.sample.length = 8
+    c.sample.every, c.sample.length = 12, 8
     return c

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from tvq import config, metrics
+from tvq.records import Sample
 from tvq.report import pictures, runs
 from tvq.report.runs import Run
 
@@ -20,9 +21,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; 
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 img { width: 100%; } table { border-collapse: collapse; }
 th, td { text-align: left; padding: .2em 1em .2em 0; border-bottom: 1px solid #eee; vertical-align: top; }
-
-pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; overflow-wrap: anywhere; }
 td:last-child { max-width: 26em; } summary { cursor: pointer; }
+.samples, .samples td:last-child { width: 100%; max-width: none; }
+.samples img { width: auto; min-width: 16em; max-width: 100%; image-rendering: pixelated; }
+pre { background: #f6f6f6; padding: .7em; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -70,11 +72,7 @@ def page(found: Sequence[Run], drawn: Sequence[tuple[str, bytes]]) -> str:
     names = ", ".join(run.name for run in found)
     parts = [f"<h1>{escape(names)}</h1>", facts(found)]
     for title, png in drawn:
-        data = base64.b64encode(png).decode()
-        parts += [
-            f"<h2>{escape(title)}</h2>",
-            f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">',
-        ]
+        parts += [f"<h2>{escape(title)}</h2>", image(png, title)]
     parts += [samples(run) for run in found if run.samples]
     parts.append(settings(found))
     body = "\n".join(parts)
@@ -107,8 +105,19 @@ def facts(found: Sequence[Run]) -> str:
 
 
 def samples(run: Run) -> str:
-    texts = [f"<p>after {step:,} updates</p><pre>{escape(text)}</pre>" for step, text in run.samples.items()]
-    return "\n".join([f"<h2>Samples: {escape(run.name)}</h2>", *texts])
+    """A row a step: what the model of then drew."""
+    lines = [f"<tr><td>{step:,}</td><td>{shown(drawn)}</td></tr>" for step, drawn in run.samples.items()]
+    head = "<tr><th>updates</th><th>drawn then</th></tr>"
+    body = "\n".join([head, *lines])
+    return f'<h2>Samples: {escape(run.name)}</h2>\n<table class="samples">\n{body}\n</table>'
+
+
+def shown(sample: Sample) -> str:
+    return f"<pre>{escape(sample)}</pre>" if isinstance(sample, str) else image(sample, "images drawn")
+
+
+def image(png: bytes, title: str) -> str:
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def settings(found: Sequence[Run]) -> str:

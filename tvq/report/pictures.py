@@ -12,7 +12,11 @@ from tvq.report.runs import Run, evenly
 MAX_UNITS = 12  # of a picture of codebooks
 # From what is used to what is lost; a colour for each of metrics.KINDS.
 COLOURS = dict(
-    zip(KINDS, ("#2a9d57", "#e07b39", "#7e6fc4", "#4a90c2", "#c9a227", "#9a9a9a", "#c0453b"), strict=True)
+    zip(
+        KINDS,
+        ("#2a9d57", "#e07b39", "#7e6fc4", "#4a90c2", "#d176a8", "#c9a227", "#9a9a9a", "#c0453b"),
+        strict=True,
+    )
 )
 
 

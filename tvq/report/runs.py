@@ -1,7 +1,6 @@
 """What a run has left in its workdir, read as far as it is there."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from etils import epath
 
 from tvq import config, health
 from tvq.metrics import Row
-from tvq.records import FILE
+from tvq.records import FILE, SAMPLES, Sample, samples
 
 MAX_LOOKS = 120  # at the codebooks, evenly over the run: more cannot be told apart in a picture
 MAX_SAMPLES = 8
@@ -21,7 +20,7 @@ class Run(NamedTuple):
     rows: list[Row]
     config: dict[str, Any]  # {"section.field": value}
     looks: dict[int, dict[str, np.ndarray]]  # at the codebooks, by step: the arrays of tvq/health.py
-    samples: dict[int, str]
+    samples: dict[int, Sample]
     contexts: dict[str, list[Row]]  # {split: the newest table by context, of tvq eval --carry}
 
     def column(self, name: str, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -64,20 +63,19 @@ def _read(workdir: epath.Path, name: str) -> Run:
     rows = [json.loads(line) for line in lines]
     if not rows:
         raise ValueError(f"{workdir / FILE} has no row yet; let it train a while")
-    looked, samples = health.steps(workdir / health.FOLDER), _samples(workdir / "samples")
+    looked, drawn = health.steps(workdir / health.FOLDER), samples(workdir / SAMPLES)
     return Run(
         name,
         rows,
         config.flatten(config.recorded(workdir / config.FILE).to_dict()),
         {step: health.load(workdir / health.FOLDER, step) for step in evenly(looked, MAX_LOOKS)},
-        {step: samples[step].read_text() for step in evenly(sorted(samples), MAX_SAMPLES)},
+        {step: _sample(drawn[step]) for step in evenly(list(drawn), MAX_SAMPLES)},
         _contexts(workdir / "evaluations"),
     )
 
 
-def _samples(folder: epath.Path) -> dict[int, epath.Path]:
-    paths = list(folder.iterdir()) if folder.exists() else []
-    return {int(found[1]): path for path in paths if (found := re.fullmatch(r"step_(\d+)\.txt", path.name))}
+def _sample(path: epath.Path) -> Sample:
+    return path.read_text() if path.suffix == ".txt" else path.read_bytes()
 
 
 def _contexts(folder: epath.Path) -> dict[str, list[Row]]:
