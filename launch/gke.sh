@@ -9,9 +9,10 @@
 #     --select cloud.google.com/gke-tpu-accelerator=tpu-v5-lite-podslice \
 #     -- train --config=configs/debug.py --workdir=gs://BUCKET/run1 | kubectl apply -f -
 #
-# A pod that stops with exit code 75 or fails is started again by Kubernetes, on average --restarts times a
-# pod (default 20); exit codes 2, a wrong configuration, and 3, diverged, end the job at once. `kubectl delete
-# job NAME` asks all pods to save and gives them two minutes.
+# A pod that fails is started again by Kubernetes, on average --restarts times a pod (default 20). One that was
+# evicted, or stopped and saved with exit code 75 as all do when one is, is started again and not counted. Exit
+# codes 2, a wrong configuration, and 3, diverged, end the job at once. `kubectl delete job NAME` asks all pods
+# to save and gives them two minutes.
 
 set -u
 # shellcheck source=launch/common.sh
@@ -75,6 +76,14 @@ spec:
           containerName: tvq
           operator: In
           values: [2, 3]
+      - action: Ignore
+        onExitCodes:
+          containerName: tvq
+          operator: In
+          values: [75]
+      - action: Ignore
+        onPodConditions:
+          - type: DisruptionTarget
   template:
     spec:
       subdomain: $name

@@ -532,6 +532,13 @@ def test_gke_prints_an_indexed_job() -> None:
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     spec = job["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
+    on_exit = lambda *codes: {"containerName": "tvq", "operator": "In", "values": [*codes]}
+    assert spec["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": on_exit(2, 3)},
+        {"action": "Ignore", "onExitCodes": on_exit(75)},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+    ]
+    assert spec["backoffLimit"] == 80
     pod = spec["template"]["spec"]
     container = pod["containers"][0]
     assert (pod["subdomain"], pod["nodeSelector"]) == ("run1", {"x.y/z": "4x4"})
