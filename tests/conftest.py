@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from tests.fakes.pod import QUICK_TO_COMPILE
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -15,3 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda number, frame: None)
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tests.model.small import jit
 from tvq.model import attention, recurrence
 
 K, V, S, M, L = 1, 6, 4, 16, 512
@@ -31,7 +30,7 @@ def values(rng: np.random.Generator, n_token: int) -> tuple[jax.Array, np.ndarra
 ZEROS = {"c": jnp.zeros((1, S, K)), "u": jnp.zeros((1, K))}
 
 
-@functools.partial(jit, static_argnames="n_parallel")
+@functools.partial(jax.jit, static_argnames="n_parallel")
 def read(state: attention.State, position: jax.Array, v: jax.Array, z: jax.Array, n_parallel: int) -> tuple:
     """Blocks at once, or one after another."""
     q, r = jnp.zeros((1, 1, v.shape[2], K)), jnp.zeros((1, 1, M + 1, K))
@@ -40,7 +39,7 @@ def read(state: attention.State, position: jax.Array, v: jax.Array, z: jax.Array
     return state, position + v.shape[2]
 
 
-@jit
+@jax.jit
 def write(ring: recurrence.Ring, position: jax.Array, v: jax.Array, z: jax.Array) -> tuple:
     """One token at a time."""
     q, r = jnp.zeros((1, 1, K)), jnp.zeros((1, M + 1, K))

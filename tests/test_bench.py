@@ -55,9 +55,6 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(session, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(cases, "N_BATCH", 3)
-    options = {"xla_backend_optimization_level": 0}  # compiles in half the time
-    right = jax.stages.Lowered.compile
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: right(lowered, options))
 
 
 def measured(tmp_path: Path, **fields: object) -> dict:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,17 +20,6 @@ from tvq.model import transformer
 # Prompts hold end ids: documents are kept apart.
 MODEL = dataclasses.replace(small.MODEL, attend_across_documents=False)
 L = MODEL.block_len
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled() -> Iterator[None]:
-    static = ("model", "config", "temperature", "p_nucleus")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("read", "write", "begin"):
-            function = getattr(draw, name).__wrapped__
-            named = [x for x in static if x in inspect.signature(function).parameters]
-            patch.setattr(draw, name, small.jit(function, static_argnames=named))
-        yield
 
 
 def nucleus_by_hand(logits: np.ndarray, p: float) -> np.ndarray:

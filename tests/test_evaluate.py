@@ -58,8 +58,7 @@ def compiled(n_device: int, batch_size: int, piece_len: int):
     devices = mesh.make(config.Mesh(), jax.devices()[:n_device])
     first = batches(devices, batch_size)[0]
     lowered = evaluate.make(MODEL, devices, piece_len).lower(*small.parameters(MODEL), first)
-    # To compile takes longer than to run.
-    return devices, lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    return devices, lowered.compile()
 
 
 def total(n_device: int, batch_size: int, piece_len: int = 8, data: dict | None = None) -> tuple[float, int]:

@@ -53,7 +53,7 @@ def batch(number: int, n_device: int) -> dict[str, jax.Array]:
     return mesh.global_batch(on(n_device), host_batch(number), B)
 
 
-@functools.partial(small.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def initial(run: config.Config, tx: optax.GradientTransformation) -> TrainState:
     return state.init(run.model, tx, run.train.seed)
 
@@ -64,9 +64,7 @@ def first_state(run: config.Config, tx: optax.GradientTransformation, n_device: 
 
 def compile_step(run: config.Config, tx: optax.GradientTransformation, n_device: int) -> jax.stages.Compiled:
     step = train_step.make(run, on(n_device), tx)
-    lowered = step.lower(first_state(run, tx, n_device), batch(0, n_device))
-    # To compile takes longer than to run.
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    return step.lower(first_state(run, tx, n_device), batch(0, n_device)).compile()
 
 
 ADAMW = optimizer.make(RUN.optimizer)
@@ -134,7 +132,7 @@ def test_the_old_state_is_donated_and_nothing_goes_to_the_host():
 
 def by_hand(run: config.Config, now: TrainState, one: dict, rate: float) -> tuple[dict, dict, list]:
     """The updates of one call with plain gradient descent, on one device, as SPEC.md has them."""
-    gradient = small.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
+    gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
     params, codebooks = now.params, now.codebooks
     attention, rows = transformer.initial_state(run.model, B), []
     for start in range(0, T, U):
@@ -173,7 +171,7 @@ def test_an_update_in_segments_is_the_update():
     piece = {name: jnp.asarray(rows) for name, rows in host_batch(0).items()}
     attention = transformer.initial_state(DROPOUT, B)
     draws = Draws(jax.random.key(0), jax.random.key(1), jnp.arange(B))
-    gradient = small.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=(5, 6))
+    gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=(5, 6))
     want = gradient(params, codebooks, piece, attention, draws, DROPOUT, 0)
     got = gradient(params, codebooks, piece, attention, draws, DROPOUT, small.MODEL.block_len)
     close(got, want, 1e-5)

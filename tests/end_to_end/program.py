@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tests.fakes.pod import environment
+from tests.fakes.pod import QUICK_TO_COMPILE, environment
 from tvq import config, evaluate, health, mesh
 from tvq.checkpoint import Restored
 
@@ -56,7 +56,7 @@ class Program:
             env=environment(
                 JAX_NUM_CPU_DEVICES="1",
                 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-                XLA_FLAGS="--xla_backend_optimization_level=0",  # compiles in half the time
+                XLA_FLAGS=QUICK_TO_COMPILE,
                 PYTHONWARNINGS="error",
                 **variables,
             ),

@@ -9,16 +9,13 @@ import numpy as np
 from tvq import config
 from tvq.model import transformer
 
-# Small arrays, many shapes: the time goes into compiling.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 MODEL = config.Model(
     n_vocab=11, n_layer=1, n_head=2, d_model=16, d_k=8, d_v=8, n_code=16, block_len=4, mem_len=6,
     pe_lam=100.0, attend_across_documents=True,
 )  # fmt: skip
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def parameters(model: config.Model) -> tuple[dict, dict]:
     """Random ones everywhere: as they start out, biases are 0 and the position's scale hides it."""
     key = jax.random.key(0)
@@ -44,7 +41,7 @@ def forward(
     return transformer.log_probs(params, x_BTD, model), state
 
 
-log_probs = jit(forward, static_argnums=4)
+log_probs = jax.jit(forward, static_argnums=4)
 
 
 def close(got: object, want: object, tolerance: float) -> None:

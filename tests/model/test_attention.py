@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from tests import stream
-from tests.model.small import close, jit
+from tests.model.small import close
 from tvq.model import attention, recurrence, vq
 from tvq.model.attention import State
 
@@ -132,7 +132,9 @@ def inputs(H: int, T: int, M: int, n_memory: int = 0, n_cached: int = 0, on_code
     )  # fmt: skip
 
 
-@functools.partial(jit, static_argnames=("attend", "block_len", "agg_cache", "grad_thru_cache", "n_parallel"))
+@functools.partial(
+    jax.jit, static_argnames=("attend", "block_len", "agg_cache", "grad_thru_cache", "n_parallel")
+)
 def value_and_grads(x: Inputs, toward: tuple, attend, **options) -> tuple:
     """Output and next state, and the gradients of their product with `toward`."""
     smooth = {"k_BHMK", "v_BHMV", "sum_BHSV"}
@@ -249,7 +251,7 @@ def test_two_calls_are_one(grad_thru_cache):
         close(got, value_and_grads(x, toward(x), attention.attend, **options), 1e-9)
 
 
-attend = jit(attention.attend, static_argnames=("block_len", "agg_cache", "grad_thru_cache"))
+attend = jax.jit(attention.attend, static_argnames=("block_len", "agg_cache", "grad_thru_cache"))
 
 
 @pytest.mark.parametrize("agg_cache", [True, False])
@@ -261,7 +263,7 @@ def test_output_does_not_depend_on_block_len(agg_cache):
             close(attend(*x, block_len=block_len, agg_cache=agg_cache), want, 1e-9)
 
 
-@functools.partial(jit, static_argnames="agg_cache")
+@functools.partial(jax.jit, static_argnames="agg_cache")
 def attend_one_by_one(x: Inputs, ring: recurrence.Ring, position: jax.Array, agg_cache: bool) -> tuple:
     def step(carry, token):
         ring, position = carry

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.model.small import close, jit
+from tests.model.small import close
 from tvq.model import cache
 
 
@@ -22,6 +22,6 @@ def test_sums_written_out_are_the_sums(monkeypatch, apart):
         value, back = jax.vjp(sums, x0, x)
         return value, back(weight)
 
-    written, halved = jit(lambda: found(5))(), jit(lambda: found(4))()
+    written, halved = jax.jit(lambda: found(5))(), jax.jit(lambda: found(4))()
     close(written, halved, 1e-6)
-    assert not apart or not np.array_equal(written[0], jit(lambda: cache.running(x0, x))())
+    assert not apart or not np.array_equal(written[0], jax.jit(lambda: cache.running(x0, x))())

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.model.small import jit
 from tvq.model import attention, full
 
 B, H, K, V, S = 2, 2, 4, 6, 5
@@ -33,7 +32,7 @@ def plain(q, k, v, u, w, r, start_BT=None):
 def same(f, g, x) -> None:
     """Equal outputs and gradients of all inputs."""
 
-    @jit
+    @jax.jit
     def both(x, toward):
         return [(o, pull(toward)) for o, pull in (jax.vjp(f, *x), jax.vjp(g, *x))]
 

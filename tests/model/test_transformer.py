@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.model import small
-from tests.model.small import MODEL, close, jit
+from tests.model.small import MODEL, close
 from tvq.config import Model
 from tvq.model import layers, transformer
 from tvq.model.layers import Draws
@@ -21,7 +21,7 @@ OTHER = dataclasses.replace(MODEL, pe_abs=True, e_tie=True, e_preln=True, e_scal
 APART, OTHER_APART = (dataclasses.replace(m, attend_across_documents=False) for m in (MODEL, OTHER))
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def sensitivity(model: Model, params: dict, codebooks: dict, tokens: jax.Array) -> jax.Array:
     """How much each output depends on each row of the table `[T,C]`: the largest entry of their Jacobian."""
     toward = jax.random.normal(jax.random.key(1), (tokens.shape[1], model.n_vocab))
@@ -99,7 +99,7 @@ def test_decoding_goes_on_only_with_the_document():
     np.testing.assert_array_equal(*states)
 
 
-@functools.partial(jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4)
 def decode_all(
     params: dict, codebooks: dict, tokens: jax.Array, state: transformer.State, model: Model
 ) -> jax.Array:
@@ -153,7 +153,7 @@ def draws(n_sequence: int, first: int = 0, ephemeral: int = 0, timeless: int = 0
     return Draws(jax.random.key(ephemeral), jax.random.key(1000 + timeless), first + jnp.arange(n_sequence))
 
 
-run = jit(transformer.forward, static_argnums=5)
+run = jax.jit(transformer.forward, static_argnums=5)
 
 
 def hidden(model: Model, tokens: jax.Array, d: Draws | None) -> jax.Array:
@@ -239,28 +239,31 @@ def test_draws_of_units_blocks_sequences_and_kinds_are_independent():
 def test_layer_drop_skips_a_unit_for_a_whole_sequence():
     """Each sequence is one of four sums of two units, kept ones doubled at a rate of a half."""
     n_sequence = 64
-    model = dataclasses.replace(MODEL, p_droplyr=0.5)
+    model = dataclasses.replace(MODEL, p_droplyr=0.5, dtype="float64", param_dtype="float64")
     tokens = small.tokens(n_sequence, 8)
-    got = hidden(model, tokens, draws(n_sequence))
-    params, codebooks = small.parameters(model)
-
-    @jit
-    def skipping(keep: jax.Array) -> jax.Array:
-        x = transformer.embed(params, tokens, jnp.arange(8)[None], model)
-        state = transformer.initial_state(model, n_sequence).units
-        sinusoid = jnp.broadcast_to(transformer.distances(model)[None], (n_sequence, model.mem_len + 1, 16))
-        for unit in range(2):
-            at = lambda tree, unit=unit: jax.tree.map(lambda a: a[unit], tree)
-            y, _, _ = layers.gated_unit(
-                at(params["units"]), at(codebooks), x, jnp.ones_like(tokens), sinusoid, at(state), model
-            )
-            x = x + y * keep[unit] / 0.5
-        return x
-
     pairs = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)]
-    wanted = [skipping(jnp.asarray(keep)) for keep in pairs]
-    off = np.stack([np.abs(got - want).max((1, 2)) for want in wanted])
-    assert (off.min(0) < 1e-5).all(), "a sequence is no sum of kept units"
+    with jax.enable_x64(True):
+        got = hidden(model, tokens, draws(n_sequence))
+        params, codebooks = small.parameters(model)
+
+        @jax.jit
+        def skipping(keep: jax.Array) -> jax.Array:
+            x = transformer.embed(params, tokens, jnp.arange(8)[None], model)
+            state = transformer.initial_state(model, n_sequence).units
+            sinusoid = jnp.broadcast_to(
+                transformer.distances(model)[None], (n_sequence, model.mem_len + 1, 16)
+            )
+            for unit in range(2):
+                at = lambda tree, unit=unit: jax.tree.map(lambda a: a[unit], tree)
+                y, _, _ = layers.gated_unit(
+                    at(params["units"]), at(codebooks), x, jnp.ones_like(tokens), sinusoid, at(state), model
+                )
+                x = x + y * keep[unit] / 0.5
+            return x
+
+        wanted = [skipping(jnp.asarray(keep)) for keep in pairs]
+        off = np.stack([np.abs(got - want).max((1, 2)) for want in wanted])
+    assert (off.min(0) < 1e-9).all(), "a sequence is no sum of kept units"
     kept = np.asarray(pairs)[off.argmin(0)]
     # Five standard deviations: 64 draws a unit, and the two units differ.
     assert np.all(np.abs(kept.mean(0) - 0.5) < 5 * np.sqrt(0.25 / n_sequence))
@@ -298,7 +301,7 @@ def test_rematerialisation_changes_memory_and_nothing_else():
             x, _, stats = transformer.forward(params, codebooks, tokens, tokens, state, model, draws(2))
             return transformer.log_probs(params, x, model).sum() + stats["commit"].sum()
 
-        compiled = jit(jax.grad(loss)).lower(params, codebooks).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(params, codebooks).compile()
         grads[remat] = compiled(params, codebooks)
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
     close(grads["names"], grads["nothing"], 1e-5)

@@ -165,14 +165,14 @@ def test_codes_are_the_same_in_training_evaluation_and_decoding(dtype):
     batch = {"inputs": tokens, "targets": tokens, "loss_mask": jnp.ones_like(tokens)}
     empty = transformer.initial_state(model, 2)
 
-    gradient = small.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
+    gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
     (_, (trained, _, _)), _ = gradient(params, codebooks, batch, empty, None, model)
     # Blocks of another length make other shapes of every product.
     longer = dataclasses.replace(model, block_len=8)
     _, evaluated = small.log_probs(params, codebooks, tokens, empty, longer)
     np.testing.assert_array_equal(evaluated.units.z_BHM, trained.units.z_BHM)
 
-    decode = small.jit(transformer.decode, static_argnums=3)
+    decode = jax.jit(transformer.decode, static_argnums=3)
     decoded = transformer.decoding(params, codebooks, empty, model)
     for t in range(n_token):
         _, decoded = decode(params, tokens[:, t], decoded, model)

@@ -32,9 +32,6 @@ CONFIG = config.Config(
 def eight_chips(monkeypatch):
     monkeypatch.setattr(targets, "devices", lambda topology: jax.devices())
     monkeypatch.setattr(flops, "chip", lambda kind: CHIP)
-    right = jax.stages.Lowered.compile
-    quick = {"xla_backend_optimization_level": 0}
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: right(lowered, quick))
 
 
 ESTIMATE = step.estimate  # the real one, where a test has put another in its place

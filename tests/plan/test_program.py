@@ -9,7 +9,6 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from tests.model.small import jit
 from tvq.plan import program
 from tvq.plan.program import Array, Program
 
@@ -17,7 +16,7 @@ F32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def read(function, *shapes) -> Program:
-    return Program.read(jit(function).lower(*shapes).compile().as_text())
+    return Program.read(jax.jit(function).lower(*shapes).compile().as_text())
 
 
 def flops(found: Program) -> float:
