@@ -26,7 +26,7 @@ def rows(**changes: Any) -> list[dict]:
 
 
 def looked(**changes: float) -> dict[str, np.ndarray]:
-    """Healthy codebooks, but for unit 1, head 0."""
+    """Healthy codebooks, but for unit 2, head 1."""
     found = {
         "perplexity": np.full((N, H), 40.0), "dead": np.zeros((N, H)), "relative_error": np.full((N, H), 0.5),
         "churn": np.full((N, H), 0.05), "norm_drift": np.zeros((N, H)), "usage": np.ones((N, H, 64)),
@@ -70,11 +70,11 @@ def test_rows_of_a_sick_run(made, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dead": 0.5}, ("50 % of 64 codes are dead in unit 1, head 0", "set config.model.revive_codes=20")),
+        ({"dead": 0.5}, ("50 % of 64 codes are dead in unit 2, head 1", "set config.model.revive_codes=20")),
         ({"relative_error": 0.95}, ("0.95 of their norm", "raise config.model.n_code 64")),
         ({"churn": 0.5}, ("50 % of the keys have another code", "raise config.model.c_gamma 0.99")),
         ({"norm_drift": -0.5}, ("changed by 50 %", "lower config.optimizer.lr_max")),
-        ({"norm_drift": np.nan}, ("changed by nan % since the last look in unit 1, head 0", "diverge")),
+        ({"norm_drift": np.nan}, ("changed by nan % since the last look in unit 2, head 1", "diverge")),
     ],
 )  # fmt: skip
 def test_codebooks_of_a_sick_run(changes, words):
@@ -88,7 +88,7 @@ def test_keys_that_crowd_into_a_few_codes():
     found["usage"][1, 0] = [40.0, *[24.0 / 63] * 63]
     (finding,) = doctor.of_codebooks(C, found)
     assert finding.what == (
-        "62 % of the keys choose codes that have over 10 times an even share in unit 1, head 0"
+        "62 % of the keys choose codes that have over 10 times an even share in unit 2, head 1"
     )
 
 
@@ -97,7 +97,7 @@ def test_where_many_are_sick_the_worst_are_named():
     found["dead"] = np.asarray([[0.2, 0.9], [0.4, 0.3]])
     (finding,) = doctor.of_codebooks(C, found)
     assert finding.what == (
-        "90 % of 64 codes are dead in unit 0, head 1; 40 % in unit 1, head 0; 30 % in unit 1, head 1;"
+        "90 % of 64 codes are dead in unit 1, head 2; 40 % in unit 2, head 1; 30 % in unit 2, head 2;"
         " too much in 1 more"
     )
 

@@ -200,7 +200,7 @@ def over(found_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator
     if places:
         places.sort(key=lambda place: -found_NH[place])
         number = re.search(r"\{.*\}", what)[0]  # type: ignore[index]
-        where = [f"unit {i}, head {h}" for i, h in places[:N_NAMED]]
+        where = [f"unit {i + 1}, head {h + 1}" for i, h in places[:N_NAMED]]
         more = [
             f"{number.format(found_NH[place])} in {name}" for place, name in zip(places, where, strict=False)
         ]

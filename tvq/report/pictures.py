@@ -98,7 +98,7 @@ def time(runs: Sequence[Run]) -> Any:
     axes[0].invert_yaxis()
     axes[0].set(xlim=(0, 100), xlabel="% of the wall time")
     axes[0].grid(False)
-    axes[0].legend(ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    figure.legend(ncols=len(KINDS), loc="outside upper center", frameon=False)
     return figure
 
 
@@ -126,8 +126,8 @@ def codes(run: Run) -> Any:
     steps, usage_XNHS = stacked(run, "usage")
     N = usage_XNHS.shape[1]
     shown = evenly(list(range(N)), MAX_UNITS)
-    n_column = min(4, len(shown))
-    n_row = -(-len(shown) // n_column)
+    n_row = -(-len(shown) // 4)
+    n_column = -(-len(shown) // n_row)
     figure = new_figure(2.3 * n_row + 0.9)
     grid = figure.subplots(n_row, n_column, squeeze=False, sharex=True, sharey=True)
     for unit, ax in zip(shown, grid.flat, strict=False):
@@ -139,6 +139,8 @@ def codes(run: Run) -> Any:
         ax.set_title(f"unit {unit + 1} of {N}", fontsize=9)
     for ax in list(grid.flat)[len(shown) :]:
         ax.set_visible(False)
+    for ax in list(grid.flat)[len(shown) - n_column : len(shown)]:
+        ax.tick_params(labelbottom=True)  # where there is none below
     figure.supxlabel("parameter updates", fontsize=10)
     figure.supylabel("codes, the most used at the end on top", fontsize=10)
     bar = figure.colorbar(image, ax=grid, ticks=[-2, -1, 0, 1], fraction=0.03)
@@ -157,7 +159,7 @@ def perplexity(run: Run) -> Any:
     extent = (steps[0], steps[-1] + (len(steps) == 1), N + 0.5, 0.5)
     image = heat(axes[0], found_XNH.mean(-1).T, extent, cmap="viridis", vmin=1, vmax=n_code)
     axes[0].set(xlabel="parameter updates", ylabel="unit", yticks=evenly(list(range(1, N + 1)), 12))
-    figure.colorbar(image, ax=axes[0]).set_label(f"codes in use (perplexity), of {n_code}")
+    figure.colorbar(image, ax=axes[0]).set_label(f"perplexity, of {n_code}")
     return figure
 
 
