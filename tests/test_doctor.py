@@ -48,6 +48,7 @@ def spent(kind: str) -> dict[str, Any]:
     ("made", "words"),
     [
         (rows(loss=lambda i: None if i == 7 else 3.0), ("not a number at step 800", "lower config.optim")),
+        (rows(loss=lambda i: 3.0 + i), ("is 32 at step 3,000, worse than the 5.557 of", "lr_max 0.0004, in")),
         (
             rows(loss=lambda i: 3.0 * 0.97**i + 2.0 * (i == 20), grad_norm=lambda i: 0.3 + 2.0 * (i == 20)),
             ("in 1 of 30 rows: at step 2,100 it is 3.631, 1.844 above", "optimizer.grad_clip=0.45"),

@@ -54,13 +54,17 @@ def test_a_batch_of_padding_has_no_loss() -> None:
 def test_the_progress_line() -> None:
     pace = {"tokens_per_second": 12345.6, "model_flops_use": 0.312, "data_wait": 0.004}
     made = row(1200, "train", STEP_METRICS, pace, bytes_per_token=1.0)
-    assert progress_line(made, 5000, 185) == (
+    assert progress_line(made, 5000, 185, 259) == (
         "step 1,200 of 5,000, 3:05 min left, loss 2.0000, 2.885 bits a byte, 12,346 tokens/s,"
         " 31 % of peak FLOPs, 0 % data wait"
     )
     made = row(1, "train", STEP_METRICS, dict.fromkeys(pace))
-    assert progress_line(made, 5, 0.0) == progress_line(made, 5, None)
-    assert progress_line(made, 5, None) == "step 1 of 5, loss 2.0000, 2.885 bits a token"
+    assert progress_line(made, 5, 0.0, 8) == progress_line(made, 5, None, 8)
+    assert progress_line(made, 5, None, 8) == "step 1 of 5, loss 2.0000, 2.885 bits a token"
+    made["loss"] = 4.2  # guessing among eight has 2.08
+    assert progress_line(made, 5, None, 8) == (
+        "step 1 of 5, loss 4.2 is worse than guessing: lower config.optimizer.lr_max"
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,7 @@ def test_the_clock_knows_what_time_went_into() -> None:
         "seconds_data": 0.0,
         "seconds_compile": 60.0,
         "seconds_evaluate": 0.0,
+        "seconds_sample": 0.0,
         "seconds_save": 0.0,
         "seconds_start": 10.0,
         "seconds_repeated": 0.0,

@@ -4,6 +4,7 @@ It reads the rows of metrics and the looks at the codebooks; where there is no l
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -67,6 +68,14 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
         yield Finding(
             f"the loss or its gradient is not a number at step {broken}",
             "go on from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
+        )
+        return
+    newest = [row["loss"] for row in trained[-5:]]
+    if newest and metrics.has_diverged(median(newest), c.model.n_vocab):
+        yield Finding(
+            f"the loss is {newest[-1]:.4g} at step {trained[-1]['step']:,}, worse than the"
+            f" {math.log(c.model.n_vocab):.3f} of guessing",
+            f"it has diverged: lower config.optimizer.lr_max {c.optimizer.lr_max:g}, in another workdir",
         )
         return
     settled = [row for row in trained if row["step"] > c.optimizer.n_warmup_step]

@@ -47,13 +47,21 @@ def row(
     }
 
 
-def progress_line(row: Row, steps: int, seconds_left: float | None) -> str:
+def has_diverged(loss: float, n_vocab: int) -> bool:
+    """Whether a loss is far worse than that of guessing, log(n_vocab): nothing is learnt from there on."""
+    return loss > 2.0 * math.log(n_vocab)
+
+
+def progress_line(row: Row, steps: int, seconds_left: float | None, n_vocab: int) -> str:
     """A row for the eye, what matters most first: a narrow terminal shows less of it."""
     parts = [f"step {row['step']:,} of {steps:,}"]
     if seconds_left:
         parts.append(f"{duration(seconds_left)} left")
     unit = "byte" if "bits_per_byte" in row else "token"
-    parts += [f"loss {row['loss']:.4f}", f"{row[f'bits_per_{unit}']:.3f} bits a {unit}"]
+    if has_diverged(row["loss"], n_vocab):
+        parts.append(f"loss {row['loss']:.4g} is worse than guessing: lower config.optimizer.lr_max")
+    else:
+        parts += [f"loss {row['loss']:.4f}", f"{row[f'bits_per_{unit}']:.3f} bits a {unit}"]
     if row["tokens_per_second"] is not None:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row.get("model_flops_use") is not None:

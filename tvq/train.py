@@ -344,7 +344,8 @@ def log_metrics(run: Run, step: int, unread: list[tuple[int, dict]]) -> None:
     row = metrics.row(step, "train", numbers, pace, run.corpus.bytes_per_token)
     run.write(row)
     run.looks.save(step)
-    run.console.progress(metrics.progress_line(row, steps, run.clock.left(step, steps)))
+    left, n_vocab = run.clock.left(step, steps), run.config.model.n_vocab
+    run.console.progress(metrics.progress_line(row, steps, left, n_vocab))
 
 
 def take_stock(

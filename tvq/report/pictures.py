@@ -24,17 +24,21 @@ def loss(runs: Sequence[Run]) -> Any:
     """Bits a byte of training and of evaluations."""
     unit = "byte" if all(len(run.column("bits_per_byte")[0]) for run in runs) else "token"
     figure, axes = panels(1, 4.2)
-    highest = 0.0
+    highest, lowest = 0.0, np.inf
     for i, run in enumerate(runs):
         steps, bits = run.column(f"bits_per_{unit}")
         axes[0].plot(steps, bits, color=f"C{i}", linewidth=1.2, label=f"{run.name}, training")
-        highest = max(highest, *bits[len(bits) // 20 :]) if len(bits) else highest
+        highest = max([highest, *bits[len(bits) // 20 :]])
+        lowest = min([lowest, *bits])
         for split, mark in zip(run.splits(), "osD^v", strict=False):
             at, values = run.column(f"bits_per_{unit}", split)
             axes[0].plot(at, values, mark + "--", color=f"C{i}", markersize=5, label=f"{run.name}, {split}")
             highest = max(highest, *values)
     axes[0].set(ylabel=f"bits a {unit}", xlabel="parameter updates")
-    if highest:
+    if highest > 20 * lowest:  # it diverged
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter(in_full())
+    elif highest:
         axes[0].set_ylim(top=1.04 * highest)  # the very first updates would press the rest together
     axes[0].legend()
     return figure
