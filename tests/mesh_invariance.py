@@ -2,7 +2,8 @@
 
 A line a shape: the largest relative deviation of a loss from that of one device, and how many of the tokens
 read took another code, in the first call of four updates and in all. Twice means: again, bitwise the same.
-Exit 1 if a loss deviates by more than 1e-5 or a repetition differs.
+Then shapes with train.reproducible, all bitwise the same: the state after the last update, and all metrics.
+Exit 1 if a loss deviates by more than 1e-5 or bits differ.
 """
 
 import dataclasses
@@ -40,12 +41,19 @@ SHAPES: list[dict[str, Any]] = [
     {"devices": 2, "sequence": 2, "tensor": 2, "shard_params": True},
     {"replica": 2, "devices": 2, "sequence": 2, "shard_params": True, "accumulate": 2},
 ]
+REPRODUCIBLE: list[dict[str, Any]] = [
+    {"devices": 8},
+    {"devices": 4, "accumulate": 2},
+    {"replica": 2, "devices": 2, "accumulate": 2},
+    {"devices": 2, "accumulate": 4},
+    {"accumulate": 8},
+]
 
 
 def run(
     c: config.Config, batches: list[dict[str, np.ndarray]]
 ) -> tuple[list[float], list[np.ndarray], bytes]:
-    """Loss and codebook counts after each call, and all parameters at the end."""
+    """Loss and codebook counts after each call; the last state and metrics, bit by bit."""
     n_device = math.prod(getattr(c.mesh, axis) for axis in mesh.AXES)
     devices, tx = mesh.make(c.mesh, jax.devices()[:n_device]), optimizer.make(c.optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
@@ -56,7 +64,21 @@ def run(
         now, metrics = update(now, mesh.global_batch(devices, batch, c.train.global_batch_size))
         losses.append(float(metrics["loss_lm_per_token_unscaled"]))
         counts.append(np.asarray(now.codebooks["count"]))
-    return losses, counts, b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(now.params))
+    last = jax.tree.leaves((now._replace(key=0), metrics))
+    return losses, counts, b"".join(np.asarray(x).tobytes() for x in last)
+
+
+def shaped(base: config.Config, shape: dict[str, Any], reproducible: bool = False) -> config.Config:
+    sizes = {"devices": 1} | {name: value for name, value in shape.items() if name != "accumulate"}
+    accumulate = shape.get("accumulate", 1)
+    trained = dataclasses.replace(base.train, accumulate=accumulate, reproducible=reproducible)
+    c = dataclasses.replace(base, mesh=config.Mesh(**sizes), train=trained)
+    config.validate(c)
+    return c
+
+
+def named(shape: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in shape.items()) or "one device"
 
 
 def main() -> int:
@@ -68,12 +90,8 @@ def main() -> int:
     ones: list = []
     worst = 0.0
     for i, shape in enumerate(SHAPES):
-        sizes = {"devices": 1} | {name: value for name, value in shape.items() if name != "accumulate"}
-        trained = dataclasses.replace(base.train, accumulate=shape.get("accumulate", 1))
-        c = dataclasses.replace(base, mesh=config.Mesh(**sizes), train=trained)
-        config.validate(c)
-        began = time.monotonic()
-        losses, counts, params = run(c, batches)
+        c, began = shaped(base, shape), time.monotonic()
+        losses, counts, bits = run(c, batches)
         ones = ones or [losses, counts]
         off = max(abs(a / b - 1) for a, b in zip(losses, ones[0], strict=True))
         # A code that one more token takes gains 1 - gamma; each token that changes its code shows twice.
@@ -82,16 +100,22 @@ def main() -> int:
         ]
         again = ""
         if i in (0, len(SHAPES) - 2):
-            same = run(c, batches)[2] == params
+            same = run(c, batches)[2] == bits
             again = "  twice: " + ("bitwise the same" if same else "DIFFERS")
             worst = worst if same else math.inf
         worst = max(worst, off)
-        name = " ".join(f"{name}={value}" for name, value in shape.items()) or "one device"
         seconds = time.monotonic() - began
         print(
-            f"{name:60} loss {off:.1e}  codes {moved[0]:.1f} {moved[-1]:.1f}  {seconds:.0f} s{again}",
+            f"{named(shape):60} loss {off:.1e}  codes {moved[0]:.1f} {moved[-1]:.1f}  {seconds:.0f} s{again}",
             flush=True,
         )
+    want = b""
+    for shape in REPRODUCIBLE:
+        bits = run(shaped(base, shape, reproducible=True), batches)[2]
+        want = want or bits
+        worst = worst if bits == want else math.inf
+        same = "bitwise the same" if bits == want else "DIFFERS"
+        print(f"{named(shape):60} train.reproducible: {same}", flush=True)
     return int(worst > 1e-5)
 
 

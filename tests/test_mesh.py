@@ -122,3 +122,29 @@ def test_shapes_are_placed_without_making_arrays():
     assert (placed.shape, placed.dtype) == ((4, 2), np.float32)
     assert placed.sharding == mesh.sharding(on(4), mesh.WHOLE)
     assert mesh.with_sharding(on(4), tree, mesh.BATCH)["a"].sharding.spec == mesh.BATCH
+
+
+@pytest.mark.parametrize("shape", [{}, {"replica": 2, "devices": 4}, {"replica": 4, "devices": 2}])
+def test_a_sum_in_pairs_has_one_order(shape):
+    """Of float32 numbers of all sizes, whose sum depends on it; none of the three sizes divides by eight."""
+    rng = np.random.default_rng(0)
+    terms = {
+        n: (rng.normal(size=(8, n)) * 10.0 ** rng.integers(-4, 4, (8, n))).astype("f") for n in (1, 5, 30)
+    }
+    devices = mesh.make(config.Mesh(**shape), jax.devices())
+    add = jax.shard_map(
+        lambda x: mesh.in_pairs(jax.tree.map(lambda row: row[0], x), mesh.DATA_AXES),
+        mesh=devices, in_specs=mesh.BATCH, out_specs=mesh.WHOLE,
+    )  # fmt: skip
+    for n, total in jax.jit(add)(terms).items():
+        x = terms[n]
+        want = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
+        np.testing.assert_array_equal(total, want)
+        assert n == 1 or (want != x.sum(0)).any()
+
+
+def test_an_odd_number_of_devices_is_added_up_too():
+    add = jax.shard_map(
+        lambda x: mesh.in_pairs(x, mesh.DATA_AXES), mesh=on(6), in_specs=mesh.BATCH, out_specs=mesh.WHOLE
+    )
+    np.testing.assert_array_equal(jax.jit(add)(np.arange(6, dtype=np.int32)), [15])

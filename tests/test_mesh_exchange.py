@@ -23,12 +23,18 @@ N_METRIC = 8  # losses, mask and keys; those of the codebooks are computed on ea
 
 @functools.cache
 def links(
-    update_len: int = U, n_head: int = 2, **shape: int | bool
+    update_len: int = U, n_head: int = 2, reproducible: bool = False, **shape: int | bool
 ) -> dict[tuple[str, str], tuple[int, float]]:
     """`{(kind, axes): (messages, bytes that a device sends)}` of one update."""
     run = config.Config(
         model=dataclasses.replace(small.MODEL, n_head=n_head),
-        train=config.Train(steps=1, global_batch_size=B, sequence_len=update_len, update_len=update_len),
+        train=config.Train(
+            steps=1,
+            global_batch_size=B,
+            sequence_len=update_len,
+            update_len=update_len,
+            reproducible=reproducible,
+        ),
         mesh=config.Mesh(**{"devices": 1} | shape),
     )
     n_device = math.prod(getattr(run.mesh, axis) for axis in mesh.AXES)
@@ -54,6 +60,16 @@ def test_the_default_mesh_sums_everything_once():
     keys, mask = 4 * n_key * small.MODEL.n_head * small.MODEL.d_k, 4 * n_key
     reduced = size(like.params) + size(like.codebooks) + 4 * N_METRIC + keys + mask
     assert links(devices=8) == {("all-reduce", "devices"): (2, 2 * 7 / 8 * reduced)}
+
+
+def test_a_fixed_order_sends_as_many_bytes():
+    """But for padding: less than a number a device, array and way."""
+    (_, want), *_ = links(devices=8).values()
+    found = links(devices=8, reproducible=True)
+    assert set(found) == {("all-to-all", "devices"), ("all-gather", "devices")}
+    (n_to_all, to_all), (n_gather, gather) = found.values()
+    assert n_to_all == n_gather
+    assert want <= to_all + gather < want + 4 * 7 * (n_to_all + n_gather)
 
 
 def test_cut_parameters_cost_a_device_no_more_on_more_devices():

@@ -113,6 +113,26 @@ def test_the_same_mesh_is_bitwise_repeatable():
         np.testing.assert_array_equal(a, b)
 
 
+@functools.cache
+def trained_in_fixed_order(n_device: int) -> tuple[list[dict], TrainState]:
+    """Metrics and last state of 30 updates from batches in as many parts on any number of devices."""
+    train = dataclasses.replace(RUN.train, accumulate=B // n_device, reproducible=True)
+    step = compile_step(dataclasses.replace(RUN, train=train), ADAMW, n_device)
+    now, rows = first_state(RUN, ADAMW, n_device), []
+    for number in range(30 // N_UPDATE):
+        now, metrics = step(now, batch(number, n_device))
+        rows.append(jax.device_get(metrics))
+    return rows, jax.device_get(now._replace(key=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_device", [1, 2])
+def test_reproducible_is_bitwise_on_any_number_of_devices(n_device):
+    want, got = (jax.tree.leaves_with_path(trained_in_fixed_order(n)) for n in (8, n_device))
+    for (path, a), (_, b) in zip(want, got, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
 @pytest.mark.slow
 def test_the_old_state_is_donated_and_nothing_goes_to_the_host():
     n_device = 8

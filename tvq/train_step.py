@@ -72,10 +72,13 @@ def pieces(batch: dict, length: int) -> dict:
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, length).swapaxes(0, 1), batch)
 
 
-def accumulated(gradient: Callable, n: int, batch: dict, state: transformer.State, draws: Draws) -> tuple:
+def accumulated(
+    gradient: Callable, n: int, batch: dict, state: transformer.State, draws: Draws, in_pairs: bool = False
+) -> tuple:
     """What `gradient(batch, state, draws)` returns for all sequences, read n-th by n-th.
 
-    That is mean gradients, summed statistics, mean metrics and the next state.
+    That is sums of gradients, statistics and metrics, and the next state. Parts are added one by one, or in
+    pairs, as `mesh.in_pairs` goes on over devices.
     """
     if n == 1:
         return gradient(batch, state, draws)
@@ -89,18 +92,33 @@ def accumulated(gradient: Callable, n: int, batch: dict, state: transformer.Stat
         batch, state._replace(units=units, start_BE=start_BE), draws._replace(sequence_B=sequence_B)
     )
 
-    def add(total: tuple, part: tuple) -> tuple:
-        *found, state = read(*part)
-        return jax.tree.map(jnp.add, total, tuple(found)), state
+    if in_pairs:
+        (grads, stats, metrics), states = pairs(read, parts, n)
+    else:
 
-    like = tuple(jax.eval_shape(read, *first)[:3])
-    zero = jax.tree.map(lambda x: mesh.varying(jnp.zeros(x.shape, x.dtype), mesh.varies(x)), like)
-    (grads, stats, metrics), states = lax.scan(add, zero, parts)
-    grads, metrics = jax.tree.map(lambda x: x / n, (grads, metrics))
+        def add(total: tuple, part: tuple) -> tuple:
+            *found, state = read(*part)
+            return jax.tree.map(jnp.add, total, tuple(found)), state
+
+        like = tuple(jax.eval_shape(read, *first)[:3])
+        zero = jax.tree.map(lambda x: mesh.varying(jnp.zeros(x.shape, x.dtype), mesh.varies(x)), like)
+        (grads, stats, metrics), states = lax.scan(add, zero, parts)
     join = lambda x, dim: jnp.moveaxis(x, 0, dim).reshape(*x.shape[1 : dim + 1], -1, *x.shape[dim + 2 :])
     units = jax.tree.map(lambda x: join(x, 1), states.units)
     start_BE = jax.tree.map(lambda x: join(x, 0), states.start_BE)
     return grads, stats, metrics, transformer.State(states.position[0], units, start_BE)
+
+
+def pairs(read: Callable, parts: tuple, n: int) -> tuple:
+    """Sums of what `read(*part)` finds for n parts, added as `mesh.in_pairs` does, and the next states."""
+    if n == 1:
+        *found, state = read(*jax.tree.map(lambda x: x[0], parts))
+        return found, jax.tree.map(lambda x: x[None], state)
+    n_outer = 2 if n % 2 == 0 else n
+    parts = jax.tree.map(lambda x: x.reshape(n_outer, -1, *x.shape[1:]), parts)
+    found, states = lax.map(lambda part: pairs(read, part, n // n_outer), parts)
+    # Added outside of the loop: in it a product may be fused with the sum, which then is rounded once.
+    return jax.tree.map(lambda x: x.sum(0), found), jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), states)
 
 
 def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
@@ -118,6 +136,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
     stats_specs = {name: specs.codebooks[name] for name in ("sum", "count")}
     stats_specs["probe"] = {"key": mesh.spec("NHXK", axes), "mask": mesh.WHOLE}
     segment_len = config.train.segment_len or config.train.update_len
+    accumulate, fixed_order = config.train.accumulate, config.train.reproducible
 
     def gradient(
         params: dict, codebooks: dict, batch: dict, state: transformer.State, draws: Draws
@@ -131,12 +150,13 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
             )
             return grads, stats, metrics, lax.stop_gradient(state)
 
-        grads, stats, metrics, state = accumulated(of_part, config.train.accumulate, batch, state, draws)
-        n_device = math.prod(devices.shape[axis] for axis in axes.cut_tokens)
+        grads, stats, metrics, state = accumulated(of_part, accumulate, batch, state, draws, fixed_order)
+        n_part = accumulate * math.prod(devices.shape[axis] for axis in axes.cut_tokens)
         with jax.named_scope("reduce"):
-            grads = mesh.total(grads, specs.params, axes.cut_tokens)
-            grads = jax.tree.map(lambda x: x / n_device, grads)
-            stats, metrics = lax.psum(stats, axes.cut_tokens), lax.pmean(metrics, axes.cut_tokens)
+            add = mesh.in_pairs if fixed_order else lax.psum
+            grads = mesh.total(grads, specs.params, axes.cut_tokens, fixed_order)
+            stats, metrics = add((stats, metrics), axes.cut_tokens)
+            grads, metrics = jax.tree.map(lambda x: x / n_part, (grads, metrics))
         return grads, stats, metrics, state
 
     sharded_gradient = jax.shard_map(
