@@ -42,7 +42,8 @@ def start(
     }
     if t.reproducible:
         lines["repeats"] = (
-            "bitwise on equal meshes; on GPUs without their fastest kernels: tvq bench train tells"
+            "bitwise on equal meshes, and on others by docs/mesh.md; on GPUs without their fastest kernels:"
+            " tvq bench train tells"
         )
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 

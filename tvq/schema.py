@@ -106,7 +106,8 @@ class Train:
     seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0)
     reproducible: bool = field(
         False,
-        "let GPUs use only kernels that repeat bitwise, at a cost (tvq bench train); CPUs and TPUs always do",
+        "let GPUs use only kernels that repeat bitwise, as CPUs and TPUs always do, and add up a batch in an"
+        " order that fewer or more devices do not change (docs/mesh.md); at a cost (tvq bench train)",
     )
 
 
