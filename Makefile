@@ -18,7 +18,7 @@ test: setup
 test-quick: setup
 	$(BIN)/pytest -n 2 -q -m "not slow"
 
-# The debug model on sixteen shapes of the mesh against one device; about ten minutes.
+# The debug model on shapes of the mesh: sixteen against one device, five bit by bit; about ten minutes.
 invariance: setup
 	$(BIN)/python -m tests.mesh_invariance
 
