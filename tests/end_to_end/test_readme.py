@@ -19,6 +19,15 @@ SMALLER = {
     "--config.train.segment_len=4096": "--config.train.segment_len=16",
     "--config.model.revive_codes=100": "--config.model.revive_codes=2",  # as the tiny model has it
     "--lengths=2048,8192": "--lengths=16,32",
+    "--lengths=2048": "--lengths=32",
+    "--lengths=2048,8192,32768": "--lengths=32",
+    "--lengths=2048,8192,32768,65536": "--lengths=32",
+    "--n_token=16384": "--n_token=32",
+    "--n_token=32768": "--n_token=32",
+    "--contexts=1024,102400,1048576": "--contexts=16,32",
+    "--formulations=auto:all,auto:names,auto:nothing": "--formulations=auto:nothing",
+    "--rounds=7": "--rounds=1",
+    "--rounds=9": "--rounds=1",
     "--length=200": "--length=20",
 }
 
