@@ -576,6 +576,7 @@ def follow(section: str, where: Path, variables: dict[str, str], saved: Path, **
         assert process.returncode == 0, f"{command}\n{output}"
 
 
+@pytest.mark.slow
 def test_readme_on_gpus(checkout: Path) -> None:
     follow("On GPUs", checkout, {}, checkout / "runs/gpus/state.json")
     for name, n, devices in (("gpus", 1, 2), ("pairs", 2, 4), ("cpus", 4, 8)):

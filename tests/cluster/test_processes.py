@@ -24,7 +24,7 @@ def done(workdir: Path, process: int) -> dict:
     return json.loads((workdir / f"done_{process}.json").read_text())
 
 
-@pytest.mark.parametrize(("n", "devices"), [(2, "2"), (4, "1")])
+@pytest.mark.parametrize(("n", "devices"), [(2, "2"), pytest.param(4, "1", marks=pytest.mark.slow)])
 def test_processes_sum_what_one_process_sums(tmp_path: Path, n: int, devices: str) -> None:
     with Pod(tmp_path, n, one={i: {"JAX_NUM_CPU_DEVICES": devices} for i in range(n)}) as pod:
         assert pod.codes() == [0] * n

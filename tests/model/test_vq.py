@@ -156,6 +156,7 @@ def test_key_metrics():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_codes_are_the_same_in_training_evaluation_and_decoding(dtype):
     n_token = 16
