@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tvq.checkpoint import Checkpoints, kept
+from tvq.checkpoint import Checkpoints, SaveError, kept
 
 DATA, CONFIG = {"batch": 7}, {"model": {"d_model": 8, "dtype": "float32"}}
 
@@ -307,7 +307,8 @@ def test_a_failed_save_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     save_all(tmp_path, 1)
     monkeypatch.setattr("tvq.checkpoint._seal", full)
-    with pytest.raises(OSError, match="No space left"), open_(tmp_path, keep=1) as checkpoints:
+    message = r"a checkpoint cannot be written \(\[Errno 28\] No space left on device\); make room"
+    with pytest.raises(SaveError, match=message), open_(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, make_state(), DATA, CONFIG)
     monkeypatch.undo()
     with open_(tmp_path) as checkpoints:

@@ -95,6 +95,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(looks, tmp_path, capsys):
     looks.look(1, codebooks(2), {"key": KEY, "mask": MASK})
     looks.save(2)
     looks.save(4)
+    assert health.steps(epath.Path(tmp_path) / "codebook") == [], "nor does it stop the next start"
     assert capsys.readouterr().out.count("training goes on without") == 1
 
 

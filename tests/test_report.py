@@ -42,8 +42,8 @@ def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, sample
         health.save(epath.Path(workdir) / health.FOLDER, step, {"usage": usage, **by_head})
     (workdir / "evaluations").mkdir()
     table = [{"context_from": 1 << i >> 1, "context_to": (1 << i) - 1, "loss": 9 - i} for i in range(9)]
-    for step in (100, 200) if looks else ():
-        evaluated = {"step": step, "split": "test", "by_context": table if step == 100 else []}
+    for step in (1000, 100, 200, 2000) if looks else ():
+        evaluated = {"step": step, "split": "test", "by_context": table[: step // 100] if step < 2000 else []}
         (workdir / "evaluations" / f"step_{step}_test.json").write_text(json.dumps(evaluated))
     for step in (100, 1000, 200) if samples else ():
         drawn = records.SampleWriter(epath.Path(workdir) / records.SAMPLES, 2000)
@@ -72,6 +72,7 @@ def test_a_report_of_two_runs_stands_on_its_own(tmp_path: Path, capsys: pytest.C
     ]
     found = re.findall(r"<tr><td>([\d,]+)</td><td>(<pre>[^/]*/b&gt;\n</pre>|<img )", table)
     assert found == list(zip(("100", "200", "1,000"), drawn, strict=True))
+    assert len(runs.read([str(tmp_path / "one")])[0].contexts["test"]) == 9, "the newest, of step 1000"
     differing = page.partition("Where the runs differ")[2].partition("</table>")[0]
     assert re.findall(r"<td>([\w.]+)</td>", differing)[:1] == ["optimizer.lr_max"]
     assert "<td>0.001</td><td>0.002</td>" in differing

@@ -32,6 +32,7 @@ from tvq import (
     sample,
     train,
 )
+from tvq.checkpoint import SaveError
 from tvq.data.corpus import cache_folder
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
@@ -311,7 +312,7 @@ def explained(say: Callable[[str], None]) -> Iterator[None]:
     """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
     try:
         yield
-    except (cluster.ClusterError, bench.DisagreementError) as error:
+    except (cluster.ClusterError, bench.DisagreementError, SaveError) as error:
         say(f"tvq: {error}")
         sys.exit(cluster.EXIT_FAILED)
     except train.DivergedError as error:

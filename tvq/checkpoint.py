@@ -10,6 +10,7 @@ not notice a flipped bit in an array, and reports a lost file in hundreds of lin
 within the commit and verified before Orbax reads.
 """
 
+import contextlib
 import json
 import logging
 import zlib
@@ -34,6 +35,17 @@ CHUNK = 1 << 24  # bytes read at a time
 # What Orbax warns of in the normal course of things, across the line that shows progress: that a save waits
 # for the one before, and that the removal of an old checkpoint was killed half-way (the next save ends it).
 SILENCED = ("Waiting for previous save to complete", "Metadata file does not exist")
+# And what it logs, with hundreds of lines, of a save that fails, before it raises it.
+RAISED = (
+    "_SignalingThread.run() raised",
+    "Handler Commit operations",
+    "Finalize thread (",
+    "Checkpointer failed",
+)
+
+
+class SaveError(OSError):
+    """A checkpoint cannot be written."""
 
 
 class Restored(NamedTuple):
@@ -83,7 +95,21 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        with self._saving():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """SaveError for what a disk or a bucket refuses; TensorStore says it in a ValueError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+                raise
+            raise SaveError(
+                f"a checkpoint cannot be written ({str(error).splitlines()[0]}); make room, and start again:"
+                " the same command goes on from the one before"
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps saved, oldest first, with the one on its way; damaged ones count until they are found."""
@@ -107,15 +133,17 @@ class Checkpoints:
             "config": config,
             "arrays": {name: tensors.kind(x) for name, x in arrays.items()},
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
-            force=True,  # when to save is the caller's decision
-        )
+        with self._saving():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
+                force=True,  # when to save is the caller's decision
+            )
 
     def wait(self) -> None:
         """Waits until all saves are committed."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def restore(self, abstract_state: Any, say: Callable[[str], None]) -> Restored | None:
         """The newest checkpoint that is whole, or None where there is none at all.
@@ -188,7 +216,8 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(SILENCED)
+    text = str(record.msg)
+    return not text.startswith(SILENCED) and not any(part in text for part in RAISED)
 
 
 class _Keep:

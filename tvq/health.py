@@ -130,7 +130,7 @@ def path(folder: epath.Path, step: int) -> epath.Path:
 
 def steps(folder: epath.Path) -> list[int]:
     """The steps that there are files of, in order; none where there is no folder."""
-    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.npz", name)))
 
 
