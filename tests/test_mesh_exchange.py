@@ -23,11 +23,15 @@ N_METRIC = 8  # losses, mask and keys; those of the codebooks are computed on ea
 
 @functools.cache
 def links(
-    update_len: int = U, n_head: int = 2, reproducible: bool = False, **shape: int | bool
+    update_len: int = U,
+    n_head: int = 2,
+    grad_thru_cache: bool = True,
+    reproducible: bool = False,
+    **shape: int | bool,
 ) -> dict[tuple[str, str], tuple[int, float]]:
     """`{(kind, axes): (messages, bytes that a device sends)}` of one update."""
     run = config.Config(
-        model=dataclasses.replace(small.MODEL, n_head=n_head),
+        model=dataclasses.replace(small.MODEL, n_head=n_head, grad_thru_cache=grad_thru_cache),
         train=config.Train(
             steps=1,
             global_batch_size=B,
@@ -90,6 +94,13 @@ def test_parts_of_a_sequence_exchange_the_same_however_long_it_is():
     sums = (2 * (2 * V) + 2) * S * 3 / 4
     sent = short["collective-permute", "sequence"][1] + short["all-to-all", "sequence"][1]
     assert sent == N_UNIT * B * 2 * 4 * (halo + sums)
+
+
+def test_without_gradients_through_the_cache_nothing_is_sent_back():
+    found = links(update_len=64, sequence=4, grad_thru_cache=False)
+    V, K, S, M = small.MODEL.d_v, small.MODEL.d_k, small.MODEL.n_code, small.MODEL.mem_len
+    assert found["collective-permute", "sequence"][1] == N_UNIT * B * 2 * 4 * (K + V + 1) * M
+    assert found["all-to-all", "sequence"][1] == N_UNIT * B * 2 * 4 * 2 * (V + 1) * S * 3 / 4
 
 
 def test_a_cut_value_width_has_one_reduction_a_unit_and_pass():

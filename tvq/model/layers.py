@@ -231,6 +231,7 @@ def _attend(
     else:
         if axes.T:
             before = parts.carried_in(before, z_BHT, v_BHTV, start_BX, config.block_len, axes.T)
+            # Attention stops it too, but then zeros would be sent back to the parts before.
             before = before if config.grad_thru_cache else lax.stop_gradient(before)
         o_BHTV, after = attention.attend(
             q_BHTK,
