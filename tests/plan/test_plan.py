@@ -84,6 +84,15 @@ def test_an_exchange_has_a_ring_along_each_dimension(group, n):
     assert step.n_ring(mesh.make(config.Mesh(), jax.devices()), (0, 1, 2, 3)) == 1
 
 
+def test_the_temporaries_of_a_tpu_share_memory():
+    """By its compiler's peak, which holds arguments and new results too."""
+    sizes = {"temp": 900, "generated_code": 1, "argument": 100, "output": 102, "alias": 100}
+    used = types.SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+    used.peak_memory_in_bytes = 500
+    assert step.temporaries(used, "gpu") == 901
+    assert step.temporaries(used, "tpu") == 500 - 100 - 2
+
+
 def test_the_old_state_is_donated():
     """The metrics and the probe, and nothing else, need new memory."""
     assert found().memory["metrics"] < 1000 + PROBE
@@ -111,9 +120,6 @@ def test_page(capsys, monkeypatch):
     monkeypatch.setattr(step, "estimate", lambda *_: small_chip)
     assert run(CONFIG) == 1
     assert "does not fit: " in capsys.readouterr().out
-    monkeypatch.setattr(step, "estimate", lambda *_: dataclasses.replace(small_chip, placed=True))
-    assert run(CONFIG) == 0
-    assert "fits, says the compiler" in capsys.readouterr().out
 
 
 def test_the_compiler_may_say_that_it_does_not_fit(capsys, monkeypatch):
@@ -150,7 +156,7 @@ def test_sweep_ranks(capsys, monkeypatch):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table[2:]] == ["| eight", "| four", "| three", "| two"]
     assert "is not a multiple of" in table[-2]
-    assert "30G" in table[-1]
+    assert table[-1].startswith("| two | no: 30G of memory needed")
 
 
 def test_shapes_multiply_to_the_devices():

@@ -12,18 +12,16 @@ BOUND = {
     "links": "links between devices",
     "launches": "launches of kernels",
 }
+NO = "does not fit"
 
 
 def too_large(error: TooLargeError) -> str:
     needed, available = error.args
-    return f"does not fit: {needed} of memory needed on a device, {available} there"
+    return f"{NO}: {needed} of memory needed on a device, {available} there"
 
 
 def verdict(found: Estimate) -> str:
-    if found.placed:
-        fits = "fits, says the compiler, in parts that may share memory"
-    else:
-        fits = "fits" if found.fits else "does not fit"
+    fits = "fits" if found.fits else NO
     needed = found.bytes_needed / GIB
     return f"{fits}: {needed:.2f} GiB of memory needed on a device, {found.chip.memory / GIB:.2f} there"
 
@@ -92,5 +90,6 @@ def ranking(c: Config, rows: list[tuple[str, Estimate | str]]) -> str:
         fits, needed, there = "yes" if one.fits else "no", one.bytes_needed / GIB, one.chip.memory / GIB
         speed = f"{one.step_seconds:.3g} | {one.n_token / one.step_seconds:,.0f}"
         lines.append(f"| {name} | {fits} | {needed:.2f} of {there:.2f} | {speed} | {sent:.2f} | {bound} |")
-    lines += [f"| {name} | no: {why} | | | | | |" for name, why in rows if isinstance(why, str)]
+    reasons = [(name, why.removeprefix(f"{NO}: ")) for name, why in rows if isinstance(why, str)]
+    lines += [f"| {name} | no: {why} | | | | | |" for name, why in reasons]
     return "\n".join(lines)

@@ -32,7 +32,6 @@ class Estimate:
     n_token: int  # of the whole batch
     n_param: int  # of the whole model
     memory: dict[str, int]  # bytes by what they hold
-    placed: bool  # by a compiler that refuses what does not fit, and shares more memory than it tells
     largest: list[tuple[Array, int]]  # arrays of the program, and how many there are
     analytic: float  # FLOPs that the mathematics needs
     compiled: float  # FLOPs that the program does
@@ -48,7 +47,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.placed or self.bytes_needed <= self.chip.memory
+        return self.bytes_needed <= self.chip.memory
 
     @property
     def step_seconds(self) -> float:
@@ -85,8 +84,8 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
         "attention state": device_bytes(attention),
         "batch": device_bytes(batch),
     }
-    work = used.temp_size_in_bytes + used.generated_code_size_in_bytes
-    memory["gradients, activations, work space"] = work - memory["attention state"]
+    work = temporaries(used, mesh.platform(devices)) - memory["attention state"]
+    memory["gradients, activations, work space"] = work
     memory["metrics"] = used.output_size_in_bytes - used.alias_size_in_bytes
     return Estimate(
         shape=dict(devices.shape),
@@ -94,7 +93,6 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
         n_token=B * T,
         n_param=state.n_param(carried),
         memory=memory,
-        placed=mesh.platform(devices) == "tpu",
         largest=largest(program),
         analytic=flops.train(c.model, c.train.update_len) * B * T / n_device,
         compiled=sum(kernel.n * kernel.flops for kernel in kernels),
@@ -114,6 +112,17 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error) or not found:
             raise
         raise TooLargeError(*found.groups()) from error
+
+
+def temporaries(used: Any, platform: str) -> int:
+    """Bytes of what the program makes and drops, from the compiler's account of its memory.
+
+    Those of a TPU share memory more than their sum tells, which may be more than there is: its peak is right.
+    """
+    if platform != "tpu":
+        return used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    new = used.output_size_in_bytes - used.alias_size_in_bytes
+    return used.peak_memory_in_bytes - used.argument_size_in_bytes - new
 
 
 def device_bytes(tree: Any) -> int:
