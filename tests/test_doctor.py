@@ -106,9 +106,12 @@ def test_where_many_are_sick_the_worst_are_named():
 def test_what_is_healthy_has_no_finding():
     assert not [*doctor.of_rows(C, evaluated(1.3)), *doctor.of_codebooks(C, looked())]
     assert not list(doctor.of_rows(C, []))
-    # Warm-up is no trend, and without clipping there is none.
-    still = dataclasses.replace(C, optimizer=config.Optimizer(grad_clip=0.0))
-    assert not list(doctor.of_rows(still, rows(loss=lambda i: 3.0, grad_norm=lambda i: 9.0)))
+    # Warm-up is no trend, without clipping there is none, and shares of a short time say little.
+    still = dataclasses.replace(C, optimizer=config.Optimizer())
+    assert not list(doctor.of_rows(still, rows(loss=lambda i: 3.0)))
+    free = dataclasses.replace(C, optimizer=config.Optimizer(grad_clip=0.0, n_warmup_step=0))
+    assert not list(doctor.of_rows(free, rows(grad_norm=lambda i: 9.0)))
+    assert not list(doctor.of_rows(C, rows(seconds_step=lambda i: 9.0, seconds_data=lambda i: 40.0)))
 
 
 def test_one_hard_batch_is_no_spike():
@@ -126,4 +129,10 @@ def test_a_limit_that_is_set_is_not_advised():
 def test_revival_that_is_on_is_advised_to_be_sooner():
     revived = dataclasses.replace(C, model=dataclasses.replace(C.model, revive_codes=30))
     (finding,) = doctor.of_codebooks(revived, looked(dead=0.5))
-    assert "revive_codes=15" in finding.remedy
+    assert finding.remedy == "in a new run, set config.model.revive_codes=15"
+
+
+def test_fewer_codes_are_advised_where_they_are_enough():
+    found = looked(dead=0.5) | {"perplexity": np.full((N, H), 8.0)}
+    (finding,) = doctor.of_codebooks(C, found)
+    assert finding.remedy == "in a new run, set config.model.revive_codes=20, or config.model.n_code=16"

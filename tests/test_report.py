@@ -72,7 +72,9 @@ def test_a_report_of_two_runs_stands_on_its_own(tmp_path: Path, capsys: pytest.C
     ]
     found = re.findall(r"<tr><td>([\d,]+)</td><td>(<pre>[^/]*/b&gt;\n</pre>|<img )", table)
     assert found == list(zip(("100", "200", "1,000"), drawn, strict=True))
-    assert len(runs.read([str(tmp_path / "one")])[0].contexts["test"]) == 9, "the newest, of step 1000"
+    one, _ = runs.read([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert one.splits() == ["validation"], "only what was evaluated"
+    assert len(one.contexts["test"]) == 9, "the newest, of step 1000"
     differing = page.partition("Where the runs differ")[2].partition("</table>")[0]
     assert re.findall(r"<td>([\w.]+)</td>", differing)[:1] == ["optimizer.lr_max"]
     assert "<td>0.001</td><td>0.002</td>" in differing
