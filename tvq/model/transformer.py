@@ -110,7 +110,7 @@ def suited(config: Model, platform: str) -> Model:
     A CPU is fastest while the scores of a few blocks stay in its cache, a TPU block by block with the state
     in its fast memory, a GPU with all blocks at once.
     """
-    best = {"cpu": max(1, 512 // config.block_len), "tpu": 1}
+    best = {"cpu": max(1, 2048 // config.block_len), "tpu": 1}
     return dataclasses.replace(config, n_parallel=config.n_parallel or best.get(platform, 0))
 
 
