@@ -27,3 +27,8 @@ def check(**tensors: Any) -> dict[str, int]:
                 f"{name}: {letter} is {size} here and {sizes[letter]} before; shape {tensor.shape}"
             )
     return sizes
+
+
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`, or 1."""
+    return max((m for m in range(1, min(most, n) + 1) if n % m == 0), default=1)

@@ -7,9 +7,8 @@ from tvq import dims
 from tvq.config import Model
 from tvq.model import transformer
 
-N_TOKEN = (
-    2048  # whose logits are held at once, if the blocks of one number are fewer: not too small a product
-)
+# Tokens whose logits are held at once, or a block of each sequence if that is more: no product is too small.
+N_TOKEN = 2048
 
 
 @jax.named_scope("loss")
@@ -22,9 +21,7 @@ def token_nll(
     never held.
     """
     B, T = dims.check(x_BTD=x_BTD, targets_BT=targets_BT, mask_BT=mask_BT)["B"], x_BTD.shape[1]
-    n_block = T // config.block_len
-    most = max(1, N_TOKEN // (B * config.block_len))
-    at_once = max(n for n in range(1, min(most, n_block) + 1) if n_block % n == 0)
+    at_once = dims.divisor(T // config.block_len, most=N_TOKEN // (B * config.block_len))
     blocks = lambda x: x.reshape(B, -1, at_once * config.block_len, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint

@@ -103,8 +103,7 @@ def attend(
     """
     B, H, T, _ = q_BHTK.shape
     n_block = T // block_len
-    most = max(1, n_parallel // B) if n_parallel else n_block
-    at_once = max(n for n in range(1, min(most, n_block) + 1) if n_block % n == 0)
+    at_once = dims.divisor(n_block, most=n_parallel // B) if n_parallel else n_block
 
     def chunk(state: State, tokens: tuple) -> tuple[State, jax.Array]:
         (q, k, v, z), start = tokens
