@@ -174,6 +174,34 @@ def chunks(
         yield tokens_BT
 
 
+def answers(
+    params: dict,
+    codebooks: dict,
+    before: Prefix,
+    prompts: list[np.ndarray],
+    n_sample: int,
+    key: jax.Array,
+    *,
+    model: Model,
+    tell: Tell = lambda line: None,
+    **options: Any,
+) -> list[np.ndarray]:
+    """`n_sample` continuations of each prompt after `before`, with the prompt; options: `continuations`."""
+    prefixes = [read_on(params, codebooks, before, prompt_T, model, tell) for prompt_T in prompts]
+    asked = [(i, number) for i in range(len(prompts)) for number in range(n_sample)]
+    found = continuations(
+        params,
+        codebooks,
+        [prefixes[i] for i, _ in asked],
+        [number for _, number in asked],
+        key,
+        model=model,
+        tell=tell,
+        **options,
+    )
+    return [np.concatenate([prompts[i], row_T]) for (i, _), row_T in zip(asked, found, strict=True)]
+
+
 def continuations(
     params: dict,
     codebooks: dict,

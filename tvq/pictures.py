@@ -37,20 +37,18 @@ def drawn(
 ) -> np.ndarray:
     """`n_sample` images of each half `[N,size,size,3]` uint8; a special id, which none should hold, is 0."""
     options = options | {"length": size * size * 3 - len(halves[0])}
-    before = draw.empty(options["model"])
-    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"], tell) for ids_T in halves]
-    asked = [(i, number) for i in range(len(halves)) for number in range(c.sample.n_sample)]
-    found = draw.continuations(
+    found = draw.answers(
         params,
         codebooks,
-        [prefixes[i] for i, _ in asked],
-        [number for _, number in asked],
+        draw.empty(options["model"]),
+        halves,
+        c.sample.n_sample,
         jax.random.key(c.sample.seed),
         batch_size=c.sample.batch_size,
         tell=tell,
         **options,
     )
-    ids = np.stack([np.concatenate([halves[i], row]) for (i, _), row in zip(asked, found, strict=True)])
+    ids = np.stack(found)
     return np.maximum(ids.astype(np.int32) - N_SPECIAL, 0).astype(np.uint8).reshape(-1, size, size, 3)
 
 

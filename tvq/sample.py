@@ -74,23 +74,19 @@ def answers(
     tell: Tell,
 ) -> list[str]:
     """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
-    options = drawing(c)
-    ids = [encoded(vocabulary, prompt) for prompt in prompts]
-    prefixes = [draw.read_on(params, codebooks, before, ids_T, options["model"], tell) for ids_T in ids]
-    asked = [(i, number) for i in range(len(ids)) for number in range(c.sample.n_sample)]
-    found = draw.continuations(
+    found = draw.answers(
         params,
         codebooks,
-        [prefixes[i] for i, _ in asked],
-        [number for _, number in asked],
+        before,
+        [encoded(vocabulary, prompt) for prompt in prompts],
+        c.sample.n_sample,
         jax.random.key(c.sample.seed),
         batch_size=c.sample.batch_size,
         tell=tell,
-        **options,
+        **drawing(c),
     )
-    # Decoded together: where the prompt ends may decide how the first piece is written.
-    together = (np.concatenate([ids[i], tokens_T]) for (i, _), tokens_T in zip(asked, found, strict=True))
-    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in together]
+    # Decoded with the prompt: where it ends may decide how the first piece is written.
+    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in found]
 
 
 def streams(
