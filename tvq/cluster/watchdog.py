@@ -21,6 +21,10 @@ from tvq.cluster.log import Log
 from tvq.cluster.meeting import names
 from tvq.cluster.processes import Processes
 
+# Seconds that a process stays after its last line. Whoever goes takes the others with it, process 0 at once
+# (jax aborts them) and any other by its broken connections, and their own last lines would be lost.
+LINGER, LINGER_OF_MAIN = 2.0, 6.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
@@ -80,6 +84,7 @@ class Watchdog:
         self.tick = min(2.0, section.step_timeout / 10, section.silence_timeout / 10)
         n = processes.place.n_process
         self._lock = threading.Lock()
+        self._leaving = threading.Lock()
         self._now = ("start", 0, time.monotonic(), section.compile_timeout)
         self._heard: list[tuple[str, float]] = [("", time.monotonic())] * n  # last text, when it changed
         self._exchanged = time.monotonic()
@@ -97,7 +102,8 @@ class Watchdog:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.processes.barrier("end of work")  # until here
-        self._end.set()
+        with self._leaving:  # what others lost when they went is no news once the watchdog has spoken
+            self._end.set()
         for thread in self._threads:
             thread.join(timeout=10 if kind is None else 1)  # a lost coordinator may hold up the exchange
         faulthandler.cancel_dump_traceback_later()
@@ -174,11 +180,16 @@ class Watchdog:
 
     def _fire(self, why: str, signs: Sequence[Sign]) -> None:
         """`signs` that are too old to blame anybody are left out."""
-        hosts = self.processes.hosts
-        self.log.say(f"watchdog: {why}")
-        if signs:
-            self.log.say(blame(signs, hosts, self.section.silence_timeout))
-        self.log.say(table(signs or self.signs(), hosts))
-        faulthandler.dump_traceback(self.log.file, all_threads=True)
-        self.log.say(f"exit {EXIT_STUCK}, to be started again; the stacks are in {self.log.path}")
-        os._exit(EXIT_STUCK)
+        with self._leaving:
+            if self._end.is_set():  # the work has just ended by itself
+                return
+            hosts = self.processes.hosts
+            self.log.say(f"watchdog: {why}")
+            if signs:
+                self.log.say(blame(signs, hosts, self.section.silence_timeout))
+            self.log.say(table(signs or self.signs(), hosts))
+            faulthandler.dump_traceback(self.log.file, all_threads=True)
+            self.log.say(f"exit {EXIT_STUCK}, to be started again; the stacks are in {self.log.path}")
+            if len(hosts) > 1:
+                time.sleep(LINGER_OF_MAIN if self.processes.is_main else LINGER)
+            os._exit(EXIT_STUCK)
