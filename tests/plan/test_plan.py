@@ -192,6 +192,14 @@ def test_machines_that_are_not_known(monkeypatch, topology):
         targets.devices(topology)
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x1", "v5e:16", "v6e:2x2x2", "v5p:4x4", "v4:1x2x2", "v4:2x2x2x2"])
+def test_slices_that_there_are_not(monkeypatch, topology):
+    monkeypatch.undo()
+    kind = topology.partition(":")[0]
+    with pytest.raises(ValueError, match=f"{topology} is no slice, .*; use {kind}:.*, {kind}:"):
+        targets.devices(topology)
+
+
 @pytest.mark.parametrize(("topology", "extra"), [("v4:2x2x1", "tpu"), ("h100:8", "cuda")])
 def test_a_compiler_that_is_not_installed(monkeypatch, topology, extra):
     monkeypatch.undo()
