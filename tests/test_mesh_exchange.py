@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tvq.plan.program import Program
 
 pytestmark = pytest.mark.slow
 B, U, N_UNIT = 8, 16, 2
+ENWIK8 = Path(__file__).parents[1] / "configs" / "enwik8.py"
 SGD = optax.sgd(0.1)
 N_METRIC = 8  # losses, mask and keys; those of the codebooks are computed on each device
 
@@ -27,6 +29,7 @@ def links(
     n_head: int = 2,
     grad_thru_cache: bool = True,
     reproducible: bool = False,
+    n_sequence: int = B,
     **shape: int | bool,
 ) -> dict[tuple[str, str], tuple[int, float]]:
     """`{(kind, axes): (messages, bytes that a device sends)}` of one update."""
@@ -34,7 +37,7 @@ def links(
         model=dataclasses.replace(small.MODEL, n_head=n_head, grad_thru_cache=grad_thru_cache),
         train=config.Train(
             steps=1,
-            global_batch_size=B,
+            global_batch_size=n_sequence,
             sequence_len=update_len,
             update_len=update_len,
             reproducible=reproducible,
@@ -43,11 +46,13 @@ def links(
     )
     n_device = math.prod(getattr(run.mesh, axis) for axis in mesh.AXES)
     devices = mesh.make(run.mesh, jax.devices()[:n_device])
-    tokens = jax.ShapeDtypeStruct((B, update_len), jnp.int32, sharding=mesh.sharding(devices, mesh.BATCH))
+    tokens = jax.ShapeDtypeStruct(
+        (n_sequence, update_len), jnp.int32, sharding=mesh.sharding(devices, mesh.BATCH)
+    )
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
     lowered = train_step.make(run, devices, SGD).lower(state.place(run, SGD, devices), batch)
     compiled = lowered.compile()
-    return step.links(Program.read(compiled.as_text()), devices)
+    return step.links(Program.read(compiled.as_text()).collectives(n_device), devices)
 
 
 def size(tree: object) -> int:
@@ -77,23 +82,47 @@ def test_a_fixed_order_sends_as_many_bytes():
 
 
 def test_cut_parameters_cost_a_device_no_more_on_more_devices():
-    for kind in ("all-gather", "reduce-scatter"):
-        (n_few, few), (n_many, many) = (links(devices=n, shard_params=True)[kind, "devices"] for n in (2, 8))
+    """Four sequences on each. It has the n-th already: one of 256 sends 1.14 times as much as one of 8."""
+    few, many = (links(devices=n, n_sequence=4 * n, shard_params=True) for n in (2, 8))
+    assert {kind for kind, _ in few} == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert few.keys() == many.keys()
+    for message in few:
+        (n_few, sent_few), (n_many, sent_many) = few[message], many[message]
         assert n_few == n_many
-        # Each device has the n-th already.
-        assert many / (7 / 8) == pytest.approx(few / (1 / 2))
+        assert sent_many / (7 / 8) == pytest.approx(sent_few / (1 / 2))
+
+
+def for_attention(found: dict[tuple[str, str], tuple[int, float]]) -> float:
+    return sum(found[kind, "sequence"][1] for kind in ("collective-permute", "all-to-all"))
+
+
+def exchanged(model: config.Model, n_part: int) -> float:
+    """Bytes that a device sends, a unit and a sequence, in four bytes each, both ways.
+
+    A halo of M keys, values and codes, and two messages of a count and V sums a code, of which codes and
+    counts have no gradient.
+    """
+    halo = (2 * (model.d_k + model.d_v) + 1) * model.mem_len
+    sums = (2 * (2 * model.d_v) + 2) * model.n_code * (n_part - 1) / n_part
+    return 4 * model.n_head * (halo + sums)
 
 
 def test_parts_of_a_sequence_exchange_the_same_however_long_it_is():
     short, long = (links(update_len=update_len, sequence=4) for update_len in (64, 256))
     assert short == long
     assert {kind for kind, _ in short} == {"all-reduce", "all-to-all", "collective-permute"}
-    # A halo of M keys, values and codes and two messages of a count and V sums a code, and the way back.
-    V, K, S, M = small.MODEL.d_v, small.MODEL.d_k, small.MODEL.n_code, small.MODEL.mem_len
-    halo = (2 * (K + V) + 1) * M
-    sums = (2 * (2 * V) + 2) * S * 3 / 4
-    sent = short["collective-permute", "sequence"][1] + short["all-to-all", "sequence"][1]
-    assert sent == N_UNIT * B * 2 * 4 * (halo + sums)
+    assert for_attention(short) == N_UNIT * B * exchanged(small.MODEL, 4)
+
+
+def test_a_million_tokens_over_64_devices_send_a_hundredth_of_ring_attention():
+    """By the formula that compiled steps keep to at any number of parts, for the enwik8 recipe."""
+    for n_part in (2, 8):
+        found = links(update_len=64, sequence=n_part)
+        assert for_attention(found) == N_UNIT * B * exchanged(small.MODEL, n_part)
+    model = config.build(config.load(str(ENWIK8))).model
+    # All keys and values pass each device but one, in two bytes, and their gradients on the way back.
+    ring = 2 * 2 * model.n_head * (model.d_k + model.d_v) * 2**20 * 63 / 64
+    assert 100 * exchanged(model, 64) < ring
 
 
 def test_without_gradients_through_the_cache_nothing_is_sent_back():

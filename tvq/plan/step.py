@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from tvq import flops, mesh, optimizer, state, train_step
 from tvq.config import Config
 from tvq.model import transformer
-from tvq.plan.program import Array, Kernel, Program
+from tvq.plan.program import Array, Collective, Kernel, Program
 
 N_LARGEST = 5
 
@@ -71,7 +72,7 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
     compile_seconds = time.monotonic() - began
 
     program = Program.read(made.as_text() or "")
-    kernels = list(program.kernels())
+    kernels, exchanges = list(program.kernels()), list(program.collectives(devices.size))
     axes = mesh.axes(devices, c.model, c.mesh.shard_params)
     empty = jax.eval_shape(lambda: transformer.initial_state(c.model, B))
     attention = mesh.with_sharding(devices, empty, transformer.state_specs(c.model, axes))
@@ -98,8 +99,8 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
         compiled=sum(kernel.n * kernel.flops for kernel in kernels),
         traffic=sum(kernel.n * kernel.nbytes for kernel in kernels),
         n_kernel=sum(kernel.n for kernel in kernels),
-        links=links(program, devices),
-        seconds=roofline(kernels, program, devices, chip),
+        links=links(exchanges, devices),
+        seconds=roofline(kernels, exchanges, devices, chip),
         compile_seconds=compile_seconds,
     )
 
@@ -142,10 +143,10 @@ def largest(program: Program) -> list[tuple[Array, int]]:
     return order[:N_LARGEST]
 
 
-def links(program: Program, devices: Mesh) -> dict[tuple[str, str], tuple[int, float]]:
+def links(exchanges: Iterable[Collective], devices: Mesh) -> dict[tuple[str, str], tuple[int, float]]:
     """Messages and bytes that a device sends, by kind and by the axes of the mesh that they run along."""
     found: dict[tuple[str, str], tuple[int, float]] = {}
-    for one in program.collectives(devices.size):
+    for one in exchanges:
         places = np.array(np.unravel_index(one.groups[0], devices.devices.shape))
         varying = (places != places[:, :1]).any(1)
         axes = ", ".join(name for name, along in zip(devices.axis_names, varying, strict=True) if along)
@@ -155,7 +156,9 @@ def links(program: Program, devices: Mesh) -> dict[tuple[str, str], tuple[int, f
     return found
 
 
-def roofline(kernels: list[Kernel], program: Program, devices: Mesh, chip: flops.Chip) -> dict[str, float]:
+def roofline(
+    kernels: list[Kernel], exchanges: list[Collective], devices: Mesh, chip: flops.Chip
+) -> dict[str, float]:
     """Seconds by what bounds each kernel; an exchange has a ring along each dimension that it spans."""
     seconds = {"products": 0.0, "memory": 0.0}
     for kernel in kernels:
@@ -163,7 +166,6 @@ def roofline(kernels: list[Kernel], program: Program, devices: Mesh, chip: flops
         moving = kernel.nbytes / chip.bandwidth
         seconds["products" if working > moving else "memory"] += kernel.n * max(working, moving)
     seconds["launches"] = chip.launch * sum(kernel.n for kernel in kernels)
-    exchanges = program.collectives(devices.size)
     seconds["links"] = sum(one.n * one.sent / n_ring(devices, one.groups[0]) for one in exchanges) / chip.link
     return seconds
 
