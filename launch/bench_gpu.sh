@@ -12,7 +12,8 @@
 #   --python PYTHON  one that has jax with CUDA, flax, optax and orbax (default: python3)
 #
 # The enwik8 (190M) and pg19 (1.3B) shapes in bfloat16: training at T = 2k to 131k with a constant number of
-# tokens a step, VQ against exact attention, and decoding at several contexts. Nothing is downloaded.
+# tokens a step, VQ against exact attention through cuDNN's flash kernel; the attention cores alone, exact
+# attention without that kernel (chunked) too; and decoding at several contexts. Nothing is downloaded.
 
 set -u
 # shellcheck source=launch/common.sh
@@ -55,7 +56,8 @@ fi
 
 # Nearly all of the memory for jax.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.94
-enwik8=(--config="$root/configs/base.py" --config.model.dtype=bfloat16 --config.model.remat="$remat")
+enwik8=(--config="$root/configs/base.py" --config.model.dtype=bfloat16 --config.model.remat="$remat"
+  --config.model.attend_across_documents=true)
 pg19=("${enwik8[@]}" --config.model.n_vocab=32000 --config.model.d_model=2048 --config.model.d_v=4096
   --config.optimizer.name=adafactor)
 
@@ -67,12 +69,13 @@ bench() { # bench SHARE NAME ARGUMENTS...: in a share of the time, in per cent
   run timeout $((limit * 12 / 10)) "$python" -m tvq bench "$@" --seconds="$limit" --output="$output/$name" ||
     { say "$name failed with exit code $?"; failed=1; }
 }
-bench 50 enwik8 train "${enwik8[@]}" --lengths=2048,8192,32768,131072 --formulations=auto,full
+bench 44 enwik8 train "${enwik8[@]}" --lengths=2048,8192,32768,131072 --formulations=auto,full
 bench 18 pg19 train "${pg19[@]}" --lengths=8192,32768 --formulations=auto,full
-bench 14 decode decode "${enwik8[@]}" --contexts=8192,131072 --batch_sizes=1,32
+bench 10 attention attention "${enwik8[@]}" --lengths=2048,8192,32768 --formulations=auto,full,chunked
+bench 10 decode decode "${enwik8[@]}" --contexts=8192,131072 --batch_sizes=1,32
 [ "$dry" = no ] || exit 0
 
-for name in enwik8 pg19 decode; do
+for name in enwik8 pg19 attention decode; do
   [ ! -f "$output/$name/bench.md" ] || cat "$output/$name/bench.md"
 done >"$output/bench.md"
 nvidia-smi --query-gpu=name,clocks.sm,clocks.max.sm,power.draw,power.limit,driver_version --format=csv >>"$output/bench.md"

@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_left_out(tmp_path):
         ({"lengths": "16,24"}, "config.bench.n_token 24 is not a multiple of the 16 .* use 32"),
         (
             {"formulations": "fast"},
-            "config.bench.formulations must be of auto, serial, all, full, not 'fast'",
+            "config.bench.formulations must be of auto, serial, all, full, chunked, not 'fast'",
         ),
         ({"formulations": "auto:some"}, "config.model.remat"),
         ({"lengths": "12"}, "block_len"),
@@ -262,7 +262,7 @@ def test_the_script_for_a_gpu():
         assert run.model.dtype == "bfloat16"
         assert all(trial.train.update_len == T for T, _, trial in cases.sweep(run))
     assert [command[-1] for command in commands] == [
-        f"--output=here/{name}" for name in ("enwik8", "pg19", "decode")
+        f"--output=here/{name}" for name in ("enwik8", "pg19", "attention", "decode")
     ]
     assert limits <= 100
     refused = script("--wheels", "/no/such/folder")

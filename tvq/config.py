@@ -332,6 +332,11 @@ def validate(config: Config) -> None:
             "config.model.attention=full carries no state: it needs train.update_len equal to"
             f" train.sequence_len {t.sequence_len}, not {t.update_len}, and train.segment_len 0"
         )
+    if m.attention == "full" and m.n_parallel > 1:
+        errors.append(
+            f"config.model.n_parallel {m.n_parallel} must be 1 (a block at a time) or 0 where"
+            " config.model.attention is full"
+        )
     if m.attention == "full" and config.evaluate.carry:
         errors.append("config.evaluate.carry needs config.model.attention=vq: full carries no state")
     one_of("model.remat", m.remat, ("all", "names", "nothing"))

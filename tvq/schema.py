@@ -28,7 +28,8 @@ class Model:
     attention: str = field("vq", "vq: linear time; full: exact and quadratic, the baseline of benchmarks")
     n_parallel: int = field(
         0,
-        "blocks of all sequences of a device that attention computes at once; 0 takes what suits the device",
+        "blocks of all sequences of a device that attention computes at once; 0: what suits the device, and"
+        " for full attention cuDNN's kernel on an NVIDIA GPU, where it fits",
         at_least=0,
     )
     attend_across_documents: bool = field(
@@ -153,7 +154,7 @@ class Bench:
     n_token: int = field(0, "tokens of a step, the same at each length; 0: the largest length", at_least=0)
     formulations: str = field(
         "auto,serial,all,full",
-        "vq by model.n_parallel 0, 1 or all blocks, and model.attention=full; auto:nothing sets model.remat",
+        "vq by model.n_parallel 0, 1 or all blocks; full by 0, or 1 (chunked); auto:nothing sets model.remat",
     )
     contexts: str = field("1024,10240,102400", "tokens before those that decode measures")
     batch_sizes: str = field("1,8", "sequences that decode works on at once")

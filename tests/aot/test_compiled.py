@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tvq import config, flops, train_step
-from tvq.model import transformer
+from tvq.model import full, transformer
 from tvq.plan import targets
 from tvq.plan.program import Kernel, Program
 
@@ -123,3 +123,27 @@ def test_auto_takes_the_faster_on_a_tpu():
     auto, at_once = seconds(0), seconds(T)
     print({"auto": auto / B / T, "at once": at_once / B / T})
     assert auto < at_once
+
+
+def test_full_attention_is_a_kernel_on_a_gpu():
+    """A unit reads and writes less than a third of what a block of queries at a time does."""
+    device = need("h200")
+    model = config.build(config.load(str(CONFIGS / "enwik8.py"))).model
+
+    def moved(n_parallel: int) -> float:
+        how = dataclasses.replace(model, attention="full", n_parallel=n_parallel)
+        how = transformer.suited(how, device.platform)
+        place = lambda *shape: jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=SingleDeviceSharding(device)
+        )
+        K, V, E, length = how.d_k, how.d_v, how.mem_len + 1, 4 * T
+        shapes = ((1, 1, length, K), (1, 1, length, K), (1, 1, length, V), (1, K), (1, K), (1, 1, E, K))
+        attend = lambda *x: full.attend(*x, block_len=how.block_len, n_parallel=how.n_parallel)
+        gradient = jax.jit(lambda do, *x: jax.vjp(attend, *x)[1](do))
+        text = (
+            gradient.lower(place(1, 1, length, V), *(place(*shape) for shape in shapes)).compile().as_text()
+        )
+        return sum(kernel.n * kernel.nbytes for kernel in Program.read(text).kernels()) / length
+
+    print(found := {"kernel": moved(0), "a block at a time": moved(1)})
+    assert 3 * found["kernel"] < found["a block at a time"]

@@ -1,11 +1,15 @@
 """Quadratic attention: a plain softmax over all keys, and linear attention whose window holds all."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvq.model import attention, full
+from tests.model import small
+from tvq.model import attention, flash, full, transformer
 
 B, H, K, V, S = 2, 2, 4, 6, 5
 
@@ -54,7 +58,7 @@ def test_keeps_documents_apart():
     start = jnp.asarray(np.maximum.accumulate(begun, 1))
     with jax.enable_x64(True):
         same(
-            lambda *x: full.attend(*x, block_len=L, start_BT=start),
+            lambda *x: full.attend(*x, block_len=L, start_BX=jnp.pad(start, [(0, 0), (M + 1, 0)])),
             lambda *x: plain(*x, start),
             inputs(T, M),
         )
@@ -70,3 +74,69 @@ def test_is_linear_attention_whose_window_holds_all():
 
     with jax.enable_x64(True):
         same(lambda *x: full.attend(*x, block_len=L), linear, inputs(T, M))
+
+
+def causal(q, k):
+    score = jnp.einsum("bhik,bhjk->bhij", q, k)
+    return jnp.where(jnp.tril(jnp.ones(score.shape[2:], bool)), score, -jnp.inf)
+
+
+def kernel_forward(q, k, v):
+    lse = jax.nn.logsumexp(causal(q, k), -1, keepdims=True)
+    return jnp.exp(causal(q, k) - lse) @ v, lse
+
+
+def kernel_backward(q, k, v, o, lse, do):
+    p = jnp.exp(causal(q, k) - lse)
+    ds = p * (do @ v.swapaxes(2, 3) - (do * o).sum(-1, keepdims=True))
+    return ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ do
+
+
+PLAIN = flash.Kernel(kernel_forward, kernel_backward)
+
+
+@pytest.mark.parametrize(("T", "L", "M"), [(12, 4, 7), (10, 5, 1), (40, 2, 3), (8, 4, 7), (8, 4, 9)])
+def test_a_causal_kernel_and_a_window_are_one_softmax(T, L, M):
+    with jax.enable_x64(True):
+        same(lambda *x: flash.attend(*x, block_len=L, kernel=PLAIN), plain, inputs(T, M))
+
+
+def test_the_kernel_takes_wide_values_in_slices(monkeypatch):
+    """V 6 in slices of K 4: two, the second padded."""
+    swap = lambda x: x.swapaxes(1, 2)
+
+    def forward(q, k, v, *unused, **options):
+        o, lse = kernel_forward(swap(q), swap(k), swap(v))
+        return swap(o), lse[..., 0]
+
+    def backward(q, k, v, *more, **options):
+        *_, lse, o, do = more
+        return [swap(x) for x in kernel_backward(*map(swap, (q, k, v, o)), lse[..., None], swap(do))]
+
+    for name, f in (("fwd", forward), ("bwd", backward)):
+        kernel = types.SimpleNamespace(bind=f)
+        monkeypatch.setattr(flash.cudnn, f"_dot_product_attention_{name}_p_wrapper", kernel)
+    with jax.enable_x64(True):
+        same(lambda *x: flash.attend(*x, block_len=4), plain, inputs(12, 3))
+
+
+def test_a_gpu_is_given_the_kernel_where_it_fits():
+    base = dataclasses.replace(small.MODEL, attention="full", dtype="bfloat16")
+
+    def chosen(platform, **fields):
+        return transformer.suited(dataclasses.replace(base, **fields), platform).n_parallel
+
+    assert chosen("gpu") > 1
+    assert {chosen("cpu"), chosen("tpu"), chosen("gpu", n_parallel=1)} == {1}
+    for fields in ({"dtype": "float32"}, {"d_k": 12}, {"d_k": 136}, {"attend_across_documents": False}):
+        assert chosen("gpu", **fields) == 1
+
+
+def test_the_kernel_is_that_of_cudnn():
+    T, M = 16, 3
+    shapes = ((1, 2, T, 8), (1, 2, T, 8), (1, 2, T, 24), (2, 8), (2, 8), (1, 2, M + 1, 8))
+    like = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    loss = lambda *x: full.attend(*x, block_len=4, n_parallel=2).astype(jnp.float32).sum()
+    text = jax.jit(jax.grad(loss, range(6))).trace(*like).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text
+    assert "__cudnn$fmhaSoftmaxBackward(" in text

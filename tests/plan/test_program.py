@@ -42,6 +42,24 @@ def test_of_a_stack_a_loop_reads_one_layer():
     assert 3 * 100 * layer <= moved <= 5 * 100 * layer + 2 * layer
 
 
+FLASH = """
+ENTRY %main (q.1: bf16[2,16,3,8], k.1: bf16[2,16,3,8], v.1: bf16[2,16,3,8]) -> bf16[2,16,3,8] {
+  %q.1 = bf16[2,16,3,8]{3,2,1,0} parameter(0)
+  %k.1 = bf16[2,16,3,8]{3,2,1,0} parameter(1)
+  %v.1 = bf16[2,16,3,8]{3,2,1,0} parameter(2)
+  %flash.1 = (bf16[2,3,16,8]{3,1,2,0}, f32[2,3,16]{2,1,0}, u8[0]{0}) custom-call(%q.1, %k.1, %v.1), \
+custom_call_target="__cudnn$fmhaSoftmaxNAME", backend_config={}
+  %out.1 = bf16[2,3,16,8]{3,1,2,0} get-tuple-element(%flash.1), index=0
+  ROOT %cast.1 = bf16[2,16,3,8]{3,2,1,0} bitcast(%out.1)
+}
+"""
+
+
+@pytest.mark.parametrize(("name", "products"), [("", 2), ("Backward", 5)])
+def test_flash_attention_computes_half_of_all_scores(name, products):
+    assert flops(Program.read(FLASH.replace("NAME", name))) == products * 2 * 3 * 16 * 16 * 8
+
+
 HLO = """
 %fused (p.0: f32[9,8], p.1: f32[1,8], p.2: s32[]) -> f32[9,8] {
   %p.0 = f32[9,8]{1,0} parameter(0)

@@ -22,7 +22,10 @@ from tvq.data.pipeline import training_batches
 from tvq.model import attention, full, transformer, vq
 
 # model.attention and model.n_parallel of each; `serial:nothing` also sets model.remat.
-FORMULATIONS = {"auto": ("vq", 0), "serial": ("vq", 1), "all": ("vq", sys.maxsize), "full": ("full", 0)}
+FORMULATIONS = {
+    "auto": ("vq", 0), "serial": ("vq", 1), "all": ("vq", sys.maxsize),
+    "full": ("full", 0), "chunked": ("full", 1),
+}  # fmt: skip
 N_BATCH = 100  # batches of one timed call of the data pipeline, many more than it reads ahead
 
 
@@ -110,8 +113,8 @@ def prepare_train(s: Session) -> None:
     """The whole train step over lengths and formulations."""
     carried = Carried(s.config, s.devices)
     trials = list(sweep(s.config))
-    if any(trial.model.attention == "full" for _, _, trial in trials):
-        agree_with_full(s, next(trial for _, _, trial in trials if trial.model.attention == "full"))
+    for name, trial in {name: trial for _, name, trial in trials if trial.model.attention == "full"}.items():
+        agree_with_full(s, name, trial.model)
     found: dict[int, tuple[str, dict]] = {}
     for T, name, trial in trials:
         with s.trying(formulation=name, T=T) as go:
@@ -124,13 +127,13 @@ def prepare_train(s: Session) -> None:
                 found[T] = name, got
 
 
-def agree_with_full(s: Session, trial: Config) -> None:
+def agree_with_full(s: Session, name: str, model: Model) -> None:
     """Where keys are codewords, full and vq attention are one function: as vq past the window, so full."""
-    model = trial.model
     T = model.block_len * (-(-2 * model.mem_len // model.block_len) + 2)
     inputs = core_inputs(model, 1, T)
-    got, want = (jax.jit(core(formulated(model, name)))(*inputs) for name in ("full", "all"))
-    what = f"output and gradients (queries, values) of full and vq attention over codewords, T={T},"
+    suited = (transformer.suited(m, mesh.platform(s.devices)) for m in (model, formulated(model, "all")))
+    got, want = (jax.jit(core(m))(*inputs) for m in suited)
+    what = f"output and gradients (queries, values) of {name} and vq attention over codewords, T={T},"
     s.agree(but_keys(got), but_keys(want), what)
 
 
@@ -168,7 +171,7 @@ def core(model: Model) -> Callable[..., tuple]:
         if model.attention == "full":
             return full.attend(
                 q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK,
-                block_len=model.block_len, start_BT=None if start_BX is None else start_BX[:, E:],
+                block_len=model.block_len, n_parallel=model.n_parallel, start_BX=start_BX,
             )  # fmt: skip
         o_BHTV, _ = attention.attend(
             q_BHTK,

@@ -283,7 +283,7 @@ def window_and_cache(
     The backward pass computes the scores again, and keeps but inputs, output and normaliser. Gradients go
     to queries, position keys, window keys, values and cache means.
     """
-    return _attend_forward(
+    return attend_forward(
         qu_BHRLK,
         qw_BHRLK,
         r_BHEK,
@@ -298,7 +298,7 @@ def window_and_cache(
     )[0]
 
 
-def _attend_forward(
+def attend_forward(
     qu_BHRLK: jax.Array,
     qw_BHRLK: jax.Array,
     r_BHEK: jax.Array,
@@ -319,7 +319,7 @@ def _attend_forward(
     return o_BHRLV, (inputs, o_BHRLV, checkpoint_name(lse_BHRL1, KEPT))
 
 
-def _attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple:
+def attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple:
     inputs, o_BHRLV, lse_BHRL1 = kept
     qu_BHRLK, qw_BHRLK, r_BHEK, ks_BHRLK, vs_BHRLV, zs_BHRL, apart, c_HSK, mean_BHRSV, count_BHRS = inputs
     wide, narrow = lse_BHRL1.dtype, qu_BHRLK.dtype
@@ -362,7 +362,7 @@ def _attend_backward(agg_cache: bool, kept: tuple, do_BHRLV: jax.Array) -> tuple
     )
 
 
-window_and_cache.defvjp(_attend_forward, _attend_backward)
+window_and_cache.defvjp(attend_forward, attend_backward)
 
 
 def softmax_sum(scores: list[jax.Array], values: list[jax.Array]) -> tuple[jax.Array, jax.Array]:

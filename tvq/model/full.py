@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tvq import dims
+from tvq.model import flash
 from tvq.model.attention import UNSEEN, skew, softmax_sum
 
 # Queries are taken in groups that read the keys up to the group's end: of the half of all scores that the
@@ -28,14 +29,17 @@ def attend(
     r_BHEK: jax.Array,
     *,
     block_len: int,
-    start_BT: jax.Array | None = None,
+    n_parallel: int = 1,
+    start_BX: jax.Array | None = None,
 ) -> jax.Array:
     """Output `[B,H,T,V]` in the dtype of v, for a whole sequence from its first token on.
 
-    Arguments as for `attention.attend`, with the keys themselves, and the starts of the T tokens alone. One
-    block of queries at a time, whose scores are computed again in the backward pass, so that memory grows
-    with T alone.
+    Arguments as for `attention.attend`, with the keys themselves. One block of queries at a time, whose
+    scores are computed again in the backward pass, so that memory grows with T alone. With n_parallel above
+    1, and one document, all at once: see `flash`.
     """
+    if n_parallel > 1 and start_BX is None:
+        return flash.attend(q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=block_len)
     size = dims.check(q_BHTK=q_BHTK, k_BHTK=k_BHTK, v_BHTV=v_BHTV, u_HK=u_HK, w_HK=w_HK, r_BHEK=r_BHEK)
     B, H, T, M, L = size["B"], size["H"], size["T"], size["E"] - 1, block_len
     assert T % L == 0, f"{T} tokens in blocks of {L}"
@@ -44,7 +48,7 @@ def attend(
     # M empty keys in front: the window of every block then begins at its own first column.
     front = lambda x: jnp.pad(x.astype(narrow), [(0, 0), (0, 0), (M, 0), (0, 0)])
     k_all, v_all = front(k_BHTK), front(v_BHTV)
-    start_BX = None if start_BT is None else jnp.pad(start_BT, [(0, 0), (M, 0)])
+    start_BX = None if start_BX is None else start_BX[:, 1:]
     q_RBHLK = jnp.moveaxis(q_BHTK.reshape(B, H, -1, L, q_BHTK.shape[-1]), 2, 0)
 
     def group(first: int, last: int) -> jax.Array:

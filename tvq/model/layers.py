@@ -224,10 +224,10 @@ def _attend(
         before = before._replace(k_BHMK=memory_BHMK)
     v_BHTV, gate_BTX = values_and_gate(params, xt_BTD, q_BHTK.shape[1])
     if config.attention == "full":
-        start_BT = None if start_BX is None else start_BX[:, -xt_BTD.shape[1] :]
         o_BHTV = full.attend(
-            q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=config.block_len, start_BT=start_BT
-        )
+            q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK,
+            block_len=config.block_len, n_parallel=config.n_parallel, start_BX=start_BX,
+        )  # fmt: skip
     else:
         if axes.T:
             before = parts.carried_in(before, z_BHT, v_BHTV, start_BX, config.block_len, axes.T)

@@ -10,6 +10,7 @@ All N = 2 n_layer units are one stack: their parameters have a leading dim N.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from flax import nnx
 
 from tvq import mesh
 from tvq.config import Model
-from tvq.model import attention, layers, parts, recurrence, vq
+from tvq.model import attention, flash, layers, parts, recurrence, vq
 from tvq.schema import END
 
 # Applied to kernels [in, out] and to codebook sums [H,S,K].
@@ -108,8 +109,12 @@ def suited(config: Model, platform: str) -> Model:
     """The config with n_parallel chosen for cpu, gpu or tpu, where it is 0.
 
     A CPU is fastest while the scores of a few blocks stay in its cache, a TPU block by block with the state
-    in its fast memory, a GPU with all blocks at once.
+    in its fast memory, a GPU with all blocks at once. Full attention takes all at once where there
+    is a kernel for it, else one.
     """
+    if config.attention == "full":
+        at_once = sys.maxsize if platform == "gpu" and flash.fits(config) else 1
+        return dataclasses.replace(config, n_parallel=config.n_parallel or at_once)
     best = {"cpu": max(1, 2048 // config.block_len), "tpu": 1}
     return dataclasses.replace(config, n_parallel=config.n_parallel or best.get(platform, 0))
 

@@ -279,12 +279,20 @@ def products_of(one: Instruction, scope: dict[str, Instruction]) -> float:
     """Multiplications and additions of a matrix product; those of a TPU are convolutions."""
     if one.op == "convolution":
         return convolution(one, scope)
+    if one.op == "custom-call" and "__cudnn$fmha" in one.attributes:
+        return flash(one, scope)
     gemm = one.op == "custom-call" and "lhs_contracting_dimensions" in one.attributes
     if one.op != "dot" and not gemm:
         return 0
     contracted = dims_of(one, r"lhs_contracting_dim\w+\W*[{\[]([\d,\"]*)")
     left = scope[one.operands[0]].arrays[0].shape
     return 2 * math.prod(one.arrays[0].shape) * math.prod(left[i] for i in contracted)
+
+
+def flash(one: Instruction, scope: dict[str, Instruction]) -> float:
+    """Causal attention of queries `[B,T,H,K]`: half of all scores, two products; its gradient five."""
+    (B, T, H, K), V = scope[one.operands[0]].arrays[0].shape, scope[one.operands[2]].arrays[0].shape[3]
+    return B * H * T**2 * (3 * K + 2 * V if "Backward" in one.attributes else K + V)
 
 
 def convolution(one: Instruction, scope: dict[str, Instruction]) -> float:
