@@ -336,6 +336,24 @@ def test_training_goes_on_without_wandb(tmp_path: Path, wandb: Wandb, is_there: 
     assert message.startswith("Weights & Biases cannot be written (no answer); training goes on without, ")
 
 
+def test_samples_are_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    said: list[str] = []
+    made = records(tmp_path, 0, said, wandb="tvq")
+    for step, sample in ((2, "if x < y:\n    é"), (4, png(5, 3))):
+        made.write({"step": step, "split": "train", "loss": 1.0})
+        made.show(step, sample)
+    made.close()
+    text, image = sorted(tmp_path.glob("wandb/offline-run-*/files/media/*/*"))
+    assert text.name.startswith("sample_2_")
+    assert text.read_text().endswith("<pre>if x &lt; y:\n    &#233;</pre>")
+    assert image.name.startswith("sample_4_")
+    assert image.read_bytes() == png(5, 3)
+    assert said == []
+
+
 def test_wandb_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check(config.Log())

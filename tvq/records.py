@@ -5,8 +5,10 @@ Training goes on in any case, and says so once.
 """
 
 import contextlib
+import html
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from tensorboardX.proto.tensor_pb2 import TensorProto
 from tensorboardX.record_writer import RecordWriter
 
 from tvq import config
+from tvq.data import optional
 from tvq.metrics import Row
 
 Say = Callable[[str], None]
@@ -240,19 +243,18 @@ class TensorBoardWriter(Writer):
 
 
 class WandbWriter(Writer):
-    """Sends rows to one Weights & Biases run, whose id is kept in the workdir. OSError: it cannot be reached.
+    """Sends to one Weights & Biases run, whose id is kept in the workdir. OSError: it cannot be reached.
 
     What a resumed run repeats, bitwise, is there already and is not sent again.
     """
 
     def __init__(self, c: config.Config, workdir: epath.Path, local: Path):
-        wandb = importlib.import_module("wandb")
-        self._error = wandb.errors.Error
+        self._wandb = importlib.import_module("wandb")
         path = workdir / "wandb_id"
         if not path.exists():
             path.write_text(secrets.token_hex(4))
         with self._as_os_error():
-            self._run = wandb.init(
+            self._run = self._wandb.init(
                 project=c.log.wandb,
                 id=path.read_text(),
                 resume="allow",
@@ -262,10 +264,22 @@ class WandbWriter(Writer):
             )
 
     def write(self, row: Row) -> None:
-        if row["step"] >= self._run.step:
-            numbers = {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split")}
+        step, split = row["step"], row["split"]
+        self._log(step, {f"{split}/{k}": v for k, v in row.items() if k not in ("step", "split")})
+
+    def show(self, step: int, sample: Sample) -> None:
+        if isinstance(sample, str):
+            # In ASCII: the page is shown without a word on its encoding.
+            text = html.escape(sample).encode("ascii", "xmlcharrefreplace").decode()
+            shown = self._wandb.Html(f"<pre>{text}</pre>")
+        else:
+            shown = self._wandb.Image(optional.load("PIL.Image").open(io.BytesIO(sample)))
+        self._log(step, {"sample": shown})
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step >= self._run.step:
             with self._as_os_error():
-                self._run.log(numbers, step=row["step"])
+                self._run.log(values, step=step)
 
     def close(self) -> None:
         with self._as_os_error():
@@ -275,7 +289,7 @@ class WandbWriter(Writer):
     def _as_os_error(self) -> Iterator[None]:
         try:
             yield
-        except self._error as error:
+        except self._wandb.errors.Error as error:
             raise OSError(str(error)) from error
 
 

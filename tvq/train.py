@@ -102,7 +102,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
 
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(metrics.Console(silent=not processes.is_main))
+        console = metrics.Console(silent=not processes.is_main)
         watchdog = stack.enter_context(cluster.Watchdog(processes, c.cluster, log))
         watchdog.beat("restore", 0, c.cluster.compile_timeout)
         checkpoints = stack.enter_context(
@@ -119,15 +119,15 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), console.say)
             stack.callback(rows.close)
             clock.repeat(rows.dropped)
+        stack.enter_context(console)  # here: its live line ends before the rows do, which may print too
         # The stop that made this checkpoint may have left out the evaluation and the sample of its step.
         missed = processes.gather("missed", sorted(due(c, step) - rows.done if rows is not None else ()))[0]
         looks = health.Looks(devices, now.codebooks, c.model.c_gamma, workdir, step, console.say)
         run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, looks)
         console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), checkpoints.steps()))
         if step < c.train.steps or missed:
-            update = compile_step(run, now, tx)
             try:
-                now, stopped = loop(run, now, step, update, sequences, missed)
+                now, stopped = loop(run, now, step, compile_step(run, now, tx), sequences, missed)
             except DivergedError as error:
                 raise DivergedError(f"{error}; {way_out(run)}") from error
             finish(run, int(now.step), stopped)
