@@ -55,3 +55,5 @@ def test_a_traced_step_traces_its_updates_and_no_others(tmp_path: Path, every: i
     assert written == ([0, 0, 1, 1] if every == 2 else [0, 1, 1, 1])
     assert said == [f"trace of updates {12 if every == 2 else 10} to 16: tensorboard --logdir {tmp_path}"]
     assert sum(profile.kernel_seconds(profile.newest(tmp_path)).values()) > 0
+    planes = jax.profiler.ProfileData.from_file(str(profile.newest(tmp_path))).planes
+    assert "update" in {event.name for plane in planes for line in plane.lines for event in line.events}

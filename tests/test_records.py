@@ -21,7 +21,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from tvq import config, pictures
-from tvq.records import SAMPLES, JsonlWriter, Records, check, samples
+from tvq.records import SAMPLES, JsonlWriter, Records, check, samples, tag
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -205,6 +205,13 @@ def test_tensorboard_has_each_row_once(tmp_path: Path) -> None:
             assert value.tag == "train/loss"
     assert curve == {2: 1.0, 4: 2.0}
     assert found[0].file_version == "brain.Event:2"
+
+
+def test_curves_are_in_groups() -> None:
+    names = ("loss", "c_dead", "vec_norm_mean", "seconds_step")
+    assert [tag("train", name) for name in names] == [
+        "train/loss", "codebook/c_dead", "codebook/vec_norm_mean", "time/seconds_step",
+    ]  # fmt: skip
 
 
 def png(width: int, height: int) -> bytes:

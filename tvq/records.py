@@ -34,6 +34,13 @@ Say = Callable[[str], None]
 Sample = str | bytes  # a text, or a picture as PNG
 FILE, SAMPLES = "metrics.jsonl", "samples"
 NEWLINE = b"\n"
+# Columns that have a group of their own where curves are grouped by the split, by how their names begin.
+GROUPS = {"c_": "codebook", "relative_err": "codebook", "vec_": "codebook", "seconds_": "time"}
+
+
+def tag(split: str, name: str) -> str:
+    """The name of a curve, GROUP/NAME."""
+    return next((group for start, group in GROUPS.items() if name.startswith(start)), split) + f"/{name}"
 
 
 class Writer:
@@ -197,7 +204,7 @@ def samples(folder: epath.Path) -> dict[int, epath.Path]:
 
 
 class TensorBoardWriter(Writer):
-    """Appends to `folder/events.out.tfevents.*`, a file of its own for each start; tags are SPLIT/NAME.
+    """Appends to `folder/events.out.tfevents.*`, a file of its own for each start.
 
     TensorBoard forgets what earlier starts wrote after `resume_step`. OSError: it cannot be written.
     """
@@ -211,7 +218,7 @@ class TensorBoardWriter(Writer):
     def write(self, row: Row) -> None:
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         values = [
-            Summary.Value(tag=f"{row['split']}/{name}", simple_value=value)
+            Summary.Value(tag=tag(row["split"], name), simple_value=value)
             for name, value in numbers.items()
             if name != "step"
         ]
@@ -265,7 +272,7 @@ class WandbWriter(Writer):
 
     def write(self, row: Row) -> None:
         step, split = row["step"], row["split"]
-        self._log(step, {f"{split}/{k}": v for k, v in row.items() if k not in ("step", "split")})
+        self._log(step, {tag(split, k): v for k, v in row.items() if k not in ("step", "split")})
 
     def show(self, step: int, sample: Sample) -> None:
         if isinstance(sample, str):
