@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from tests.model import small
-from tvq import config, draw, mesh, pictures, sample
+from tvq import config, draw, mesh, optimizer, pictures, sample, state
 from tvq.data.vocabulary import END, ByteVocabulary
 
 BYTES = ByteVocabulary()
@@ -57,12 +57,34 @@ def test_a_sample_of_a_run(image_size):
         assert alone[0] != alone[1]
 
 
+def placed(c):
+    devices = mesh.make(c.mesh, jax.devices()[:2])
+    return state.place(c, optimizer.make(c.optimizer), devices)
+
+
 def test_samples_of_images_need_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    sample.check(config.Config(), 0)
-    sample.check(config.Config(sample=config.Sample(every=0)), 6)
+    c = config.Config(model=small.MODEL)
+    sample.check(c, 0, placed(c))
+    sample.check(dataclasses.replace(c, sample=config.Sample(every=0)), 6, placed(c))
     with pytest.raises(ValueError, match=r"pip install 'tvq\[data\]'"):
-        sample.check(config.Config(), 6)
+        sample.check(c, 6, placed(c))
+
+
+def test_a_model_that_only_fits_in_parts_is_not_drawn_from(monkeypatch):
+    model = dataclasses.replace(small.MODEL, d_model=512)
+    c = config.Config(model=model, mesh=config.Mesh(shard_params=True))
+    of = placed(c)
+    monkeypatch.setattr(mesh, "device_memory", lambda name: {"bytes_limit": 2**20}[name])
+    sample.check(dataclasses.replace(c, sample=config.Sample(every=0)), 0, of)
+    message = "whole model on each device: its .* use config.sample.every=0, and tvq sample where"
+    with pytest.raises(ValueError, match=message):
+        sample.check(c, 0, of)
+    monkeypatch.setattr(mesh, "device_memory", lambda name: 80 * 2**20)
+    sample.check(c, 0, of)
+    c = dataclasses.replace(c, mesh=config.Mesh())
+    monkeypatch.setattr(mesh, "device_memory", lambda name: 1)
+    sample.check(c, 0, placed(c))  # it is whole there already
 
 
 @pytest.mark.parametrize(

@@ -71,21 +71,15 @@ def compiled(program: jax.stages.Compiled, seconds: float, is_cached: bool) -> s
     if memory is None:  # not every backend says
         return text
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    there = device_memory("bytes_limit")
+    there = mesh.device_memory("bytes_limit")
     of = "" if there is None else f" of {there / 2**20:,.0f}"
     return f"{text}\nmemory   {needed / 2**20:,.0f}{of} MiB a device, predicted"
 
 
 def memory() -> dict[str, int]:
     """The column `memory_peak_bytes`: what a device of this process has needed at most; none on a CPU."""
-    peak = device_memory("peak_bytes_in_use")
+    peak = mesh.device_memory("peak_bytes_in_use")
     return {} if peak is None else {"memory_peak_bytes": peak}
-
-
-def device_memory(name: str) -> int | None:
-    """The largest such number of bytes over the devices of this process; None on a CPU."""
-    found = [stats[name] for d in jax.local_devices() if (stats := d.memory_stats()) and name in stats]
-    return max(found, default=None)
 
 
 def roof(c: Config, devices: Mesh) -> float | None:

@@ -161,6 +161,12 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
+def device_memory(name: str) -> int | None:
+    """The largest such number of bytes over the devices of this process; None on a CPU."""
+    found = [stats[name] for d in jax.local_devices() if (stats := d.memory_stats()) and name in stats]
+    return max(found, default=None)
+
+
 def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(mesh, spec)
 

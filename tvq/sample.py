@@ -1,6 +1,7 @@
 """The program `tvq sample`: what is asked, in what order, and where the answer goes."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,12 +15,26 @@ from tvq.data import optional
 from tvq.data.vocabulary import Vocabulary, from_json
 from tvq.draw import Prefix, Tell
 from tvq.model import transformer
+from tvq.state import TrainState
 
 
-def check(c: Config, image_size: int) -> None:
-    """ValueError if a run could not write its samples."""
-    if image_size and c.sample.every:
+def check(c: Config, image_size: int, placed: TrainState) -> None:
+    """ValueError if a run with its state so placed could not draw or write its samples."""
+    if not c.sample.every or c.model.attention == "full":
+        return
+    if image_size:
         optional.load("PIL.Image")
+    there = mesh.device_memory("bytes_limit")
+    mib = lambda shape, x: math.prod(shape) * x.dtype.itemsize / 2**20
+    held = sum(mib(x.sharding.shard_shape(x.shape), x) for x in jax.tree.leaves(placed))
+    model = jax.tree.leaves((placed.params, placed.codebooks))
+    whole = sum(mib(x.shape, x) for x in model if not x.sharding.is_fully_replicated)
+    if there is not None and whole and held + whole > there / 2**20:
+        raise ValueError(
+            f"config.sample.every {c.sample.every} draws with the whole model on each device: its"
+            f" {whole:,.0f} MiB do not fit beside {held:,.0f} MiB of the run into {there / 2**20:,.0f} MiB;"
+            " use config.sample.every=0, and tvq sample where the model fits"
+        )
 
 
 def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sharding.Mesh) -> Callable:

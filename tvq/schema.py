@@ -135,7 +135,7 @@ class Recall:
 class Sample:
     every: int = field(
         1000,
-        "updates between samples while training, by the whole model on one device; 0 draws never",
+        "updates between samples while training, by the whole model on each device; 0 draws never",
         at_least=0,
     )
     prompt: str = field("", "text to continue")

@@ -90,7 +90,6 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     sequences[0]  # tokens of another vocabulary are an error now, not once there is a run
     if c.evaluate.every:
         corpus.info(c.evaluate.split)  # an empty split is an error now, not after hours
-    sample.check(c, corpus.image_size)
     check_workdir(workdir, c)
     processes = cluster.start(place, c.cluster, config.common(c), log.say)
     devices = mesh.make(c.mesh, jax.devices())
@@ -98,6 +97,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
     mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
     tx = optimizer.make(c.optimizer)
+    sample.check(c, corpus.image_size, state.place(c, tx, devices))
     if processes.is_main:
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
 
