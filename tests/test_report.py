@@ -12,6 +12,7 @@ from etils import epath
 
 from tvq import config, health, metrics, pictures, records
 from tvq.report import FILE, report, runs
+from tvq.report import pictures as drawings
 
 pytest.importorskip("matplotlib", reason="only the extra plots has it")
 STEPS = range(10, 210, 10)
@@ -90,6 +91,26 @@ def test_a_report_of_little(tmp_path: Path) -> None:
     assert [path.name for path in (workdir / "report").glob("*.png")] == ["loss.png"]
     page = (workdir / "report" / FILE).read_text()
     assert "What is not at its default" in page
+    (ax,) = drawings.loss(runs.read([str(workdir)])).axes
+    assert ax.lines[0].get_marker() == "o", "one row is a dot: a line would not be seen"
+
+
+def test_a_run_that_diverged_does_not_press_the_others_together(tmp_path: Path) -> None:
+    for name, factor in (("good", 1.0), ("bad", 1e6)):
+        write_run(tmp_path / name, factor, looks=False, samples=False)
+    path = tmp_path / "bad/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps(row | {"bits_per_byte": 1e3 * row["step"] ** 2}) + "\n" for row in rows)
+    )
+    both = runs.read([str(tmp_path / "good"), str(tmp_path / "bad")])
+    (ax,) = drawings.loss(both).axes
+    assert (ax.get_yscale(), ax.get_ylim()[1] < 5) == ("linear", True)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["good, training", "good, validation", "bad, training: diverged, far above"]
+    (alone,) = drawings.loss(both[1:]).axes
+    assert (alone.get_yscale(), alone.get_ylim()[1] > 1e5) == ("log", True)
+    assert drawings.optimizer(both).axes[0].get_yscale() == "log", "or one learning rate would seem to be 0"
 
 
 @pytest.mark.parametrize(

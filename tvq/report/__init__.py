@@ -85,11 +85,12 @@ def page(found: Sequence[Run], drawn: Sequence[tuple[str, bytes]]) -> str:
 def facts(found: Sequence[Run]) -> str:
     """A row a run: how far it is, how good, how fast, and how long it took."""
     splits = sorted({split for run in found for split in run.splits()})
-    head = ["run", "updates", "training loss", *(f"{split}, best bits a byte" for split in splits)]
+    of = runs.loss_unit(found)
+    head = ["run", "updates", f"training, last bits a {of}", *(f"{split}, best" for split in splits)]
     lines = []
     for run in found:
-        steps, losses = run.column("loss")
-        scores = [min(run.column("bits_per_byte", split)[1], default=None) for split in splits]
+        steps, losses = run.column(f"bits_per_{of}")
+        scores = [min(run.column(f"bits_per_{of}", split)[1], default=None) for split in splits]
         spent, speeds = run.spent(), run.column("tokens_per_second")[1]
         lines.append(
             [run.name, f"{steps[-1]:,}" if len(steps) else "", f"{losses[-1]:.4f}" if len(losses) else ""]

@@ -1,15 +1,18 @@
 """The pictures of a report: each takes runs and returns a figure, or None where they have nothing of it."""
 
 import importlib
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tvq.metrics import KINDS
-from tvq.report.runs import Run, evenly
+from tvq.report.runs import Run, evenly, loss_unit
 
 MAX_UNITS = 12  # of a picture of codebooks
+MAX_MARKS = 25  # of a curve: more would run into each other
+WORSE = 20  # times the lowest of all: on a linear axis nothing else could be told apart
 # From what is used to what is lost; a colour for each of metrics.KINDS.
 COLOURS = dict(
     zip(
@@ -21,25 +24,34 @@ COLOURS = dict(
 
 
 def loss(runs: Sequence[Run]) -> Any:
-    """Bits a byte of training and of evaluations."""
-    unit = "byte" if all(len(run.column("bits_per_byte")[0]) for run in runs) else "token"
+    """Bits a byte of training and of evaluations. Runs that diverged leave the picture, if others did not."""
+    column = f"bits_per_{loss_unit(runs)}"
     figure, axes = panels(1, 4.2)
-    highest, lowest = 0.0, np.inf
-    for i, run in enumerate(runs):
-        steps, bits = run.column(f"bits_per_{unit}")
-        axes[0].plot(steps, bits, color=f"C{i}", linewidth=1.2, label=f"{run.name}, training")
-        highest = max([highest, *bits[len(bits) // 20 :]])
-        lowest = min([lowest, *bits])
+    training = [run.column(column) for run in runs]
+    lowest = min((bits.min() for _, bits in training if len(bits)), default=0.0)
+    has_diverged = [bool(len(bits)) and bits[-1] > WORSE * lowest for _, bits in training]
+    highest = 0.0
+    for i, (run, (steps, bits)) in enumerate(zip(runs, training, strict=True)):
+        leaves = has_diverged[i] and not all(has_diverged)
+        name = f"{run.name}, " if len(runs) > 1 else ""
+        label = f"{name}training" + (": diverged, far above" if leaves else "")
+        line(axes[0], steps, bits, color=f"C{i}", label=label)
+        shown = list(bits[len(bits) // 20 :])
         for split, mark in zip(run.splits(), "osD^v", strict=False):
-            at, values = run.column(f"bits_per_{unit}", split)
-            axes[0].plot(at, values, mark + "--", color=f"C{i}", markersize=5, label=f"{run.name}, {split}")
-            highest = max(highest, *values)
-    axes[0].set(ylabel=f"bits a {unit}", xlabel="parameter updates")
-    if highest > 20 * lowest:  # it diverged
+            at, values = run.column(column, split)
+            label = "" if leaves else f"{name}{split}"
+            marks = {"markersize": 5, "markevery": evenly(list(range(len(at))), MAX_MARKS)}
+            axes[0].plot(at, values, mark + "--", color=f"C{i}", label=label, **marks)
+            shown += list(values)
+        highest = highest if leaves else max([highest, *shown])
+        lowest = min([lowest, *shown])
+    axes[0].set(ylabel=f"bits a {loss_unit(runs)}", xlabel="parameter updates")
+    if highest > WORSE * lowest:
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter(in_full())
     elif highest:
-        axes[0].set_ylim(top=1.04 * highest)  # the very first updates would press the rest together
+        # The very first updates would press the rest together.
+        axes[0].set_ylim(lowest - 0.04 * (highest - lowest) - 0.01, 1.04 * highest)
     axes[0].legend()
     return figure
 
@@ -56,7 +68,9 @@ def speed(runs: Sequence[Run]) -> Any:
 
 def optimizer(runs: Sequence[Run]) -> Any:
     columns = {"learning_rate": "learning rate", "grad_norm": "norm of the gradient"}
-    return curves(runs, columns, log=("grad_norm",))
+    tops = [max(rates) for run in runs if len(rates := run.column("learning_rate")[1])]
+    is_wide = bool(tops) and max(tops) > WORSE * min(tops)
+    return curves(runs, columns, log=("grad_norm", "learning_rate") if is_wide else ("grad_norm",))
 
 
 def curves(
@@ -71,7 +85,7 @@ def curves(
         for i, run in enumerate(runs):
             steps, values = run.column(name)
             factor = 100 if name in percent else 1
-            ax.plot(steps, factor * values, color=f"C{i}", linewidth=1.2, label=run.name)
+            line(ax, steps, factor * values, color=f"C{i}", label=run.name)
         ax.set_ylabel(columns[name])
         if name in log:
             ax.set_yscale("log", subs=[2, 5])
@@ -79,7 +93,8 @@ def curves(
             ax.yaxis.set_minor_formatter(in_full())
         else:
             ax.set_ylim(bottom=0)
-    axes[0].legend()
+    if len(runs) > 1:
+        axes[0].legend()
     axes[-1].set_xlabel("parameter updates")
     return figure
 
@@ -95,10 +110,10 @@ def time(runs: Sequence[Run]) -> Any:
         shares = [100 * run.spent().get(kind, 0.0) / sum(run.spent().values()) for run in there]
         bars = axes[0].barh(range(len(there)), shares, left=left, color=COLOURS[kind], label=kind)
         axes[0].bar_label(
-            bars, [f"{s:.0f} %" if s >= 4 else "" for s in shares], label_type="center", color="white"
+            bars, [f"{s:.0f} %" if s >= 6 else "" for s in shares], label_type="center", color="white"
         )
         left += shares
-    axes[0].set_yticks(range(len(there)), [run.name for run in there])
+    axes[0].set_yticks(range(len(there)), [textwrap.fill(run.name, 24) for run in there])
     axes[0].invert_yaxis()
     axes[0].set(xlim=(0, 100), xlabel="% of the wall time")
     axes[0].grid(False)
@@ -141,6 +156,8 @@ def codes(run: Run) -> Any:
         extent = (steps[0], steps[-1] + (len(steps) == 1), len(order), 0)
         image = heat(ax, shades_CX, extent, cmap="magma", vmin=-2, vmax=1)
         ax.set_title(f"unit {unit + 1} of {N}", fontsize=9)
+        ax.locator_params(axis="x", nbins=3, integer=True)
+        ax.xaxis.set_major_formatter(in_full())
     for ax in list(grid.flat)[len(shown) :]:
         ax.set_visible(False)
     for ax in list(grid.flat)[len(shown) - n_column : len(shown)]:
@@ -148,8 +165,8 @@ def codes(run: Run) -> Any:
     figure.supxlabel("parameter updates", fontsize=10)
     figure.supylabel("codes, the most used at the end on top", fontsize=10)
     bar = figure.colorbar(image, ax=grid, ticks=[-2, -1, 0, 1], fraction=0.03)
-    bar.ax.set_yticklabels(["1/100 or less", "1/10", "1: all alike", "10 or more"])
-    bar.set_label("use of a code, in even shares")
+    bar.ax.set_yticklabels(["1/100 or less", "1/10", "1", "10 or more"])
+    bar.set_label("use of a code (1: its even share)")
     return figure
 
 
@@ -163,7 +180,7 @@ def perplexity(run: Run) -> Any:
     extent = (steps[0], steps[-1] + (len(steps) == 1), N + 0.5, 0.5)
     image = heat(axes[0], found_XNH.mean(-1).T, extent, cmap="viridis", vmin=1, vmax=n_code)
     axes[0].set(xlabel="parameter updates", ylabel="unit", yticks=evenly(list(range(1, N + 1)), 12))
-    figure.colorbar(image, ax=axes[0]).set_label(f"perplexity, of {n_code}")
+    figure.colorbar(image, ax=axes[0]).set_label(f"codes, of {n_code}")
     return figure
 
 
@@ -178,8 +195,8 @@ def health(run: Run) -> Any:
     for (name, label), ax in zip(names.items(), axes, strict=True):
         steps, found_XNH = stacked(run, name)
         found_XC = found_XNH.reshape(len(steps), -1) * (100 if label.startswith("%") else 1)
-        ax.fill_between(steps, found_XC.min(1), found_XC.max(1), alpha=0.25, label="all units")
-        ax.plot(steps, np.median(found_XC, 1), label="median unit")
+        ax.fill_between(steps, found_XC.min(1), found_XC.max(1), alpha=0.25, label="range of all units")
+        line(ax, steps, np.median(found_XC, 1), label="median unit")
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
     axes[0].legend()
@@ -190,6 +207,11 @@ def health(run: Run) -> Any:
 def stacked(run: Run, name: str) -> tuple[list[int], np.ndarray]:
     """(steps, one array of all looks)."""
     return list(run.looks), np.stack([look[name] for look in run.looks.values()])
+
+
+def line(ax: Any, steps: Sequence[int] | np.ndarray, values: np.ndarray, **how: Any) -> None:
+    """A curve; a dot, where it has but one point."""
+    ax.plot(steps, values, linewidth=1.2, marker="o" if len(steps) == 1 else None, **how)
 
 
 def heat(ax: Any, shades_YX: np.ndarray, extent: tuple, **colours: Any) -> Any:
@@ -207,7 +229,7 @@ TOGETHER: dict[str, tuple[str, Callable[[Sequence[Run]], Any]]] = {
 }
 # Of each run.
 EACH: dict[str, tuple[str, Callable[[Run], Any]]] = {
-    "perplexity": ("Codes in use", perplexity),
+    "perplexity": ("Codes in use (perplexity)", perplexity),
     "codes": ("Use of each code", codes),
     "health": ("Health of codebooks", health),
 }

@@ -1,7 +1,7 @@
 """What a run has left in its workdir, read as far as it is there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,11 @@ class Run(NamedTuple):
         """Seconds by what they went into, up to the last row."""
         last: Mapping = next((r for r in reversed(self.rows) if "seconds_step" in r), {})
         return {k.removeprefix("seconds_"): v for k, v in last.items() if k.startswith("seconds_")}
+
+
+def loss_unit(runs: Sequence[Run]) -> str:
+    """What their losses are bits of: a byte, or a token where that is not known."""
+    return "byte" if all(len(run.column("bits_per_byte")[0]) for run in runs) else "token"
 
 
 def is_number(value: Any) -> bool:
