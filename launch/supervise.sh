@@ -73,10 +73,14 @@ wait_for() {
 
 # The machine's own notice of its end; asks the child to save, once.
 watch() {
+  local program over=no
+  trap 'over=yes' TERM
   "$notice" &
-  local program=$!
+  program=$!
   trap 'kill "$program" 2>/dev/null; exit' TERM
-  if wait "$program" && kill -TERM "$1" 2>/dev/null; then
+  if [ "$over" = yes ]; then
+    kill "$program" 2>/dev/null
+  elif wait "$program" && kill -TERM "$1" 2>/dev/null; then
     say "this machine is about to go; asked to save"
   fi
 }
@@ -114,6 +118,7 @@ while :; do
   say "exit $code after ${lasted} s; starting again in $delay s ($failures of $restarts restarts used)"
   sleep "$delay" &
   pause=$!
+  [ "$stopping" = no ] || kill "$pause" 2>/dev/null
   wait_for "$pause"
   pause=''
   [ "$stopping" = no ] || die "$code" "stopped (exit $code)"

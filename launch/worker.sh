@@ -20,10 +20,11 @@ begin() { # begin ARGUMENTS OF supervise.sh
   printf '%q ' "$@" >run.command
   # Outlives this connection, and needs nothing installed.
   setsid nohup launch/supervise.sh --record run "$@" >>run.log 2>&1 </dev/null &
-  for _ in 1 2 3 4 5 6 7 8 9 10; do
+  while kill -0 "$!" 2>/dev/null; do
     [ ! -e run.pid ] || return 0
     sleep 0.5
   done
+  [ ! -e run.pid ] || return 0
   last_line
   return 1
 }

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.program import Program, rows, write_corpus
+from tests.end_to_end.program import Program, has_rows, write_corpus
 from tests.end_to_end.test_processes import assert_close
-from tests.fakes.pod import SHORT_RUN, environment
+from tests.fakes.pod import ENDLESS, SHORT_RUN, environment, free_port
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -36,7 +36,7 @@ def script(
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
 
@@ -68,21 +68,21 @@ def in_session(command: list[str], where: Path, **variables: str) -> Iterator[su
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(condition, what: str, seconds: float = 60) -> None:
+def wait_for(condition, what: str, seconds: float = 250) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
 
 
-def kill_marked(mark: str, word: str = "") -> list[int]:
-    """SIGKILL to the processes that this test started with `mark` in their environment."""
+def kill_marked(mark: str, word: str = "", program: str = "") -> list[int]:
+    """SIGKILL to the processes of this `program` that a test started with `mark` in their environment."""
     killed = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{mark}\0".encode() in (folder / "environ").read_bytes() and (
-                word.encode() in (folder / "cmdline").read_bytes()
-            ):
+            command = (folder / "cmdline").read_bytes()
+            is_meant = word.encode() in command and command.startswith(program.encode())
+            if is_meant and f"{mark}\0".encode() in (folder / "environ").read_bytes():
                 os.kill(int(folder.name), signal.SIGKILL)
                 killed.append(int(folder.name))
         except OSError:
@@ -90,8 +90,29 @@ def kill_marked(mark: str, word: str = "") -> list[int]:
     return killed
 
 
+def kill_all_marked(mark: str) -> None:
+    """Those too that were being started meanwhile."""
+    while kill_marked(mark):
+        time.sleep(0.01)
+
+
+def read_a_line_and_leave(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C to a program that shows a log, once it does."""
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+
+
 def result(workdir: Path, n: int) -> list[dict]:
     return [json.loads((workdir / f"done_{i}.json").read_text()) for i in range(n)]
+
+
+def assert_unbroken(workdir: Path, steps: int) -> None:
+    """Two processes of two devices ended after these steps, or later if they had got further."""
+    for found in result(workdir, 2):
+        assert found["devices"] == 4
+        assert found["step"] >= steps
+        assert found["sum"] == 8.0 * sum(range(found["step"]))
 
 
 # --- every script -----------------------------------------------------------------------------------------
@@ -177,20 +198,18 @@ def test_supervise_passes_a_stop_on_and_does_not_start_again(tmp_path: Path, num
         wait_for((tmp_path / "ready").exists, "the command did not start")
         assert int((tmp_path / "run.pid").read_text()) == process.pid
         process.send_signal(number)
-        output = process.communicate(timeout=30)[0]
+        output = process.communicate(timeout=250)[0]
     assert process.returncode == 75
     assert "saved" in output
     assert (tmp_path / "run.code").read_text() == "75\n"
 
 
-def test_supervise_stops_while_it_waits(tmp_path: Path) -> None:
-    with background(
-        "supervise.sh", "--backoff", "60", "--", "bash", "-c", f"touch {tmp_path}/ran; exit 1"
-    ) as process:
-        wait_for((tmp_path / "ran").exists, "the command did not start")
-        time.sleep(0.5)
+def test_supervise_stops_while_it_waits() -> None:
+    with background("supervise.sh", "--backoff", "1000", "--", "bash", "-c", "exit 1") as process:
+        assert process.stdout is not None
+        assert "starting again in 1000 s" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
+        process.communicate(timeout=250)
     assert process.returncode == 1
 
 
@@ -235,43 +254,37 @@ def test_local_prints_what_it_would_start() -> None:
 
 @pytest.mark.slow
 def test_local_goes_on_after_one_process_is_killed(tmp_path: Path) -> None:
-    command = worker(tmp_path, "--steps=60", "--pause=0.05", "--config.cluster.silence_timeout=5")
-    with background(
-        "local.sh", "2", "--cpu-devices", "2", "--backoff", "0", "--", *command, MARK=str(tmp_path)
-    ) as process:
+    command = worker(tmp_path, ENDLESS, "--pause=0.05", "--config.cluster.silence_timeout=6")
+    more = ("--port", str(free_port()), "--cpu-devices", "2", "--backoff", "0")
+    with background("local.sh", "2", *more, "--", *command) as process:
         wait_for((tmp_path / "state.json").exists, "no checkpoint")
-        victim = [
-            int(p.name)
-            for p in Path("/proc").glob("[0-9]*")
-            if _is_worker(p, tmp_path) and b"TVQ_PROCESS_ID=1\0" in (p / "environ").read_bytes()
-        ]
-        os.kill(victim[0], signal.SIGKILL)
-        output = process.communicate(timeout=100)[0]
+        (tmp_path / "steps").write_text("60")
+        assert kill_marked("TVQ_PROCESS_ID=1", f"--workdir={tmp_path}\0", sys.executable)  # no supervisor
+        output = process.communicate(timeout=250)[0]
     assert process.returncode == 0, output
     assert "starting again" in output
-    assert [r["sum"] for r in result(tmp_path, 2)] == [8.0 * sum(range(60))] * 2
-
-
-def _is_worker(folder: Path, workdir: Path) -> bool:
-    try:
-        command = (folder / "cmdline").read_bytes()
-        return command.startswith(sys.executable.encode()) and f"--workdir={workdir}\0".encode() in command
-    except OSError:
-        return False
+    assert_unbroken(tmp_path, 60)
 
 
 def test_local_saves_at_sigterm(tmp_path: Path) -> None:
-    with background("local.sh", "2", "--", *worker(tmp_path, "--steps=400", "--pause=0.05")) as process:
+    command = worker(tmp_path, ENDLESS, "--pause=0.05")
+    with background("local.sh", "2", "--port", str(free_port()), "--", *command) as process:
         wait_for((tmp_path / "state.json").exists, "no checkpoint")
         process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=250)[0]
     assert process.returncode == 75, output
-    assert json.loads((tmp_path / "state.json").read_text())["step"] < 400
 
 
 def test_local_gives_up_together(tmp_path: Path) -> None:
     done = script(
-        "local.sh", "2", "--backoff", "0", "--", "bash", "-c", "[ $TVQ_PROCESS_ID = 0 ] && exit 2; sleep 600"
+        "local.sh",
+        "2",
+        "--backoff",
+        "0",
+        "--",
+        "bash",
+        "-c",
+        "[ $TVQ_PROCESS_ID = 0 ] && exit 2; exec sleep 600",
     )
     assert done.returncode == 2
     assert "process 0 ended with exit code 2" in done.stderr
@@ -308,6 +321,7 @@ class Cloud:
         self.variables = {
             "FAKE_CLOUD": str(folder),
             "FAKE_CLOUD_WORKERS": str(n_worker),
+            "FAKE_CLOUD_PORT": str(free_port()),
             "PATH": f"{ROOT / 'tests/fakes/bin'}:{os.environ['PATH']}",
         }
         self.common = ["--name", "pod", "--zone", "z", "--poll", "0.3"]
@@ -337,7 +351,7 @@ def cloud(tmp_path: Path, checkout: Path) -> Iterator[Cloud]:
     (tmp_path / "cloud").mkdir()
     cloud = Cloud(tmp_path / "cloud", checkout, 2)
     yield cloud
-    kill_marked(f"FAKE_CLOUD={cloud.folder}")
+    kill_all_marked(f"FAKE_CLOUD={cloud.folder}")
 
 
 def test_tpu_prints_every_command(cloud: Cloud) -> None:
@@ -381,24 +395,25 @@ def test_tpu_run_makes_slices_again_when_one_is_taken_and_goes_on(
     cloud.variables["FAKE_CLOUD_WORKERS"] = str(2 // slices)
     cloud.common += ["--slices", str(slices)]
     workdir, taken = tmp_path / "work", "pod" if slices == 1 else "pod-1"
-    arguments = (*cloud.make, "--spot", *cloud.command(workdir, "--steps=50", "--pause=0.05"))
+    arguments = (*cloud.make, "--spot", *cloud.command(workdir, ENDLESS, "--pause=0.05"))
     with cloud.start("run", *arguments) as process:
         wait_for((workdir / "state.json").exists, "no checkpoint")
+        (workdir / "steps").write_text("50")
         if slices == 1:
             cloud.put("pod.json", state="PREEMPTED")
         else:
             cloud.put("pod.queue", state="SUSPENDED")
             (cloud.folder / "pod-1.json").unlink()
-        kill_marked(f"FAKE_SLICE={taken}", "supervise")
-        kill_marked(f"FAKE_SLICE={taken}")
-        output = process.communicate(timeout=100)[0]
+        kill_marked(f"FAKE_SLICE={cloud.folder / taken}", "supervise")
+        kill_all_marked(f"FAKE_SLICE={cloud.folder / taken}")
+        output = process.communicate(timeout=250)[0]
     assert process.returncode == 0, output
     assert "restart 1 of 50" in output
     create = (
         "queued-resources create pod --node-count=2 --node-prefix=pod" if slices == 2 else "tpu-vm create pod"
     )
     assert cloud.calls().count(create) == 2
-    assert [(r["devices"], r["sum"]) for r in result(workdir, 2)] == [(4, 8.0 * sum(range(50)))] * 2
+    assert_unbroken(workdir, 50)
     assert "worker 1: ended 0" in cloud.tpu("status").stdout
     assert cloud.tpu("delete").returncode == 0
     assert "pod: ABSENT" in cloud.tpu("status").stdout
@@ -407,7 +422,7 @@ def test_tpu_run_makes_slices_again_when_one_is_taken_and_goes_on(
 @pytest.mark.slow
 def test_tpu_stop_saves_on_all_workers(cloud: Cloud, tmp_path: Path) -> None:
     workdir = tmp_path / "work"
-    arguments = cloud.command(workdir, "--steps=1000", "--pause=0.05")
+    arguments = cloud.command(workdir, ENDLESS, "--pause=0.05")
     for what in ("create", "setup"):
         done = cloud.tpu(what, *cloud.make)
         assert done.returncode == 0, done.stderr
@@ -419,9 +434,8 @@ def test_tpu_stop_saves_on_all_workers(cloud: Cloud, tmp_path: Path) -> None:
     assert cloud.tpu("setup", *cloud.make).returncode == 1
     assert "worker 1: running" in cloud.tpu("status").stdout
     with cloud.start("logs") as process:
-        time.sleep(1)
-        os.killpg(process.pid, signal.SIGINT)
-        assert "the run goes on" in process.communicate(timeout=10)[0]
+        read_a_line_and_leave(process)
+        assert "the run goes on" in process.communicate(timeout=250)[0]
     stopped = cloud.tpu("stop")
     assert stopped.returncode == 0, stopped.stderr
     assert "worker 0: ended 75" in cloud.tpu("status").stdout
@@ -432,15 +446,17 @@ def test_a_pod_of_four_ends_like_an_unbroken_run_though_a_worker_rebooted(
     cloud: Cloud, tmp_path: Path
 ) -> None:
     """The real program, on one mesh of 8 devices."""
-    cloud.variables |= SHORT_RUN | {"FAKE_CLOUD_WORKERS": "4"}
+    goes_on = tmp_path / "goes_on"
+    cloud.variables |= SHORT_RUN | {"FAKE_CLOUD_WORKERS": "4", "TVQ_TEST_HOLD": str(goes_on)}
     program = Program(tmp_path)
     write_corpus(program.corpus)
     workdir, unbroken = tmp_path / "work", tmp_path / "unbroken"
     options = ("--config=tests/end_to_end/tiny.py", "--config.cluster.silence_timeout=20")
     command = [".venv/bin/python", "-m", "tests.fakes.cached", "train", *program.options(workdir, *options)]
     with cloud.start("run", *cloud.make, "--", *command) as process:
-        wait_for(lambda: (workdir / "metrics.jsonl").exists() and rows(workdir), "no step", 200)
+        wait_for(lambda: has_rows(workdir), "no step")
         assert len(kill_marked("TVQ_PROCESS_ID=2", f"--workdir={workdir}\0")) >= 2  # supervisor too
+        goes_on.touch()
         output = process.communicate(timeout=250)[0]
     assert process.returncode == 0, output
     assert output.count("mesh     8 x cpu") >= 2, output
@@ -456,8 +472,9 @@ def test_a_pod_of_four_ends_like_an_unbroken_run_though_a_worker_rebooted(
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     (tmp_path / "slurm").mkdir()
     path = f"{ROOT / 'tests/fakes/bin'}:{os.environ['PATH']}"
-    yield {"FAKE_SLURM": str(tmp_path / "slurm"), "PATH": path}
-    kill_marked(f"FAKE_SLURM={tmp_path / 'slurm'}")
+    job = str((free_port() - 12000) // 2)  # which makes that the port of the job
+    yield {"FAKE_SLURM": str(tmp_path / "slurm"), "FAKE_SLURM_JOB": job, "PATH": path}
+    kill_all_marked(f"FAKE_SLURM={tmp_path / 'slurm'}")
 
 
 def test_slurm_prints_what_it_would_submit() -> None:
@@ -486,41 +503,48 @@ def submit(workdir: Path, checkout: Path, slurm: dict[str, str], *options: str) 
     assert done.returncode == 0, done.stderr
 
 
+def preempt(slurm: dict[str, str]) -> None:
+    subprocess.run(
+        ["scancel", "--signal=TERM", slurm["FAKE_SLURM_JOB"]], env=environment(**slurm), check=True
+    )
+
+
 @pytest.mark.slow
 def test_slurm_requeues_a_run_whose_time_is_over(
     tmp_path: Path, checkout: Path, slurm: dict[str, str]
 ) -> None:
     workdir, code = tmp_path / "work", tmp_path / "slurm/code"
-    submit(workdir, checkout, slurm, "--steps=80", "--pause=0.05")
+    submit(workdir, checkout, slurm, ENDLESS, "--pause=0.05")
     wait_for((workdir / "state.json").exists, "no checkpoint")
-    subprocess.run(["scancel", "--signal=TERM", "4321"], env=environment(**slurm), check=True)
-    wait_for(code.exists, "the job did not end", 100)
+    (workdir / "steps").write_text("80")
+    preempt(slurm)
+    wait_for(code.exists, "the job did not end")
     assert code.read_text() == "0"
-    assert "scontrol requeue 4321" in (tmp_path / "slurm/calls.txt").read_text()
-    assert [r["sum"] for r in result(workdir, 2)] == [8.0 * sum(range(80))] * 2
-    assert "SLURM job 4321" in (workdir / "logs/process_1.log").read_text()
+    assert f"scontrol requeue {slurm['FAKE_SLURM_JOB']}" in (tmp_path / "slurm/calls.txt").read_text()
+    assert_unbroken(workdir, 80)
+    assert f"SLURM job {slurm['FAKE_SLURM_JOB']}" in (workdir / "logs/process_1.log").read_text()
 
 
 def test_slurm_stop_saves_and_does_not_requeue(tmp_path: Path, checkout: Path, slurm: dict[str, str]) -> None:
     workdir, code = tmp_path / "work", tmp_path / "slurm/code"
-    submit(workdir, checkout, slurm, "--steps=1000", "--pause=0.05")
+    submit(workdir, checkout, slurm, ENDLESS, "--pause=0.05")
     wait_for((workdir / "state.json").exists, "no checkpoint")
-    assert script("slurm.sh", "stop", "4321", root=checkout, **slurm).returncode == 0
+    assert script("slurm.sh", "stop", slurm["FAKE_SLURM_JOB"], root=checkout, **slurm).returncode == 0
     wait_for(code.exists, "the job did not end")
     assert code.read_text() == "75"
-    assert "requeue 4321" not in (tmp_path / "slurm/calls.txt").read_text()
+    assert "scontrol requeue" not in (tmp_path / "slurm/calls.txt").read_text()
 
 
 def test_slurm_requeues_a_run_that_was_preempted_before_it_could_save(
     tmp_path: Path, checkout: Path, slurm: dict[str, str]
 ) -> None:
-    starting = ["bash", "-c", f"echo >>{tmp_path}/starts; exec sleep 60"]
+    starting = ["bash", "-c", f"echo >>{tmp_path}/starts; exec sleep 600"]
     done = script("slurm.sh", "submit", "--gpus", "0", "--", *starting, root=checkout, **slurm)
     assert done.returncode == 0, done.stderr
     starts = lambda: (tmp_path / "starts").exists() and (tmp_path / "starts").read_text().count("\n")
     wait_for(lambda: starts() == 1, "no start")
-    subprocess.run(["scancel", "--signal=TERM", "4321"], env=environment(**slurm), check=True)
-    wait_for(lambda: starts() == 2, "no second start")
+    preempt(slurm)
+    wait_for(lambda: starts() >= 2, "no second start")
 
 
 def test_gke_prints_an_indexed_job() -> None:
@@ -570,15 +594,15 @@ def follow(section: str, where: Path, variables: dict[str, str], saved: Path, **
         with in_session(["bash", "-c", command], where, **variables) as process:
             if "logs" in command:
                 wait_for(saved.exists, "no checkpoint")
-                time.sleep(0.5)
-                os.killpg(process.pid, signal.SIGINT)
-            output = process.communicate(timeout=100)[0]
+                read_a_line_and_leave(process)
+            output = process.communicate(timeout=250)[0]
         assert process.returncode == 0, f"{command}\n{output}"
 
 
 @pytest.mark.slow
 def test_readme_on_gpus(checkout: Path) -> None:
-    follow("On GPUs", checkout, {}, checkout / "runs/gpus/state.json")
+    ports = {f"local.sh {n}": f"local.sh {n} --port {free_port()}" for n in (2, 4)}
+    follow("On GPUs", checkout, {}, checkout / "runs/gpus/state.json", **ports)
     for name, n, devices in (("gpus", 1, 2), ("pairs", 2, 4), ("cpus", 4, 8)):
         assert [r["devices"] for r in result(checkout / "runs" / name, n)] == [devices] * n
 
@@ -592,9 +616,9 @@ def test_readme_on_a_tpu_pod(cloud: Cloud, tmp_path: Path) -> None:
 
 
 def test_readme_on_slurm(tmp_path: Path, checkout: Path, slurm: dict[str, str]) -> None:
-    slurm["STAND_IN"] = "--steps=1000 --pause=0.05"
-    follow("On SLURM", checkout, slurm, checkout / "runs/slurm/state.json", JOB="4321")
+    slurm["STAND_IN"], job = f"{ENDLESS} --pause=0.05", slurm["FAKE_SLURM_JOB"]
+    follow("On SLURM", checkout, slurm, checkout / "runs/slurm/state.json", JOB=job)
     code = tmp_path / "slurm/code"
     wait_for(code.exists, "the job did not end")
-    assert code.read_text() == "75", (checkout / "logs/tvq-4321.out").read_text()
+    assert code.read_text() == "75", (checkout / f"logs/tvq-{job}.out").read_text()
     assert "--gpus-per-node=8" in (tmp_path / "slurm/calls.txt").read_text()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.pod import Pod, free_port
+from tests.fakes.pod import ENDLESS, Pod, free_port
 from tvq import cluster, config
 from tvq.cluster.meeting import differences
 from tvq.cluster.processes import clear_stale_lock
 
-QUICK = ("--config.cluster.start_timeout=3", "--config.cluster.silence_timeout=3")
+IMPATIENT = ("--config.cluster.start_timeout=3",)
 
 
 def done(workdir: Path, process: int) -> dict:
@@ -41,17 +41,18 @@ def test_one_process_needs_no_meeting(tmp_path: Path) -> None:
 
 
 def test_a_missing_process_is_named_with_the_command_that_starts_it(tmp_path: Path) -> None:
-    with Pod(tmp_path, 3, *QUICK, one={2: {"ABSENT": "1"}}) as pod:
-        assert pod.codes() == [1, 1]
-    for i in (0, 1):
-        assert "2 of 3 processes are here; missing: process 2" in pod.said(i)
-        assert re.search(
-            rf"TVQ_COORDINATOR=127.0.0.1:{pod.port} TVQ_N_PROCESS=3 TVQ_PROCESS_ID=2 .*worker", pod.said(i)
-        )
+    absent, port = {"ABSENT": "1"}, free_port()
+    with Pod(tmp_path, 3, one={0: absent, 2: absent}, port=port) as second:
+        second.wait_for_line(1, "process 1 of 3, coordinator")  # it is there when process 0 begins to wait
+        with Pod(tmp_path, 3, *IMPATIENT, one={1: absent, 2: absent}, port=port) as first:
+            assert first.codes() + second.codes() == [1, 1]
+    for text in (first.said(0), second.said(1)):
+        assert "2 of 3 processes are here; missing: process 2" in text
+        assert re.search(rf"TVQ_COORDINATOR=127.0.0.1:{port} TVQ_N_PROCESS=3 TVQ_PROCESS_ID=2 .*worker", text)
 
 
 def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
-    with Pod(tmp_path, 2, *QUICK, one={0: {"ABSENT": "1"}}) as pod:
+    with Pod(tmp_path, 2, *IMPATIENT, one={0: {"ABSENT": "1"}}) as pod:
         assert pod.codes() == [1]
     assert re.search(r"process 1 on .* could not reach process 0 at 127.0.0.1.*refused", pod.said(1))
     assert "TVQ_PROCESS_ID=0" in pod.said(1)
@@ -105,30 +106,30 @@ def test_a_process_that_sees_too_few_devices(tmp_path: Path, option: list[str]) 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_taken_port_is_named(tmp_path: Path, offset: int) -> None:
     port = free_port()
-    with socket.create_server(("", port + offset)), Pod(tmp_path, 2, *QUICK, port=port) as pod:
+    with socket.create_server(("", port + offset)), Pod(tmp_path, 2, *IMPATIENT, port=port) as pod:
         assert pod.codes() == [1, 1]
     assert f"cannot listen on port {port + offset} of" in pod.said(0)
 
 
 @pytest.mark.slow
 def test_sigterm_on_one_process_stops_all_at_one_step_and_the_run_goes_on(tmp_path: Path) -> None:
-    options = ("--steps=60", "--every=5", "--pause=0.05")
-    with Pod(tmp_path, 2, *options) as pod:
+    options = ("--every=5", "--pause=0.05")
+    with Pod(tmp_path, 2, *options, ENDLESS) as pod:
         pod.wait_for("state.json")
         pod.processes[1].send_signal(signal.SIGTERM)
         assert pod.codes() == [cluster.EXIT_STOPPED] * 2
-    steps = [re.findall(r"stopped and saved at step (\d+)", pod.said(i)) for i in (0, 1)]
-    assert steps[0] == steps[1]
-    assert int(steps[0][0]) < 60
-    with Pod(tmp_path, 2, *options) as pod:
+    [step], [other] = (re.findall(r"stopped and saved at step (\d+)", pod.said(i)) for i in (0, 1))
+    assert step == other
+    n = int(step) + 7
+    with Pod(tmp_path, 2, *options, f"--steps={n}") as pod:
         assert pod.codes() == [0, 0]
-    assert done(tmp_path, 1)["sum"] == 4 * 2 * sum(range(60))
+    assert done(tmp_path, 1)["sum"] == 4 * 2 * sum(range(n))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_signal_to_process_0_saves_and_stops(tmp_path: Path, number: signal.Signals, n: int) -> None:
-    with Pod(tmp_path, n, "--steps=200", "--pause=0.05") as pod:
+    with Pod(tmp_path, n, ENDLESS, "--pause=0.05") as pod:
         pod.wait_for("state.json")
         pod.processes[0].send_signal(number)
         assert pod.codes() == [cluster.EXIT_STOPPED] * n
@@ -136,31 +137,31 @@ def test_a_signal_to_process_0_saves_and_stops(tmp_path: Path, number: signal.Si
 
 def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"step": 50, "sum": 0.0}')
-    with Pod(tmp_path, 2, "--steps=100", "--pause=1") as pod:
-        pod.wait_for_line(1, "processes are here")
-        for process in pod.processes.values():
+    wait = {"TVQ_TEST_FAULT": '{"kind": "wait", "step": 50}'}
+    with Pod(tmp_path, 2, ENDLESS, "--pause=1", one={1: wait}) as pod:
+        for i, process in pod.processes.items():
+            pod.wait_for_line(i, "processes are here")
             process.send_signal(signal.SIGTERM)
+        time.sleep(2)  # jax looks for a signal once a second; later is no failure, but another case
+        (tmp_path / "go").touch()
         assert pod.codes() == [cluster.EXIT_STOPPED] * 2
-    assert "stopped and saved at step 51" in pod.said(0)
 
 
 def test_an_exception_on_one_process_ends_all_at_once(tmp_path: Path) -> None:
     fault = {"TVQ_TEST_FAULT": '{"process": 1, "kind": "raise", "step": 2}'}
-    began = time.monotonic()
-    with Pod(tmp_path, 2, *QUICK, one={0: fault, 1: fault}) as pod:
+    with Pod(tmp_path, 2, "--config.cluster.silence_timeout=6", one={0: fault, 1: fault}) as pod:
         codes = pod.codes()
     assert codes[1] == cluster.EXIT_FAILED
-    assert codes[0] != 0
-    assert time.monotonic() - began < 25
+    assert codes[0] in (cluster.EXIT_FAILED, cluster.EXIT_STUCK), "jax has ended it, after 22 s"
     assert "RuntimeError: a bug on one host" in (tmp_path / "logs" / "process_1.log").read_text()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others(tmp_path: Path, victim: int) -> None:
-    with Pod(tmp_path, 2, *QUICK, "--steps=400", "--pause=0.05") as pod:
+    with Pod(tmp_path, 2, ENDLESS, "--config.cluster.silence_timeout=6", "--pause=0.05") as pod:
         pod.wait_for("state.json")
         pod.processes[victim].kill()
-        codes = pod.codes(timeout=30)
+        codes = pod.codes()
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] not in (0, cluster.EXIT_INPUT, cluster.EXIT_STOPPED)
 
@@ -168,7 +169,9 @@ def test_a_killed_process_ends_the_others(tmp_path: Path, victim: int) -> None:
 def test_a_barrier_names_the_absent(tmp_path: Path) -> None:
     fault = {"TVQ_TEST_FAULT": '{"process": 1, "kind": "save", "step": 1}'}
     with Pod(tmp_path, 2, "--barrier=1", one={0: fault, 1: fault}) as pod:
-        assert pod.processes[0].wait(timeout=30) == cluster.EXIT_FAILED
+        pod.wait_for_line(0, "barrier 'save'")
+        pod.processes[1].kill()  # or process 0 would wait for its last words
+        assert pod.codes() == [cluster.EXIT_FAILED, -signal.SIGKILL]
     assert re.search(r"barrier 'save': after \d+ s still absent: process 1", pod.said(0))
 
 

@@ -84,9 +84,15 @@ class Program:
 
 def end(process: subprocess.Popen[str], exit_code: int) -> tuple[str, str]:
     """`(stdout, stderr)` of a process that must end with `exit_code`."""
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=250)
     assert process.returncode == exit_code, f"exit {process.returncode}\n{stdout}\n{stderr}"
     return stdout, stderr
+
+
+def has_rows(workdir: Path) -> bool:
+    """Whether a run has written one; it may be in the midst of the next."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and "\n" in path.read_text()
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:

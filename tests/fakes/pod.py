@@ -1,6 +1,7 @@
 """Several local processes as one run, each with its own CPU devices and log."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,16 +24,27 @@ SHORT_RUN = {
 }
 
 
+ENDLESS = "--steps=1000000"  # of tests.fakes.worker: the run is still there, however late a test gets to it
+# Of the ports given out here, one each until this process ends: another that tests beside it is given others.
+HELD: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port that is free now together with the next one."""
+    """A port that is free together with the next one, for the one who asked alone.
+
+    Of those that SLURM jobs get, and below those that the kernel gives to outgoing connections.
+    """
     while True:
-        with socket.create_server(("", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                socket.create_server(("", port + 1)).close()
-            except OSError:
-                continue
-            return port
+        port, holder = random.randrange(12000, 20000, 2), socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            holder.bind(("", port))  # of datagrams, which no run uses
+            for number in (port, port + 1):
+                socket.create_server(("", number)).close()
+        except OSError:
+            holder.close()
+            continue
+        HELD.append(holder)
+        return port
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -108,7 +120,7 @@ class Pod:
                 process.send_signal(signal.SIGKILL)
             process.wait()
 
-    def codes(self, timeout: float = 60) -> list[int]:
+    def codes(self, timeout: float = 250) -> list[int]:
         """Exit codes in order, once all have ended."""
         deadline = time.monotonic() + timeout
         return [p.wait(timeout=max(0.1, deadline - time.monotonic())) for p in self.processes.values()]
@@ -116,16 +128,18 @@ class Pod:
     def said(self, process: int) -> str:
         return (self.folder / f"output_{process}.txt").read_text()
 
-    def wait_for(self, path: str, timeout: float = 60) -> None:
+    def wait_for(self, path: str, timeout: float = 250) -> None:
         self._wait(lambda: (self.folder / path).exists(), path, timeout)
 
-    def wait_for_line(self, process: int, text: str, timeout: float = 60) -> None:
+    def wait_for_line(self, process: int, text: str, timeout: float = 250) -> None:
         self._wait(lambda: text in self.said(process), text, timeout)
 
     def _wait(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while not condition():
-            alive = any(p.poll() is None for p in self.processes.values())
-            if not alive or time.monotonic() > deadline:
-                raise AssertionError(f"{what} did not come; {[self.said(i) for i in self.processes]}")
+        while True:
+            has_ended = all(p.poll() is not None for p in self.processes.values())
+            if condition():  # looked at last: they may have done it and ended
+                return
+            is_over = has_ended or time.monotonic() > deadline
+            assert not is_over, f"{what} did not come; {[self.said(i) for i in self.processes]}"
             time.sleep(0.02)

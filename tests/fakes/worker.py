@@ -2,7 +2,10 @@
 
     python -m tests.fakes.worker --workdir=DIR [--steps=N] [--every=N] [--pause=S] [--config.cluster.F=V ...]
 
-TVQ_TEST_FAULT, a JSON object, makes one process misbehave: {"process": 1, "kind": "data", "step": 3}.
+It ends after N steps; the file DIR/steps has the last word, where it is there at the start. What is to befall
+a run befalls an ENDLESS one, and the file lets the next start have an end.
+TVQ_TEST_FAULT, a JSON object, makes one process misbehave: {"process": 1, "kind": "data", "step": 3},
+or whoever is given it wait for the file DIR/go: {"kind": "wait", "step": 3}.
 """
 
 import argparse
@@ -54,9 +57,13 @@ def work(
             )
         )
         stopped = False
-        for step in range(state["step"], arguments.steps):
+        file = workdir / "steps"
+        steps = int(file.read_text()) if file.exists() else arguments.steps
+        for step in range(state["step"], steps):
             watchdog.beat("data", step)
             misbehave(fault, me, "data", step)
+            while fault == {"kind": "wait", "step": step} and not (workdir / "go").exists():
+                time.sleep(0.01)
             batch = np.full((jax.local_device_count(), 2), step, np.float32)
             watchdog.beat("ready", step)
             processes.batch_ready()
@@ -68,7 +75,7 @@ def work(
             state = {"step": step + 1, "sum": state["sum"] + float(total(x))}
             time.sleep(arguments.pause)
             stopped = processes.stop_requested()
-            if stopped or state["step"] == arguments.steps or state["step"] % arguments.every == 0:
+            if stopped or state["step"] == steps or state["step"] % arguments.every == 0:
                 watchdog.beat("save", step)
                 misbehave(fault, me, "save", step)
                 if processes.is_main:

@@ -1,7 +1,7 @@
 """The roll call, before jax starts: who has come, who is missing, and whether all run the same thing.
 
 jax.distributed alone waits in silence and cannot tell who is absent. Here process 0 listens beside the
-coordinator's port (on port + 1), every process, 0 too, sends one line about itself, and all get one verdict.
+coordinator's port (on port + 1), each of the others sends one line about itself, and all get one verdict.
 The ports trust the network they are on, as jax's own do.
 """
 
@@ -16,7 +16,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,10 @@ PACKAGE = Path(__file__).parents[1]
 NEWS_EVERY = 5.0  # seconds between lines while waiting
 LINGER = 5.0  # seconds that a bad verdict is kept for those who come after it
 PORT_PATIENCE = 20.0  # seconds that a predecessor which is still dying may hold the port
+END_PATIENCE = 6.0  # seconds that process 0 gives the others to end before it
+# Connections of the roll call, by number: of process 0 to all others, of each of them to it. Nothing more is
+# said, and the kernel alone closes them: however a process ends, process 0 hears of it.
+LINES: list[int] = []
 
 
 def code_version(package: Path = PACKAGE) -> dict[str, str]:
@@ -94,12 +97,6 @@ def meet(
         ValueError: items differ, an id is taken twice, or the numbers of processes contradict each other.
     """
     deadline = time.monotonic() + timeout
-    if place.is_main:
-        listener = _listen(place, min(PORT_PATIENCE, timeout), say)
-        call = threading.Thread(
-            target=_RollCall(listener, place, deadline).run, name="roll call", daemon=True
-        )
-        call.start()
     about = {
         "process": place.process_id,
         "n_process": place.n_process,
@@ -107,14 +104,30 @@ def meet(
         "pid": os.getpid(),
         "items": items,
     }
-    verdict = _answer(place, json.dumps(about).encode() + b"\n", deadline, say)
     if place.is_main:
-        call.join()
+        listener = _listen(place, min(PORT_PATIENCE, timeout), say)
+        verdict = _RollCall(listener, place, about, deadline, say).run()
+    else:
+        verdict = _answer(place, json.dumps(about).encode() + b"\n", deadline, say)
     if "input" in verdict:
         raise ValueError(verdict["input"])
     if "error" in verdict:
         raise ClusterError(verdict["error"])
     return tuple(verdict["hosts"])
+
+
+def wait_for_others() -> None:
+    """In process 0, before a bad end: until all others have ended, at most END_PATIENCE seconds.
+
+    When process 0 goes jax aborts the others, and their own last words and exit codes would be lost.
+    """
+    deadline = time.monotonic() + END_PATIENCE
+    with selectors.DefaultSelector() as selector:
+        for line in LINES:
+            selector.register(line, selectors.EVENT_READ)
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                selector.unregister(key.fileobj)
 
 
 def _listen(place: Place, patience: float, say: Callable[[str], None]) -> socket.socket:
@@ -141,14 +154,16 @@ def _listen(place: Place, patience: float, say: Callable[[str], None]) -> socket
 def _answer(place: Place, line: bytes, deadline: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Reports to process 0 until there is a verdict, through refused, broken and restarted connections."""
     host, port = place.address
-    news, trouble, last_said = "", "nothing tried", time.monotonic()
-    while time.monotonic() < deadline:
+    news, trouble, last_said = "", "", time.monotonic()
+    while not trouble or time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port + 1), timeout=5) as connection:
                 connection.settimeout(1.0)
                 connection.sendall(line)
                 trouble = "the connection broke"
-                for message in _messages(connection, deadline + 5):  # process 0's own verdict comes first
+                for message in _messages(connection, deadline + 5):  # its verdict comes first
+                    if "hosts" in message:
+                        LINES.append(connection.detach())
                     if "waiting" not in message:
                         return message
                     news = message["waiting"]
@@ -190,26 +205,38 @@ class _Caller:
 
 
 class _RollCall:
-    """Process 0's list. One thread; ends with a verdict sent to everyone who is there."""
+    """Process 0's list; `run` returns the verdict, which everyone who is there is sent."""
 
-    def __init__(self, listener: socket.socket, place: Place, deadline: float):
-        self.listener, self.place, self.deadline = listener, place, deadline
-        self.hosts = list(place.hosts)
+    def __init__(
+        self,
+        listener: socket.socket,
+        place: Place,
+        about: dict[str, Any],
+        deadline: float,
+        say: Callable[[str], None],
+    ):
+        self.listener, self.place, self.about, self.deadline, self.say = listener, place, about, deadline, say
+        self.hosts = [about["host"], *place.hosts[1:]]
         self.callers: dict[socket.socket, _Caller] = {}
         self.verdict: dict[str, Any] = {}
-        self.told = 0
+        self.told = 1  # this process
 
     @property
     def present(self) -> dict[int, dict[str, Any]]:
-        return {c.about["process"]: c.about for c in self.callers.values() if c.about}
+        return {0: self.about} | {c.about["process"]: c.about for c in self.callers.values() if c.about}
 
-    def run(self) -> None:
+    def run(self) -> dict[str, Any]:
         next_news = time.monotonic() + NEWS_EVERY
         with self.listener, selectors.DefaultSelector() as selector:
             selector.register(self.listener, selectors.EVENT_READ)
             closing = self.deadline
-            while not self.verdict or (self.told < self.place.n_process and time.monotonic() < closing):
-                for key, _ in selector.select(timeout=0.2):
+            while not self.verdict or self.told < self.place.n_process:
+                events = selector.select(timeout=0.2)
+                now = time.monotonic()
+                # Whoever has come is heard before time is up: it may be this process that was held up.
+                if self.verdict and not events and now > closing:
+                    break
+                for key, _ in events:
                     if key.fileobj is self.listener:
                         connection = self.listener.accept()[0]
                         connection.setblocking(False)
@@ -218,17 +245,24 @@ class _RollCall:
                     else:
                         self._hear(self.callers[key.fileobj], selector)  # type: ignore[index]
                 if not self.verdict:
-                    self._count()
+                    self._count(is_late=not events and now > self.deadline)
                     closing = time.monotonic() + LINGER
                 if self.verdict:
-                    # Only to those who have spoken: closing on an unread line would lose the verdict.
-                    for caller in [c for c in self.callers.values() if c.about]:
-                        self._tell(self.verdict, [caller])
-                        self._forget(caller, selector)
-                        self.told += 1
+                    self._give_verdict(selector)
                 elif time.monotonic() > next_news:
                     next_news = time.monotonic() + NEWS_EVERY
+                    self.say(self._missing())
                     self._tell({"waiting": self._missing()}, self.callers.values())
+        return self.verdict
+
+    def _give_verdict(self, selector: selectors.BaseSelector) -> None:
+        """Only to those who have spoken: closing on an unread line would lose the verdict."""
+        for caller in [c for c in self.callers.values() if c.about]:
+            self._tell(self.verdict, [caller])
+            if "hosts" in self.verdict:
+                LINES.append(os.dup(caller.connection.fileno()))
+            self._forget(caller, selector)
+            self.told += 1
 
     def _forget(self, caller: _Caller, selector: selectors.BaseSelector) -> None:
         selector.unregister(caller.connection)
@@ -271,13 +305,13 @@ class _RollCall:
         else:
             self.hosts[process] = about["host"]
 
-    def _count(self) -> None:
+    def _count(self, is_late: bool) -> None:
         present = self.present
         if len(present) == self.place.n_process:
             unequal = differences({i: about["items"] for i, about in present.items()}, self.hosts)
             report = "the processes of this run differ:\n  " + "\n  ".join(unequal)
             self.verdict = {"input": report} if unequal else {"hosts": self.hosts}
-        elif time.monotonic() > self.deadline:
+        elif is_late:
             self.verdict = {"error": self._missing(late=True)}
 
     def _missing(self, late: bool = False) -> str:

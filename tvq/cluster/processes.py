@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from tvq import config
 from tvq.cluster.errors import EXIT_FAILED, ClusterError
-from tvq.cluster.meeting import code_version, differences, meet, names
+from tvq.cluster.meeting import code_version, differences, meet, names, wait_for_others
 from tvq.cluster.place import Place
 
 TPU_LOCK = Path("/tmp/libtpu_lockfile")
@@ -195,13 +195,13 @@ def clear_stale_lock(lock: Path, say: Callable[[str], None], proc: Path = Path("
     for folder in proc.glob("[0-9]*"):
         try:
             held = any(os.path.realpath(link) == str(lock.resolve()) for link in (folder / "fd").iterdir())
+            text = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
         except PermissionError:
             hidden += 1
             continue
         except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
             continue
         if held and int(folder.name) != os.getpid():
-            text = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             raise ClusterError(
                 f"the accelerator is in use by process {folder.name} ({text[:200]}), which holds {lock};"
                 f" stop it first: kill {folder.name}"
@@ -236,7 +236,7 @@ def guard(place: Place, say: Callable[[str], None]) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         if place.is_main:
-            time.sleep(2)  # jax aborts the others when process 0 goes; let them say their last words first
+            wait_for_others()
         os._exit(code if isinstance(code, int) else EXIT_FAILED)
 
 

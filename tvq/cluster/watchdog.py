@@ -18,12 +18,11 @@ import jax
 from tvq import config
 from tvq.cluster.errors import EXIT_STUCK
 from tvq.cluster.log import Log
-from tvq.cluster.meeting import names
+from tvq.cluster.meeting import names, wait_for_others
 from tvq.cluster.processes import Processes
 
-# Seconds that a process stays after its last line. Whoever goes takes the others with it, process 0 at once
-# (jax aborts them) and any other by its broken connections, and their own last lines would be lost.
-LINGER, LINGER_OF_MAIN = 2.0, 6.0
+# Seconds that a process stays after its last line: the others, whose connections break, say theirs first.
+LINGER = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +81,21 @@ class Watchdog:
     def __init__(self, processes: Processes, section: config.Cluster, log: Log):
         self.processes, self.section, self.log = processes, section, log
         self.tick = min(2.0, section.step_timeout / 10, section.silence_timeout / 10)
-        n = processes.place.n_process
         self._lock = threading.Lock()
         self._leaving = threading.Lock()
         self._now = ("start", 0, time.monotonic(), section.compile_timeout)
-        self._heard: list[tuple[str, float]] = [("", time.monotonic())] * n  # last text, when it changed
-        self._exchanged = time.monotonic()
+        self._heard: list[tuple[str, float]] = []  # last text, when it changed
+        self._exchanged = self._looked = 0.0
+        self._warned = 0.0
         self._end = threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
-        if n > 1:
+        if processes.place.n_process > 1:
             self._threads.append(threading.Thread(target=self._exchange, name="signs of life", daemon=True))
 
     def __enter__(self) -> "Watchdog":
         self.processes.barrier("watchdog", self.section.start_timeout)  # from here on all give signs of life
+        self._exchanged = self._looked = time.monotonic()
+        self._heard = [("", self._looked)] * self.processes.place.n_process
         for thread in self._threads:
             thread.start()
         return self
@@ -102,6 +103,8 @@ class Watchdog:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.processes.barrier("end of work")  # until here
+        else:
+            self._look()  # who is lost comes before what was lost with it
         with self._leaving:  # what others lost when they went is no news once the watchdog has spoken
             self._end.set()
         for thread in self._threads:
@@ -151,32 +154,33 @@ class Watchdog:
                         self._heard[i] = (value, now)
 
     def _watch(self) -> None:
-        silence, many = self.section.silence_timeout, self.processes.place.n_process > 1
-        warned, last = 0.0, time.monotonic()
         while not self._end.wait(self.tick):
-            now, before = time.monotonic(), last
-            last = now
-            phase, step, since, allow = self._now
             # In C, and so also when some thread keeps the interpreter to itself.
-            faulthandler.dump_traceback_later(allow + 30, exit=True, file=self.log.file)
-            signs = self.signs()
-            if now - before > silence:
-                self._fire(
-                    f"this process itself stood still for {now - before:.0f} s: stopped or starved", []
-                )
-            if now - since > allow:
-                self._fire(f"no progress: in {phase!r} of step {step} for {now - since:.0f} s", signs)
-            if many and now - self._exchanged > silence:
-                self._fire(f"process 0, the coordinator, has not answered for {silence:.0f} s", [])
-            if any(sign.silent > silence for sign in signs):
-                self._fire("a process is gone", signs)
-            # Tell early, and then ever more rarely, what a long wait is for.
-            if now - since > max(30.0, 2 * warned) and warned < allow:
-                warned = now - since
-                culprit = f": {blame(signs, self.processes.hosts, silence)}" if many else ""
-                self.log.say(f"{phase!r} of step {step} for {warned:.0f} s{culprit}")
-            if now - since < 30:
-                warned = 0.0
+            faulthandler.dump_traceback_later(self._now[3] + 30, exit=True, file=self.log.file)
+            self._look()
+
+    def _look(self) -> None:
+        silence, many = self.section.silence_timeout, self.processes.place.n_process > 1
+        now, before = time.monotonic(), self._looked
+        self._looked = now
+        phase, step, since, allow = self._now
+        signs = self.signs()
+        if now - before > silence:
+            self._fire(f"this process itself stood still for {now - before:.0f} s: stopped or starved", [])
+        if many and now - self._exchanged > silence:
+            self._fire(f"process 0, the coordinator, has not answered for {silence:.0f} s", [])
+        is_fresh = not many or now - self._exchanged < 5 * self.tick  # or the others have gone on since
+        if now - since > allow and is_fresh:
+            self._fire(f"no progress: in {phase!r} of step {step} for {now - since:.0f} s", signs)
+        if any(sign.silent > silence for sign in signs):
+            self._fire("a process is gone", signs)
+        # Tell early, and then ever more rarely, what a long wait is for.
+        if now - since > max(30.0, 2 * self._warned) and self._warned < allow:
+            self._warned = now - since
+            culprit = f": {blame(signs, self.processes.hosts, silence)}" if many else ""
+            self.log.say(f"{phase!r} of step {step} for {self._warned:.0f} s{culprit}")
+        if now - since < 30:
+            self._warned = 0.0
 
     def _fire(self, why: str, signs: Sequence[Sign]) -> None:
         """`signs` that are too old to blame anybody are left out."""
@@ -191,5 +195,7 @@ class Watchdog:
             faulthandler.dump_traceback(self.log.file, all_threads=True)
             self.log.say(f"exit {EXIT_STUCK}, to be started again; the stacks are in {self.log.path}")
             if len(hosts) > 1:
-                time.sleep(LINGER_OF_MAIN if self.processes.is_main else LINGER)
+                time.sleep(LINGER)
+            if self.processes.is_main:
+                wait_for_others()
             os._exit(EXIT_STUCK)
