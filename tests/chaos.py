@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.end_to_end.program import REPOSITORY, Program, arrays, newest, rows, write_corpus
-from tests.fakes.pod import SHORT_RUN, Pod, environment
+from tests.fakes.pod import SHORT_RUN, Pod, environment, free_port
 
 POINTS = ("start", "compile", "data", "ready", "step", "evaluate", "save", "commit")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
@@ -94,6 +94,8 @@ class Chaos:
         command = [
             REPOSITORY / "launch/local.sh",
             str(self.n_process),
+            "--port",
+            str(free_port()),
             "--backoff",
             "0",
             "--restarts",

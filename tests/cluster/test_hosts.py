@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.pod import Pod, free_port
+from tests.fakes.pod import ENDLESS, Pod, free_port
 from tvq import cluster
 
 pytestmark = [
@@ -73,19 +73,19 @@ def start(folder: Path, hosts: list[list[str]], *options: str) -> Pod:
 
 
 def test_two_hosts_meet_and_a_cut_cable_is_named_by_both(tmp_path: Path, hosts: list[list[str]]) -> None:
-    with start(tmp_path, hosts, "--steps=4000", "--config.cluster.silence_timeout=5") as pod:
+    with start(tmp_path, hosts, ENDLESS, "--config.cluster.silence_timeout=6") as pod:
         pod.wait_for("state.json")  # both have computed together
         run(*hosts[1], "ip", "link", "set", "cable1", "down")
-        assert pod.codes(timeout=40) == [cluster.EXIT_STUCK] * 2, [pod.said(i) for i in (0, 1)]
+        assert pod.codes() == [cluster.EXIT_STUCK] * 2, [pod.said(i) for i in (0, 1)]
     assert f"coordinator {ADDRESSES[0]}:" in pod.said(1)
-    assert re.search(r"no sign of life from process 1 \(host1\) for \d s: .* cut off", pod.said(0))
-    assert "process 0, the coordinator, has not answered for 5 s" in pod.said(1)
+    assert re.search(r"no sign of life from process 1 \(host1\) for \d+ s: .* cut off", pod.said(0))
+    assert "process 0, the coordinator, has not answered for 6 s" in pod.said(1)
 
 
 def test_an_unreachable_host_is_named(tmp_path: Path, hosts: list[list[str]]) -> None:
     run(*hosts[1], "ip", "link", "set", "cable1", "down")
     with start(tmp_path, hosts, "--config.cluster.start_timeout=4") as pod:
-        assert pod.codes(timeout=40) == [cluster.EXIT_FAILED] * 2
+        assert pod.codes() == [cluster.EXIT_FAILED] * 2
     assert "1 of 2 processes are here; missing: process 1" in pod.said(0)
     assert re.search(
         r"process 1 on host1 could not reach process 0 at 10.77.0.1, port \d+: .*unreach", pod.said(1)

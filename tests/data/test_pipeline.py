@@ -139,6 +139,7 @@ def test_error_in_a_worker(sequences):
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
+from pathlib import Path
 from tvq import config
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
@@ -159,7 +160,8 @@ if __name__ == "__main__":
             next(batches)
     if ending in ("signal", "close"):
         batches.close()
-        time.sleep(1)  # Grain frees shared memory in a thread
+        while "/psm_" in Path("/proc/self/maps").read_text():  # Grain frees shared memory in a thread
+            time.sleep(0.01)
     if ending == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -179,11 +181,11 @@ def test_a_program_with_workers_leaves_nothing(random_corpus, tmp_path, ending):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(random_corpus.folder), ending]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == (-signal.SIGKILL if ending == "kill" else 0), done.stderr
     workers = done.stdout.split()
     assert len(workers) == 2
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 250
     while any(map(runs, workers)):
         assert time.monotonic() < deadline, "a worker outlives the program"
         time.sleep(0.05)

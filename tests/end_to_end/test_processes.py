@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import chaos
-from tests.end_to_end.program import Program, arrays, newest, rows, tree
+from tests.end_to_end.program import Program, arrays, has_rows, newest, rows, tree
 from tests.fakes.pod import SHORT_RUN, Pod
 from tvq import cluster
 
@@ -41,7 +40,7 @@ def train(tvq: Program, workdir: Path, n: int, devices: int, *more: str) -> str:
     """A run that must end well; returns what process 0 printed."""
     folder = workdir.with_name(f"{workdir.name}_output")
     with pod(folder, n, devices, "train", *tvq.options(workdir, *more)) as started:
-        codes = started.codes(timeout=200)
+        codes = started.codes()
         assert codes == [0] * n, [started.said(i) for i in range(n)]
     return started.said(0)
 
@@ -90,7 +89,7 @@ def evaluated(workdir: Path, n: int, devices: int) -> list[str]:
     with pod(
         workdir.with_name(f"eval_{n}"), n, devices, "eval", f"--workdir={workdir}", "--split=test"
     ) as ran:
-        assert ran.codes(timeout=120) == [0] * n, ran.said(0)
+        assert ran.codes() == [0] * n, ran.said(0)
     said = [[line for line in ran.said(i).splitlines() if line.startswith(("test", "{"))] for i in range(n)]
     assert said[1:] == [[]] * (n - 1)
     assert json.loads(said[0][1])["split"] == "test"
@@ -111,10 +110,7 @@ def test_sigterm_on_one_process_saves_all_at_one_step(tvq: Program, tmp_path: Pa
     workdir = tmp_path / "run"
     endless = ("--config.train.steps=100000", "--config.evaluate.every=0")
     with pod(tmp_path / "output", 2, 2, "train", *tvq.options(workdir, *endless)) as started:
-        deadline = time.monotonic() + 120
-        while not ((workdir / "metrics.jsonl").exists() and rows(workdir)):
-            assert time.monotonic() < deadline, started.said(0)
-            time.sleep(0.05)
+        started.wait_until(lambda: has_rows(workdir), "a row")
         started.processes[1].send_signal(signal.SIGTERM)
         assert started.codes() == [cluster.EXIT_STOPPED] * 2
     stopped = re.findall(r"stopped and saved at step (\d+); the same command goes on", started.said(0))

@@ -28,7 +28,7 @@ def held(tvq: Program, point: str, workdir: Path, *more: str) -> Iterator[subpro
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.01)

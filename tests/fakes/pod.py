@@ -129,12 +129,12 @@ class Pod:
         return (self.folder / f"output_{process}.txt").read_text()
 
     def wait_for(self, path: str, timeout: float = 250) -> None:
-        self._wait(lambda: (self.folder / path).exists(), path, timeout)
+        self.wait_until(lambda: (self.folder / path).exists(), path, timeout)
 
     def wait_for_line(self, process: int, text: str, timeout: float = 250) -> None:
-        self._wait(lambda: text in self.said(process), text, timeout)
+        self.wait_until(lambda: text in self.said(process), text, timeout)
 
-    def _wait(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 250) -> None:
         deadline = time.monotonic() + timeout
         while True:
             has_ended = all(p.poll() is not None for p in self.processes.values())
