@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from tests.fakes.pod import ENDLESS, Pod, free_port
 from tvq import cluster, config
+from tvq.cluster import meeting
 from tvq.cluster.meeting import differences
 from tvq.cluster.processes import clear_stale_lock
 
@@ -65,6 +67,35 @@ def test_a_process_that_comes_late_is_waited_for(tmp_path: Path) -> None:
         first.wait_for_line(0, "1 of 2 processes are here; missing: process 1")
         with Pod(tmp_path, 2, one={0: {"ABSENT": "1"}}, port=port) as second:
             assert second.codes() + first.codes() == [0, 0]
+
+
+def test_who_came_in_time_is_heard_though_process_0_was_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "LINES", [])
+    place = cluster.Place(how="told", n_process=2, coordinator="a:1", hosts=("", ""))
+    about = [{"process": i, "n_process": 2, "host": f"host{i}", "pid": i, "items": {}} for i in (0, 1)]
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as caller,
+    ):
+        caller.sendall(json.dumps(about[1]).encode() + b"\n")
+        call = meeting._RollCall(listener, place, about[0], time.monotonic() - 1, print)
+        assert call.run() == {"hosts": ["host0", "host1"]}
+    [line] = meeting.LINES
+    os.close(line)
+
+
+def test_process_0_waits_for_the_end_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, theirs = socket.socketpair()
+    stuck, other = socket.socketpair()
+    with gone, stuck, other:
+        monkeypatch.setattr(meeting, "LINES", [gone.fileno()])
+        monkeypatch.setattr(meeting, "END_PATIENCE", 1000.0)
+        threading.Timer(0.1, theirs.close).start()
+        meeting.wait_for_others()
+        assert theirs.fileno() == -1
+        monkeypatch.setattr(meeting, "LINES", [gone.fileno(), stuck.fileno()])
+        monkeypatch.setattr(meeting, "END_PATIENCE", 0.1)
+        meeting.wait_for_others()
 
 
 def test_two_processes_of_one_number(tmp_path: Path) -> None:
