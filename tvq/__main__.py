@@ -170,13 +170,15 @@ EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="tvq", description="Transformer-VQ: training in linear time.", allow_abbrev=False
+        prog="tvq", description="Transformer-VQ. tvq COMMAND --help shows its options.", allow_abbrev=False
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fields = config.listing(config.Config(), config.base()).replace("%", "%%")
     for name, (_, what, examples) in COMMANDS.items():
         command = _add(commands, name, what, examples)
-        command.epilog = f"{command.epilog}\n\nevery field of the config, with its default:\n{fields}"
+        command.epilog = (
+            f"{command.epilog}\n\nevery field of the config can be set; here at its default:\n{fields}"
+        )
         if name == "bench":
             command.add_argument("kind", choices=bench.KINDS, help="what to measure")
         if name in ("bench", "profile"):
@@ -206,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
             if (name, field.name) == ("bench", "kind"):
                 continue  # it has no dashes, above
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
-            doc = field.metadata["doc"].replace("%", "%%")
+            doc = f"{field.metadata['doc']} (config.{SECTION[name]}.{field.name})".replace("%", "%%")
             command.add_argument(f"--{field.name}", metavar="VALUE", help=doc, dest=field.name, **switch)
     _add_prepare(commands)
     _add_config(commands)
@@ -250,7 +252,9 @@ def _add_prepare(commands: Any) -> None:
     kinds = "; ".join(f"{kind}: {what}" for kind, what in prepare.KINDS.items())
     command.add_argument("kind", choices=prepare.KINDS, help=kinds, metavar="|".join(prepare.KINDS))
     for field in dataclasses.fields(prepare.Options)[1:]:
-        how: dict[str, Any] = {"default": field.default, "help": field.metadata["doc"].replace("%", "%%")}
+        usual = f" (default {field.default})" if field.default else ""
+        doc = (field.metadata["doc"] + usual).replace("%", "%%")
+        how: dict[str, Any] = {"default": field.default, "help": doc}
         if field.type is bool:
             how["action"] = "store_true"
         else:
