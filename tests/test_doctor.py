@@ -68,6 +68,12 @@ def test_rows_of_a_sick_run(made, words):
     assert words[1] in finding.remedy
 
 
+def test_a_run_that_diverged_is_told_nothing_else():
+    (finding,) = doctor.all_findings(C, rows(loss=lambda i: 99.0), looked(dead=0.5))
+    assert "worse than the" in finding.what
+    assert len(doctor.all_findings(C, rows(loss=lambda i: 3.0), looked(dead=0.5))) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -29,6 +29,7 @@ FLAT, RISING, GAP = 0.005, 1.05, 1.2
 class Finding(NamedTuple):
     what: str  # where, and the numbers
     remedy: str
+    is_lost: bool = False  # the run: what else is wrong follows from it
 
 
 def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
@@ -45,7 +46,7 @@ def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
         initial = c.model.c_gamma**restored.step
         looked = jax.device_get(jax.vmap(health.use, in_axes=(0, None))(restored.state.codebooks, initial))
         steps = [restored.step]
-    findings = [*of_rows(c, rows), *of_codebooks(c, looked)]
+    findings = all_findings(c, rows, looked)
     last = f"{rows[-1]['step']:,}" if rows else "none"
     console.say(f"{workdir}: rows to step {last}, codebooks of step {steps[-1]:,}")
     for i, finding in enumerate(findings):
@@ -61,6 +62,11 @@ def read(path: epath.Path) -> list[metrics.Row]:
     return [json.loads(line) for line in lines]
 
 
+def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.ndarray]) -> list[Finding]:
+    found = list(of_rows(c, rows))
+    return found if any(finding.is_lost for finding in found) else [*found, *of_codebooks(c, looked)]
+
+
 def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
     trained = [row for row in rows if row["split"] == "train"]
     broken = next((row["step"] for row in trained if row["loss"] is None or row["grad_norm"] is None), None)
@@ -68,6 +74,7 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
         yield Finding(
             f"the loss or its gradient is not a number at step {broken}",
             "go on from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
+            is_lost=True,
         )
         return
     newest = [row["loss"] for row in trained[-5:]]
@@ -76,6 +83,7 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
             f"the loss is {newest[-1]:.4g} at step {trained[-1]['step']:,}, worse than the"
             f" {math.log(c.model.n_vocab):.3f} of guessing",
             f"it has diverged: lower config.optimizer.lr_max {c.optimizer.lr_max:g}, in another workdir",
+            is_lost=True,
         )
         return
     settled = [row for row in trained if row["step"] > c.optimizer.n_warmup_step]

@@ -328,6 +328,8 @@ def read_metrics(unread: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
 def way_out(run: Run) -> str:
     """What to do about a run that diverged: it is repeatable, so the same command would diverge again."""
     remedy = "lower config.optimizer.lr_max or config.optimizer.grad_clip"
+    if not run.config.optimizer.grad_clip:
+        remedy = "lower config.optimizer.lr_max or clip, with config.optimizer.grad_clip"
     saved = run.checkpoints.steps()
     if not saved:
         return f"there is no checkpoint yet: {remedy} and start in another workdir"
