@@ -1,12 +1,16 @@
 """The mesh over eight CPU devices; processes are in tests/cluster."""
 
+import functools
+import re
 import types
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from tvq import config, mesh
+from tvq.model import layers
 
 
 def on(n_device: int) -> jax.sharding.Mesh:
@@ -148,3 +152,33 @@ def test_an_odd_number_of_devices_is_added_up_too():
         lambda x: mesh.in_pairs(x, mesh.DATA_AXES), mesh=on(6), in_specs=mesh.BATCH, out_specs=mesh.WHOLE
     )
     np.testing.assert_array_equal(jax.jit(add)(np.arange(6, dtype=np.int32)), [15])
+
+
+def test_parameters_sent_in_few_bytes_are_as_if_cast_afterwards():
+    """Bit by bit, and their gradients too, which are summed in float32."""
+    cut = PartitionSpec("devices")
+    kernel_DX, x_TD = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(24, 5), (16, 24)])
+    )
+
+    def both(dtypes: dict[str, str], kernel_DX: jax.Array, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def output(kernel_DX: jax.Array) -> jax.Array:
+            whole = mesh.gather({"q": kernel_DX}, mesh.Axes(D="devices"), "units", dtypes)
+            return layers.dense(x_TD.astype("bfloat16"), whole["q"])
+
+        y_TX, back = jax.vjp(output, kernel_DX)
+        return y_TX, *back(y_TX)
+
+    found = []
+    for dtypes, sent in ({}, "f32"), ({"q": "bfloat16"}, "bf16"):
+        one = jax.shard_map(
+            functools.partial(both, dtypes), mesh=on(8), in_specs=(cut, cut), out_specs=(cut, cut)
+        )
+        found.append(jax.jit(one)(kernel_DX, x_TD))
+        text = str(jax.make_jaxpr(one)(kernel_DX, x_TD))
+        assert re.findall(r":(\w+)\[.*= (all_gather|reduce_scatter)\b", text) == [
+            (sent, "all_gather"),
+            ("f32", "reduce_scatter"),
+        ]
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -7,7 +7,7 @@ tensor     cuts the heads, or the value width of a single head
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -193,20 +193,35 @@ def specs(tree: Any, axes: Axes, root: str = "") -> Any:
     return jax.tree.map_with_path(lambda path, _: spec(dims(f"{root}/{name(path)}"), axes), tree)
 
 
-def gather(tree: Any, axes: Axes, root: str = "") -> Any:
+def gather(tree: Any, axes: Axes, root: str = "", dtypes: Mapping[str, str] | None = None) -> Any:
     """Inside `shard_map`, the stored parameters of a tree at `root` with their dim D whole.
 
     The gradient of each part is then the sum over the devices, cut in the same way. At root `units` the tree
-    is that of one unit, without the dim N.
+    is that of one unit, without the dim N. A parameter that `dtypes` names is cast before it is sent.
     """
     if axes.D is None:
         return tree
 
     def one(path: tuple, x: jax.Array) -> jax.Array:
         cut = dims(f"{root}/{name(path)}")[1 if root == "units" else 0 :]
-        return lax.all_gather(x, axes.D, axis=cut.index("D"), tiled=True) if "D" in cut else x
+        dtype = (dtypes or {}).get(name(path), x.dtype)
+        return _whole(x, axes, cut.index("D"), dtype) if "D" in cut else x
 
     return jax.tree.map_with_path(one, tree)
+
+
+def _whole(x: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
+    """All parts of x along dim, cast. Gradients are summed in the dtype of x, as if that were done after."""
+
+    @jax.custom_vjp
+    def send(x: jax.Array) -> jax.Array:
+        return lax.all_gather(x.astype(dtype), axes.D, axis=dim, tiled=True)
+
+    def back(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        return (lax.psum_scatter(gradient.astype(x.dtype), axes.D, scatter_dimension=dim, tiled=True),)
+
+    send.defvjp(lambda x: (send(x), None), back)
+    return send(x)
 
 
 def varies(like: Any) -> frozenset[str]:

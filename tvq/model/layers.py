@@ -14,6 +14,7 @@ from tvq.model import attention, full, parts, recurrence, vq
 from tvq.model.attention import KEPT
 
 NORM_EPS = 1e-6
+KERNELS = ("q", "k", "v", "g", "out")  # of a gated unit: `dense` uses them, in the dtype of activations
 
 
 class Draws(NamedTuple):

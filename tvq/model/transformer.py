@@ -219,7 +219,7 @@ def forward(
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
         unit_params, codebook, unit_state, index = scanned
-        unit_params = mesh.gather(unit_params, axes, "units")
+        unit_params = mesh.gather(unit_params, axes, "units", dict.fromkeys(layers.KERNELS, config.dtype))
         sinusoid_BED = jnp.broadcast_to(distance_ED[None], (x_BTD.shape[0], *distance_ED.shape))
         if draws is not None:
             keys_B = layers.sequence_keys(draws.timeless, layers.SINUSOID, index, draws.sequence_B)
