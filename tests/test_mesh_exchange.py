@@ -13,7 +13,7 @@ import pytest
 from tests.model import small
 from tvq import config, mesh, state, train_step
 from tvq.model.layers import N_PROBE
-from tvq.plan import step
+from tvq.plan import bound, step
 from tvq.plan.program import Program
 
 pytestmark = pytest.mark.slow
@@ -112,6 +112,8 @@ def test_parts_of_a_sequence_exchange_the_same_however_long_it_is():
     assert short == long
     assert {kind for kind, _ in short} == {"all-reduce", "all-to-all", "collective-permute"}
     assert for_attention(short) == N_UNIT * B * exchanged(small.MODEL, 4)
+    parts = mesh.make(config.Mesh(devices=1, sequence=4), jax.devices()[:4])
+    assert bound.unit_messages(small.MODEL, parts, B, B * 16) == pytest.approx(for_attention(short), rel=0.05)
 
 
 def test_a_million_tokens_over_64_devices_send_a_hundredth_of_ring_attention():
@@ -136,3 +138,6 @@ def test_a_cut_value_width_has_one_reduction_a_unit_and_pass():
     found = links(n_head=1, tensor=2)
     assert {kind for kind, _ in found} == {"all-reduce"}
     assert found["all-reduce", "tensor"][0] == 2 * N_UNIT + 1  # and the norms of gradients and parameters
+    parts = mesh.make(config.Mesh(devices=1, tensor=2), jax.devices()[:2])
+    model = dataclasses.replace(small.MODEL, n_head=1, d_v=small.MODEL.d_v // 2)
+    assert found["all-reduce", "tensor"][1] > bound.unit_messages(model, parts, B, B * U) > 0

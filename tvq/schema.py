@@ -168,7 +168,8 @@ class Bench:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     topology: str = field("", "machine to plan for: a TPU slice (v5e:4x4), or GPUs of one host (h200:8)")
-    sweep: bool = field(False, "try every shape of the mesh and rank them")
+    sweep: bool = field(False, "rank the shapes of the mesh")
+    n_compile: int = field(8, "shapes that a sweep compiles at most, the most promising first", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from tests.model import small
 from tvq import __main__ as door
 from tvq import cluster, config, flops, mesh, optimizer, plan, state, train_step
 from tvq.model import layers
-from tvq.plan import step, targets
+from tvq.plan import bound, step, targets
+from tvq.plan import sweep as sweeping
 from tvq.plan.step import TooLargeError
 
 ROOT = Path(__file__).parents[2]
@@ -138,30 +139,83 @@ def test_the_compiler_may_say_that_it_does_not_fit(capsys, monkeypatch):
     assert "does not fit: 384.00G" in capsys.readouterr().out
 
 
-def test_sweep_ranks(capsys, monkeypatch):
+def sweep(monkeypatch, n_compile: int = 8, **fake) -> int:
+    """A sweep over shapes of eight chips, each of which compiles as `fake` says by its number of devices."""
     found()  # before its parts are replaced
 
-    def fake(c: config.Config, devices) -> step.Estimate:
-        if c.mesh.devices == 2:
-            raise TooLargeError("30G", "16G")
-        slower = {name: 2 * share for name, share in found().seconds.items()}
-        return found() if c.mesh.devices == 8 else dataclasses.replace(found(), seconds=slower)
+    def estimate(c: config.Config, devices: jax.sharding.Mesh) -> step.Estimate:
+        outcome = fake[f"devices_{c.mesh.devices}"]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return dataclasses.replace(found(), seconds={"products": outcome})
 
-    monkeypatch.setattr(step, "estimate", fake)
-    monkeypatch.setattr(mesh, "make", lambda *_: None)
-    trial = lambda n: dataclasses.replace(CONFIG, mesh=config.Mesh(devices=n))
-    shapes = [("four", trial(4)), ("eight", trial(8)), ("three", trial(3)), ("two", trial(2))]
-    monkeypatch.setattr(plan, "shapes", lambda *_: shapes)
-    assert run(dataclasses.replace(CONFIG, plan=config.Plan(topology="v5e:2x4", sweep=True))) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| eight", "| four", "| three", "| two"]
-    assert "is not a multiple of" in table[-2]
-    assert table[-1].startswith("| two | no: 30G of memory needed")
+    monkeypatch.setattr(step, "estimate", estimate)
+    trial = lambda n, **cut: dataclasses.replace(CONFIG, mesh=config.Mesh(devices=n, **cut))
+    trials = [
+        ("three", trial(3)),
+        ("two", trial(2, sequence=4)),
+        ("four", trial(4, sequence=2)),
+        ("eight", trial(8)),
+    ]
+    monkeypatch.setattr(sweeping, "shapes", lambda *_: trials)
+    asked = config.Plan(topology="v5e:2x4", sweep=True, n_compile=n_compile)
+    return run(dataclasses.replace(CONFIG, plan=asked))
+
+
+def table(text: str) -> list[str]:
+    return text.partition("| --- |")[2].splitlines()[1:]
+
+
+def test_sweep_ranks(capsys, monkeypatch):
+    assert sweep(monkeypatch, devices_8=2.0, devices_4=1.0, devices_2=TooLargeError("30G", "16G")) == 0
+    text = capsys.readouterr().out
+    assert "4 shapes, of which 3 may fit; compiling 3 " in text
+    assert "3 of 3, 0 s left: | " in text
+    four, eight, *others = table(text)
+    assert four.startswith("| four | yes | ")
+    assert eight.startswith("| eight | yes | ")
+    assert sorted(line.split(" | ")[0] for line in others) == ["| three", "| two"]
+    assert "| two | no: 30G of memory needed on a device, 16G there | " in text
+    assert "is not a multiple of" in text
+
+
+def test_a_sweep_compiles_the_most_promising(capsys, monkeypatch):
+    assert sweep(monkeypatch, n_compile=1, devices_8=2.0) == 0
+    eight, *others = table(capsys.readouterr().out)
+    assert eight.startswith("| eight | yes | ")
+    assert [line.split(" | ")[1] for line in others[:2]] == ["not compiled", "not compiled"]
+
+
+def test_what_cannot_fit_is_not_compiled(capsys, monkeypatch):
+    monkeypatch.setattr(flops, "chip", lambda kind: CHIP._replace(memory=1e6))
+    assert sweep(monkeypatch) == 1
+    text = capsys.readouterr().out
+    assert "4 shapes, of which 0 may fit" in text
+    assert all(" | no | at least " in line for line in table(text)[:3])
+
+
+def test_a_sweep_that_is_stopped_prints_what_it_found(capsys, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        sweep(monkeypatch, n_compile=2, devices_8=2.0, devices_4=KeyboardInterrupt())
+    eight, *others = table(capsys.readouterr().out)
+    assert eight.startswith("| eight | yes | ")
+    assert [line.split(" | ")[1] for line in others[:2]] == ["not compiled", "not compiled"]
+
+
+def test_the_program_needs_more_than_the_bound():
+    least = bound.bound(CONFIG, mesh.make(config.Mesh(), jax.devices()))
+    assert 0.5 * found().bytes_needed < least.bytes_needed < found().bytes_needed
+    assert least.step_seconds < found().step_seconds
+    # Messages of the gradient alone; those of statistics and of the probe are left out.
+    ((_, sent),) = found().links.values()
+    devices = mesh.make(config.Mesh(), jax.devices())
+    gradients = found().memory["parameters"]
+    assert 2 * bound.gradient_messages(CONFIG, devices, gradients) == pytest.approx(sent, rel=0.1)
 
 
 def test_shapes_multiply_to_the_devices():
-    assert sorted(plan.factors(12, 2)) == [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]
-    for _, trial in plan.shapes(CONFIG, 8):
+    assert sorted(sweeping.factors(12, 2)) == [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]
+    for _, trial in sweeping.shapes(CONFIG, 8):
         assert trial.mesh.devices * trial.mesh.sequence * trial.mesh.tensor == 8
 
 

@@ -1,9 +1,11 @@
 """An estimate as a page, several as a table."""
 
 import math
+from collections.abc import Mapping
 
 from tvq.config import Config
 from tvq.flops import GIB
+from tvq.plan.bound import Bound
 from tvq.plan.step import Estimate, TooLargeError
 
 BOUND = {
@@ -16,8 +18,11 @@ NO = "does not fit"
 
 
 def too_large(error: TooLargeError) -> str:
-    needed, available = error.args
-    return f"{NO}: {needed} of memory needed on a device, {available} there"
+    return f"{NO}: {lacking(*error.args)}"
+
+
+def lacking(needed: str, available: str) -> str:
+    return f"{needed} of memory needed on a device, {available} there"
 
 
 def verdict(found: Estimate) -> str:
@@ -76,20 +81,28 @@ def shape(found: Estimate) -> str:
     return " ".join(f"{axis}={n}" for axis, n in found.shape.items() if n > 1 or axis == "devices")
 
 
-def ranking(c: Config, rows: list[tuple[str, Estimate | str]]) -> str:
-    """Markdown: what fits, the fastest first; then what does not, and why."""
-    found = [(name, one) for name, one in rows if isinstance(one, Estimate)]
-    found.sort(key=lambda row: (not row[1].fits, row[1].step_seconds))
-    lines = [
-        "| mesh | fits | GiB a device | s a step | tokens/s | GB sent a device | bound by |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for name, one in found:
-        sent = sum(sent for _, sent in one.links.values()) / 1e9
-        bound = BOUND[max(one.seconds, key=lambda part: one.seconds[part])]
-        fits, needed, there = "yes" if one.fits else "no", one.bytes_needed / GIB, one.chip.memory / GIB
-        speed = f"{one.step_seconds:.3g} | {one.n_token / one.step_seconds:,.0f}"
-        lines.append(f"| {name} | {fits} | {needed:.2f} of {there:.2f} | {speed} | {sent:.2f} | {bound} |")
-    reasons = [(name, why.removeprefix(f"{NO}: ")) for name, why in rows if isinstance(why, str)]
-    lines += [f"| {name} | no: {why} | | | | | |" for name, why in reasons]
-    return "\n".join(lines)
+def ranking(rows: Mapping[str, Estimate | Bound | str]) -> str:
+    """Markdown: what fits, the fastest first; what may fit and was not compiled; what does not, and why."""
+
+    def order(name: str) -> tuple:
+        found = rows[name]
+        if isinstance(found, str):
+            return 3, 0.0
+        return 0 if isinstance(found, Estimate) and found.fits else 1 if found.fits else 2, found.step_seconds
+
+    head = ["| mesh | fits | GiB a device | s a step | tokens/s | GB sent a device | bound by |"]
+    head += ["| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+    return "\n".join(head + [row(name, rows[name]) for name in sorted(rows, key=order)])
+
+
+def row(name: str, found: Estimate | Bound | str) -> str:
+    if isinstance(found, str):
+        return f"| {name} | {found} | | | | | |"
+    memory = f"{found.bytes_needed / GIB:.2f} of {found.chip.memory / GIB:.2f}"
+    if isinstance(found, Bound):
+        fits = "not compiled" if found.fits else "no"
+        return f"| {name} | {fits} | at least {memory} | at least {found.step_seconds:.3g} | | | |"
+    sent = sum(sent for _, sent in found.links.values()) / 1e9
+    bound = BOUND[max(found.seconds, key=lambda part: found.seconds[part])]
+    speed = f"{found.step_seconds:.3g} | {found.n_token / found.step_seconds:,.0f}"
+    return f"| {name} | {'yes' if found.fits else 'no'} | {memory} | {speed} | {sent:.2f} | {bound} |"

@@ -1,0 +1,93 @@
+"""What a train step needs at least, by its shapes alone: what a sweep compiles first, and what never."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tvq import flops, mesh, optimizer, state
+from tvq.config import Config, Model
+from tvq.model import transformer
+from tvq.plan import step
+
+
+class Bound(NamedTuple):
+    """Of one device and one call of the step."""
+
+    chip: flops.Chip
+    bytes_needed: float
+    step_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """As far as these tell."""
+        return self.bytes_needed <= self.chip.memory
+
+
+def bound(c: Config, devices: Mesh) -> Bound:
+    """Memory of the state, its gradient and what is kept for it; time of products, then of messages."""
+    chip = flops.chip(devices.devices.flat[0].device_kind)
+    assert chip is not None, "every target has its chip"
+    t, m, sizes = c.train, c.model, devices.shape
+    axes = mesh.axes(devices, m, c.mesh.shard_params)
+    held = {"n_head": m.n_head // sizes["tensor"]} if axes.H else {"d_v": m.d_v // sizes["tensor"]}
+    part = dataclasses.replace(m, **held)
+    carried = state.place(c, optimizer.make(c.optimizer), devices)
+    empty = jax.eval_shape(lambda: transformer.initial_state(m, t.global_batch_size))
+    attention = mesh.with_sharding(devices, empty, transformer.state_specs(m, axes))
+    n_sequence = t.global_batch_size / mesh.n_data(devices)
+    n_token = n_sequence * t.update_len / sizes["sequence"]
+    at_once = n_token / t.accumulate * (t.segment_len or t.update_len) / t.update_len
+    gradient = step.device_bytes(carried.params)
+    sent = gradient_messages(c, devices, gradient) + unit_messages(part, devices, n_sequence, n_token)
+    peak = chip.bfloat16 if m.dtype == "bfloat16" else chip.float32
+    seconds = flops.train(part, t.update_len) * n_token / peak + sent / chip.link
+    return Bound(
+        chip,
+        bytes_needed=step.device_bytes((carried, attention)) + gradient + kept(part) * at_once,
+        step_seconds=t.sequence_len // t.update_len * seconds,
+    )
+
+
+def kept(model: Model) -> float:
+    """Bytes a token that the backward pass needs of all units: `model.remat=all` keeps more."""
+    D, H, K, V, S, L = model.d_model, model.n_head, model.d_k, model.d_v, model.n_code, model.block_len
+    # Its output, and a mean a code and block.
+    attended = V * (1 + model.agg_cache * S / L) if model.attention == "vq" else 0
+    width = D if model.remat == "nothing" else D + H * (2 * K + 2 * V + attended)
+    return transformer.n_unit(model) * width * jnp.dtype(model.dtype).itemsize
+
+
+def gradient_messages(c: Config, devices: Mesh, gradient: int) -> float:
+    """Bytes that a device sends in an update, for parameters and gradients, a ring."""
+    if not c.mesh.shard_params:
+        return 2 * gradient * share(devices, "replica", "devices", "sequence")
+    # Gathered for either pass, and scattered.
+    narrow = jnp.dtype(c.model.dtype).itemsize / jnp.dtype(c.model.param_dtype).itemsize
+    whole = gradient * devices.shape["devices"] * c.train.accumulate
+    over = 2 * gradient * share(devices, "replica", "sequence")
+    return (2 * narrow + 1) * whole * share(devices, "devices") + over
+
+
+def unit_messages(model: Model, devices: Mesh, n_sequence: float, n_token: float) -> float:
+    """Bytes that a device sends in an update, between parts of a sequence and parts of a unit, a ring."""
+    H, K, V, S, M = model.n_head, model.d_k, model.d_v, model.n_code, model.mem_len
+    width, along, across = (
+        jnp.dtype(model.dtype).itemsize,
+        share(devices, "sequence"),
+        share(devices, "tensor"),
+    )
+    halo = 2 * (K + V) * M * width * (along > 0)
+    sums = 4 * (4 * V + 2) * S * along
+    outputs = 2 * 2 * model.d_model * width * across
+    return transformer.n_unit(model) * (n_sequence * H * (halo + sums) + n_token * outputs)
+
+
+def share(devices: Mesh, *axes: str) -> float:
+    """The part of an array that leaves a device, of those that lie along these axes, on each of its rings."""
+    grid = np.arange(devices.size).reshape(devices.devices.shape)
+    group = grid[tuple(slice(None) if axis in axes else 0 for axis in mesh.AXES)].ravel()
+    return (1 - 1 / len(group)) / step.n_ring(devices, tuple(group.tolist()))
