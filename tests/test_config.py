@@ -160,6 +160,15 @@ RULES = [
     ({"checkpoint__keep": 0}, "config.checkpoint.keep must be at least 1, not 0"),
     ({"model__p_dropres": 1.0}, "config.model.p_dropres must be in [0, 1), not 1.0"),
     ({"model__c_gamma": 1.0}, "config.model.c_gamma must be in [0, 1), not 1.0"),
+    ({"train__seed": 2**32}, "config.train.seed must be in [0, 4294967296), not 4294967296"),
+    (
+        {"optimizer__n_warmup_step": 2**31 - 1, "optimizer__n_max_step": 2**31},
+        "config.optimizer.n_max_step must be in [1, 2147483648), not 2147483648",
+    ),
+    (
+        {"cluster__step_timeout": 1e12},
+        "config.cluster.step_timeout must be in [1, 1000000000), not 1000000000000.0",
+    ),
     ({"sample__nucleus": 1.5}, "config.sample.nucleus must be in [0, 1], not 1.5"),
     ({"model__d_model": 63}, "config.model.d_model must be even (sine and cosine halves), not 63"),
     ({"model__pe_lam": 0.0}, "config.model.pe_lam must be positive, not 0.0"),

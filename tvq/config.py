@@ -250,7 +250,7 @@ def out_of_range(config: Config) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             errors.append(f"config.{name} must be finite, not {value}")
         elif isinstance(value, int | float) and not low <= value < high:
-            span = f"at least {low}" if high == math.inf else f"in [{low}, {high})"
+            span = f"at least {low}" if value < low else f"in [{low}, {high})"
             errors.append(f"config.{name} must be {span}, not {value}")
     return errors
 

@@ -75,8 +75,10 @@ class Optimizer:
     name: str = field("adamw", "adamw, lion or adafactor")
     lr_max: float = field(4e-4, "learning rate at the end of warm-up", at_least=0)
     schedule: str = field("cosine", "cosine, linear or inv_sqrt, after linear warm-up")
-    n_warmup_step: int = field(10_000, "updates of warm-up", at_least=0)
-    n_max_step: int = field(125_000, "update at which the schedule reaches its floor of a tenth", at_least=1)
+    n_warmup_step: int = field(10_000, "updates of warm-up", at_least=0, below=2**31)
+    n_max_step: int = field(
+        125_000, "update at which the schedule reaches its floor of a tenth", at_least=1, below=2**31
+    )
     grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip", at_least=0)
     wd_lam: float = field(2e-4, "weight decay an update, independent of the learning rate", at_least=0)
 
@@ -92,7 +94,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    steps: int = field(125_000, "parameter updates of the run", at_least=1)
+    steps: int = field(125_000, "parameter updates of the run", at_least=1, below=2**31)
     global_batch_size: int = field(128, "sequences of a batch, over all devices", at_least=1)
     sequence_len: int = field(8192, "tokens of a training sequence", at_least=1)
     update_len: int = field(2048, "tokens of a sequence that one parameter update sees", at_least=1)
@@ -104,7 +106,7 @@ class Train:
     accumulate: int = field(
         1, "parts of its sequences that a device reads one after the other, to hold one at a time", at_least=1
     )
-    seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0)
+    seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0, below=2**32)
     reproducible: bool = field(
         False,
         "let GPUs use only kernels that repeat bitwise, as CPUs and TPUs always do, and add up a batch in an"
@@ -128,7 +130,7 @@ class Evaluate:
 class Recall:
     length: int = field(8192, "tokens of a sequence of the recall probe, rounded up to pieces", at_least=1)
     n_sequence: int = field(8, "sequences of the probe", at_least=1)
-    seed: int = field(0, "decides the pairs and the questions", at_least=0)
+    seed: int = field(0, "decides the pairs and the questions", at_least=0, below=2**32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class Sample:
     length: int = field(256, "tokens to draw for each", at_least=1)
     temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token", at_least=0)
     nucleus: float = field(0.9, "draw from the likeliest tokens that hold this much probability")
-    seed: int = field(0, "decides the draws", at_least=0)
+    seed: int = field(0, "decides the draws", at_least=0, below=2**32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,15 +202,17 @@ class Cluster:
     local_devices: int = field(
         0, "devices that each process must find; 0: what the scheduler granted", at_least=0
     )
-    start_timeout: float = field(300.0, "seconds to wait until all processes have come", at_least=1)
+    start_timeout: float = field(
+        300.0, "seconds to wait until all processes have come", at_least=1, below=10**9
+    )
     step_timeout: float = field(
-        600.0, "seconds without progress until the watchdog ends the process", at_least=1
+        600.0, "seconds without progress until the watchdog ends the process", at_least=1, below=10**9
     )
     compile_timeout: float = field(
-        3600.0, "the same for the first step, which compiles, and for restoring", at_least=1
+        3600.0, "the same for the first step, which compiles, and for restoring", at_least=1, below=10**9
     )
     silence_timeout: float = field(
-        60.0, "seconds without a sign of life until a process counts as lost", at_least=1
+        60.0, "seconds without a sign of life until a process counts as lost", at_least=1, below=10**9
     )
 
 
