@@ -212,6 +212,10 @@ RULES = [
         "config.profile.steps must be FIRST:LAST, with FIRST below LAST, as in 100:104, not '8:8'",
     ),
     (
+        {"profile__steps": "8:13", "train__steps": 12},
+        "config.profile.steps 8:13 goes beyond config.train.steps 12",
+    ),
+    (
         {"model__revive_codes": 3},
         "config.model.revive_codes 3 is below 4, the updates of one sequence (sequence_len / update_len);"
         " use 4 or more, or 0",

@@ -359,7 +359,11 @@ def validate(config: Config) -> None:
             " use config.data.source=text, or leave the path empty"
         )
     try:
-        traced_updates(config.profile)
+        last = traced_updates(config.profile).stop
+        if last > t.steps:
+            errors.append(
+                f"config.profile.steps {config.profile.steps} goes beyond config.train.steps {t.steps}"
+            )
     except ValueError as error:
         errors.append(str(error))
     divides("train.sequence_len", t.sequence_len, "train.update_len", t.update_len)

@@ -61,6 +61,7 @@ NO_STEP = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODE
         (EXPLICIT | {"TVQ_PROCESS_ID": "4"}, {}, "process id 4.*processes 4"),
         (EXPLICIT | {"TVQ_PROCESS_ID": "x"}, {}, "TVQ_PROCESS_ID.*'x'"),
         (EXPLICIT | {"TVQ_COORDINATOR": "a"}, {}, "'a'.*HOST:PORT"),
+        (EXPLICIT | {"TVQ_COORDINATOR": "a:65535"}, {}, "'a:65535'.*a PORT below 65535"),
         (EXPLICIT, {"n_process": 2}, "config.cluster.n_process is 2.*TVQ_N_PROCESS is 4"),
         (NO_STEP, {}, "2 tasks.*srun"),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "6"}, {}, "8 GPUs.*3 tasks"),

@@ -58,7 +58,7 @@ def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
                 f" use {-(-n_token // T) * T}"
             )
         trained = dataclasses.replace(
-            c.train, sequence_len=T, update_len=T, segment_len=0, steps=1, global_batch_size=n_token // T
+            c.train, sequence_len=T, update_len=T, segment_len=0, global_batch_size=n_token // T
         )
         trial = dataclasses.replace(c, train=trained, model=formulated(c.model, name.strip()))
         if trial.model.attention == "full" and not (c.model.agg_cache and c.model.grad_thru_cache):

@@ -15,7 +15,7 @@ from typing import Any
 from tvq import config
 from tvq.cluster.errors import ClusterError
 
-TPU_PORT = 8482
+TPU_PORT, LAST_PORT = 8482, 65535
 OPTIONS = {
     "coordinator": ("config.cluster.coordinator", "TVQ_COORDINATOR"),
     "n_process": ("config.cluster.n_process", "TVQ_N_PROCESS"),
@@ -95,8 +95,12 @@ def _checked(merged: dict[str, Any]) -> Place:
     n, i = merged["n_process"], merged["process_id"]
     if not 0 <= i < n:
         raise ValueError(f"{merged['how']}: process id {i} is not below the number of processes {n}")
-    if not re.fullmatch(r".+:\d{1,5}", merged["coordinator"]):
-        raise ValueError(f"{merged['how']}: coordinator {merged['coordinator']!r} must be HOST:PORT")
+    found = re.fullmatch(r".+:(\d{1,5})", merged["coordinator"])
+    if not found or not 0 < int(found[1]) < LAST_PORT:  # the roll call takes the next one
+        raise ValueError(
+            f"{merged['how']}: coordinator {merged['coordinator']!r} must be HOST:PORT, with a PORT below"
+            f" {LAST_PORT}"
+        )
     hosts = merged.get("hosts", ())
     merged["hosts"] = tuple(hosts) if len(hosts) == n else ("",) * n
     return Place(**merged)
