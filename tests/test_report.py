@@ -46,6 +46,7 @@ def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, sample
     for step in (1000, 100, 200, 2000) if looks else ():
         evaluated = {"step": step, "split": "test", "by_context": table[: step // 100] if step < 2000 else []}
         (workdir / "evaluations" / f"step_{step}_test.json").write_text(json.dumps(evaluated))
+    (workdir / "evaluations" / "step_100_recall.json").write_text('{"step": 100, "answers": []}')
     for step in (100, 1000, 200) if samples else ():
         drawn = records.SampleWriter(epath.Path(workdir) / records.SAMPLES, 2000)
         picture = pictures.png(np.full((8, 8, 3), step // 4, np.uint8))

@@ -84,12 +84,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     """
     began = time.monotonic()
     records.check(c.log)
-    corpus = open_corpus(c.data)
-    evaluate.check_vocabulary(corpus, c.model)
-    sequences = Sequences(corpus, "train", c.train.sequence_len)
-    sequences[0]  # tokens of another vocabulary are an error now, not once there is a run
-    if c.evaluate.every:
-        corpus.info(c.evaluate.split)  # an empty split is an error now, not after hours
+    corpus, sequences = open_data(c)
     check_workdir(workdir, c)
     processes = cluster.start(place, c.cluster, config.common(c), log.say)
     devices = mesh.make(c.mesh, jax.devices())
@@ -136,6 +131,22 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             console.say(f"step {step} of config.train.steps {c.train.steps} is done; raise it to go on")
     processes.finish()
     return cluster.EXIT_STOPPED if stopped else 0
+
+
+def open_data(c: Config) -> tuple[AnyCorpus, Sequences]:
+    """What to train on. ValueError: what else would be found once there is a run, or after hours."""
+    corpus = open_corpus(c.data)
+    evaluate.check_vocabulary(corpus, c.model)
+    sequences = Sequences(corpus, "train", c.train.sequence_len)
+    sequences[0]  # tokens of another vocabulary
+    if c.evaluate.every:
+        if c.evaluate.split == "train":  # its rows would count as those of the updates
+            raise ValueError(
+                "config.evaluate.split=train is for tvq eval; train with validation or test, or with"
+                " config.evaluate.every=0"
+            )
+        corpus.info(c.evaluate.split)  # an empty split
+    return corpus, sequences
 
 
 def check_workdir(workdir: epath.Path, c: Config) -> None:

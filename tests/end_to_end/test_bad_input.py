@@ -51,6 +51,7 @@ FIELDS = {
     "--config.mesh.devices=3": "global_batch_size 8 is not a multiple of config.mesh.devices 3; use 6 or 9",
     "--config.mesh.devices=4": "4 but there are 8 cpu devices; use 8 or -1, or pass --cpu_devices=4",
     "--config.train.global_batch_size=12": "12 is not a multiple of config.mesh.devices 8; use 8 or 16",
+    "--config.evaluate.split=train": "config.evaluate.split=train is for tvq eval; train with validation",
     "--config.evaluate.batch_size=3": "batch_size 3 is not a multiple of config.mesh.devices 8; use 8",
     "--cpu_devices=0": "--cpu_devices must be at least 1, not 0",
     "--config.model.dtype=float64": "use float64 for both or neither",

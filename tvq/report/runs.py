@@ -86,7 +86,7 @@ def _sample(path: epath.Path) -> Sample:
 def _contexts(folder: epath.Path) -> dict[str, list[Row]]:
     paths = list(folder.iterdir()) if folder.exists() else []
     found = [json.loads(path.read_text()) for path in paths if path.suffix == ".json"]
-    by_step = sorted((f for f in found if f["by_context"]), key=lambda f: f["step"])
+    by_step = sorted((f for f in found if f.get("by_context")), key=lambda f: f["step"])
     return {f["split"]: f["by_context"] for f in by_step}
 
 
