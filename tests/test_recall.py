@@ -68,4 +68,4 @@ def test_it_tells_who_recalls_how_far():
     assert (near["to"], near["loss"], near["recalled"]) == (3, pytest.approx(0.1), 1.0)
     assert (far["from"], far["loss"], far["recalled"]) == (512, pytest.approx(chance), 0.0)
     assert sum(row["n_question"] for row in tables["all"][2:]) == (probe.distance_BT > 0).sum()
-    assert recall.show(tables["window"], chance).splitlines()[1].split()[:3] == ["window", "100.0%", "0.1000"]
+    assert recall.show(tables["window"], chance).splitlines()[1].split()[:3] == ["window", "100.0", "%"]

@@ -104,7 +104,8 @@ def show(table: list[dict[str, Any]], chance: float) -> str:
     lines = [f"{'tokens back':>20}  {'recalled':>8}  {'loss':>7}  {'questions':>9}"]
     for row in table:
         where = row.get("where") or f"{row['from']:,} to {row['to']:,}"
-        lines.append(f"{where:>20}  {row['recalled']:8.1%}  {row['loss']:7.4f}  {row['n_question']:9,}")
+        lines.append(f"{where:>20}  {row['recalled']:7.1%}  {row['loss']:7.4f}  {row['n_question']:9,}")
+    lines = [line.replace("%", " %") for line in lines]
     return "\n".join([*lines, f"{'chance':>20}  {'':8}  {chance:7.4f}"])
 
 

@@ -185,7 +185,7 @@ def open_corpus(data: config.Data) -> AnyCorpus:
     if data.mix:
         return open_mixture(data.mix)
     if data.source == "tokens":
-        remedy = "prepare it again, or use config.data.source=text for plain text"
+        remedy = "prepare it again (tvq prepare), or use config.data.source=text for plain text"
         return _open(_folder(data.path), "config.data.path", remedy)
     found = documents.find(data)
     source = {"name": data.source, "path": data.path, "n_file": len({document.path for document in found})}
