@@ -208,7 +208,7 @@ def test_tensorboard_has_each_row_once(tmp_path: Path) -> None:
 def test_curves_are_in_groups() -> None:
     names = ("loss", "c_dead", "vec_norm_mean", "seconds_step")
     assert [tag("train", name) for name in names] == [
-        "train/loss", "codebook/c_dead", "codebook/vec_norm_mean", "time/seconds_step",
+        "train/loss", "train_codebook/c_dead", "train_codebook/vec_norm_mean", "train_time/seconds_step",
     ]  # fmt: skip
 
 

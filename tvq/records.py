@@ -34,13 +34,14 @@ Say = Callable[[str], None]
 Sample = str | bytes  # a text, or a picture as PNG
 FILE, SAMPLES = "metrics.jsonl", "samples"
 NEWLINE = b"\n"
-# Columns that have a group of their own where curves are grouped by the split, by how their names begin.
-GROUPS = {"c_": "codebook", "relative_err": "codebook", "vec_": "codebook", "seconds_": "time"}
+# Columns whose curves stand apart from the others of their split, by how their names begin.
+GROUPS = {"c_": "_codebook", "relative_err": "_codebook", "vec_": "_codebook", "seconds_": "_time"}
 
 
 def tag(split: str, name: str) -> str:
-    """The name of a curve, GROUP/NAME."""
-    return next((group for start, group in GROUPS.items() if name.startswith(start)), split) + f"/{name}"
+    """The name of a curve, SPLIT/NAME or SPLIT_GROUP/NAME: groups are shown in alphabetical order."""
+    group = next((group for start, group in GROUPS.items() if name.startswith(start)), "")
+    return f"{split}{group}/{name}"
 
 
 class Writer:
