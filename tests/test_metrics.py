@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from tvq.metrics import KINDS, Clock, Console, duration, progress_line, row, spent_line
+from tvq.metrics import KINDS, Clock, Console, Progress, duration, progress_line, row, spent_line
 
 STEP_METRICS = {
     "loss_lm_per_token_unscaled": np.float32(1.5),
@@ -88,6 +88,18 @@ class Time:
 
     def __call__(self) -> float:
         return self.t
+
+
+def test_the_time_left_does_not_count_the_first_part() -> None:
+    times = iter([0.0, 60.0, 70.0, 80.0, 90.0])  # it compiled for a minute
+    progress = Progress("reading", "tokens", lambda: next(times))
+    assert [progress.line(done, 4_000) for done in (0, 1_000, 2_000, 3_000, 4_000)] == [
+        "reading: 0 of 4,000 tokens",
+        "reading: 1,000 of 4,000 tokens",
+        "reading: 2,000 of 4,000 tokens, 20 s left",
+        "reading: 3,000 of 4,000 tokens, 10 s left",
+        "reading: 4,000 of 4,000 tokens",
+    ]
 
 
 def test_the_clock_knows_what_time_went_into() -> None:

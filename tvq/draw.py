@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tvq import tensors
+from tvq import metrics, tensors
 from tvq.config import CHANGEABLE, Model
 from tvq.data.vocabulary import END
 from tvq.model import transformer
@@ -124,10 +124,10 @@ def read_on(
     Sixteen blocks at a time and then single ones, so that two programs read texts of any length.
     """
     state, rest_T = before.state, np.concatenate([before.rest_T, tokens_T.astype(np.int32)])
-    n_token = len(rest_T)
+    n_token, progress = len(rest_T), metrics.Progress("reading", "tokens")
     for piece in (READ_BLOCKS * model.block_len, model.block_len):
         while len(rest_T) > piece:
-            tell(f"reading: {n_token - len(rest_T):,} of {n_token:,} tokens")
+            tell(progress.line(n_token - len(rest_T), n_token))
             behind = state
             state = read(params, codebooks, jnp.asarray(rest_T[None, :piece]), state, model)
             jax.block_until_ready(behind)  # or what is told would run far ahead of the device

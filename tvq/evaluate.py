@@ -326,10 +326,11 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         restored = restore(c, workdir, devices, console.say)
         check_same_vocabulary(corpus, restored)
         now = restored.state
+        so_far = metrics.Progress("evaluating", "batches")
         found, table = scorer(c, corpus, devices)(
             now.params,
             now.codebooks,
-            lambda done, of: console.progress(f"evaluating: batch {done} of {of}", brief=True),
+            lambda done, of: console.progress(so_far.line(done, of), brief=True),
         )
         row = {"step": int(now.step), "split": c.evaluate.split, **found}
         if table:

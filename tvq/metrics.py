@@ -83,6 +83,24 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole // 3600 % 24} h"
 
 
+class Progress:
+    """How far a long piece of work is, in words."""
+
+    def __init__(self, what: str, unit: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._unit, self._now = what, unit, now
+        self._first: tuple[int, float] | None = None
+
+    def line(self, done: int, of: int) -> str:
+        """`reading: 2,048 of 294,051 tokens, 15 s left`; the first part, which may compile, says nothing."""
+        text, now = f"{self._what}: {done:,} of {of:,} {self._unit}", self._now()
+        if self._first is None:
+            self._first = (done, now) if done else None
+            return text
+        begun, since = self._first
+        left = (of - done) * (now - since) / max(done - begun, 1)
+        return text if done >= of else f"{text}, {duration(left)} left"
+
+
 # What the wall time of a run goes into: updates; waiting for data while the devices have nothing to do;
 # compiling, evaluating, drawing samples, saving; starting, until the first update; and updates that were lost
 # with a process.

@@ -123,14 +123,14 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     with metrics.Console(silent=not processes.is_main) as console:
         now = evaluate.restore(c, workdir, devices, console.say).state
         empty, read = evaluate.make_carried(c.model, devices, c.mesh.shard_params)
-        state, found = empty(n_row), []
+        state, found, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
         for start in range(0, length, piece):
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])
             inputs_BT, targets_BT = cut(made.inputs_BT), cut(made.targets_BT)
             batch = {"inputs": inputs_BT, "targets": targets_BT, "loss_mask": np.ones_like(inputs_BT)}
             nats_BT, state = read(now.params, now.codebooks, mesh.global_batch(devices, batch, n_row), state)
             found.append(np.asarray(nats_BT))
-            console.progress(f"probing: token {start + piece:,} of {length:,}", brief=True)
+            console.progress(so_far.line(start + piece, length), brief=True)
         window_BT = in_window(made.distance_BT, c.model.block_len, c.model.mem_len)
         table = answers(np.concatenate(found, 1), made.distance_BT, window_BT)
         row = {"step": int(now.step), "split": "recall", "length": length, "answers": table}

@@ -377,8 +377,8 @@ def take_stock(
         if c.evaluate.split in wanted:
             run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
             with run.clock.spending("evaluate"):
-                progress = lambda done, of: tell("evaluate", f"evaluating: batch {done} of {of}")
-                result, _ = score(now.params, now.codebooks, progress)
+                so_far = metrics.Progress("evaluating", "batches")
+                result, _ = score(now.params, now.codebooks, lambda *n: tell("evaluate", so_far.line(*n)))
             run.write({"step": step, "split": c.evaluate.split, **result})
             run.console.say(f"step {step:,}: " + evaluate.line(c.evaluate.split, result, run.corpus))
         if records.SAMPLES in wanted:

@@ -246,6 +246,7 @@ def panels(n: int, height: float) -> tuple[Any, list[Any]]:
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
+        ax.locator_params(axis="x", integer=True)
         ax.xaxis.set_major_formatter(in_full())
         ax.yaxis.set_major_formatter(in_full())
     return figure, list(axes)
