@@ -339,8 +339,9 @@ class Cloud:
         return ["--", ".venv/bin/python", "-m", "tests.fakes.worker", f"--workdir={workdir}", *options]
 
     def put(self, file: str, **values: str) -> None:
-        content = json.loads((self.folder / file).read_text())
-        (self.folder / file).write_text(json.dumps(content | values))
+        content, part = json.loads((self.folder / file).read_text()), self.folder / f"{file}.part"
+        part.write_text(json.dumps(content | values))
+        part.rename(self.folder / file)  # gcloud may be looking
 
     def calls(self) -> str:
         return (self.folder / "calls.txt").read_text()

@@ -70,7 +70,7 @@ def test_two_processes_compute_what_one_does_and_process_0_alone_speaks(tvq: Pro
     assert_close(two, alone, 1e-6)
     first, second = ((tmp_path / "two_output" / f"output_{i}.txt").read_text() for i in (0, 1))
     assert "step 20 of 20" in first
-    assert "step" not in second
+    assert not re.search("^step", second, re.M)  # a slow machine has its watchdog speak of steps
     for i in (0, 1):
         assert f"process {i} of 2, coordinator" in (two / "logs" / f"process_{i}.log").read_text()
     assert evaluated(two, 2, 2) == evaluated(two, 1, 4)
