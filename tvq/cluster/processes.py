@@ -87,7 +87,7 @@ class Processes:
         A host that reads slowly is then waited for here, where the watchdog can name it, and not inside a
         device collective that dies of it. About 1 ms, beside the step that the devices still run.
         """
-        self.barrier("batch")
+        self.barrier("batch", self.timeout + 30)  # the watchdog, which says more, is to end the wait
 
     def stop_requested(self) -> bool:
         """True at the same call in all processes, once any of them got SIGTERM or SIGINT.
