@@ -69,8 +69,7 @@ def test_a_process_that_comes_late_is_waited_for(tmp_path: Path) -> None:
             assert second.codes() + first.codes() == [0, 0]
 
 
-def test_who_came_in_time_is_heard_though_process_0_was_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "LINES", [])
+def test_who_came_in_time_is_heard_though_process_0_was_held_up() -> None:
     place = cluster.Place(how="told", n_process=2, coordinator="a:1", hosts=("", ""))
     about = [{"process": i, "n_process": 2, "host": f"host{i}", "pid": i, "items": {}} for i in (0, 1)]
     with (
@@ -80,7 +79,7 @@ def test_who_came_in_time_is_heard_though_process_0_was_held_up(monkeypatch: pyt
         caller.sendall(json.dumps(about[1]).encode() + b"\n")
         call = meeting._RollCall(listener, place, about[0], time.monotonic() - 1, print)
         assert call.run() == {"hosts": ["host0", "host1"]}
-    [line] = meeting.LINES
+    [line] = place.lines
     os.close(line)
 
 
@@ -88,14 +87,14 @@ def test_process_0_waits_for_the_end_of_the_others(monkeypatch: pytest.MonkeyPat
     gone, theirs = socket.socketpair()
     stuck, other = socket.socketpair()
     with gone, stuck, other:
-        monkeypatch.setattr(meeting, "LINES", [gone.fileno()])
+        place = cluster.Place(how="told", lines=[gone.fileno()])
         monkeypatch.setattr(meeting, "END_PATIENCE", 1000.0)
         threading.Timer(0.1, theirs.close).start()
-        meeting.wait_for_others()
+        meeting.wait_for_others(place)
         assert theirs.fileno() == -1
-        monkeypatch.setattr(meeting, "LINES", [gone.fileno(), stuck.fileno()])
+        place.lines.append(stuck.fileno())
         monkeypatch.setattr(meeting, "END_PATIENCE", 0.1)
-        meeting.wait_for_others()
+        meeting.wait_for_others(place)
 
 
 def test_two_processes_of_one_number(tmp_path: Path) -> None:

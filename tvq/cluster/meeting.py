@@ -29,9 +29,6 @@ NEWS_EVERY = 5.0  # seconds between lines while waiting
 LINGER = 5.0  # seconds that a bad verdict is kept for those who come after it
 PORT_PATIENCE = 20.0  # seconds that a predecessor which is still dying may hold the port
 END_PATIENCE = 6.0  # seconds that process 0 gives the others to end before it
-# Connections of the roll call, by number: of process 0 to all others, of each of them to it. Nothing more is
-# said, and the kernel alone closes them: however a process ends, process 0 hears of it.
-LINES: list[int] = []
 
 
 def code_version(package: Path = PACKAGE) -> dict[str, str]:
@@ -116,14 +113,14 @@ def meet(
     return tuple(verdict["hosts"])
 
 
-def wait_for_others() -> None:
+def wait_for_others(place: Place) -> None:
     """In process 0, before a bad end: until all others have ended, at most END_PATIENCE seconds.
 
     When process 0 goes jax aborts the others, and their own last words and exit codes would be lost.
     """
     deadline = time.monotonic() + END_PATIENCE
     with selectors.DefaultSelector() as selector:
-        for line in LINES:
+        for line in place.lines:
             selector.register(line, selectors.EVENT_READ)
         while selector.get_map() and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):
@@ -163,7 +160,7 @@ def _answer(place: Place, line: bytes, deadline: float, say: Callable[[str], Non
                 trouble = "the connection broke"
                 for message in _messages(connection, deadline + 5):  # its verdict comes first
                     if "hosts" in message:
-                        LINES.append(connection.detach())
+                        place.lines.append(connection.detach())
                     if "waiting" not in message:
                         return message
                     news = message["waiting"]
@@ -260,7 +257,7 @@ class _RollCall:
         for caller in [c for c in self.callers.values() if c.about]:
             self._tell(self.verdict, [caller])
             if "hosts" in self.verdict:
-                LINES.append(os.dup(caller.connection.fileno()))
+                self.place.lines.append(os.dup(caller.connection.fileno()))
             self._forget(caller, selector)
             self.told += 1
 

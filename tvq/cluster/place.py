@@ -34,6 +34,9 @@ class Place:
     hosts: tuple[str, ...] = ("",)
     local_devices: int = 0  # devices this process must find; 0: nobody said
     local_device_ids: tuple[int, ...] | None = None  # the devices to take of those visible; None: all
+    # Connections of the roll call, by number: of process 0 to all others, of each of them to it. Nothing more
+    # is said, and the kernel alone closes them: however a process ends, process 0 hears of it.
+    lines: list[int] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:

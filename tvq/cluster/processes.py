@@ -236,7 +236,7 @@ def guard(place: Place, say: Callable[[str], None]) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         if place.is_main:
-            wait_for_others()
+            wait_for_others(place)
         os._exit(code if isinstance(code, int) else EXIT_FAILED)
 
 

@@ -197,5 +197,5 @@ class Watchdog:
             if len(hosts) > 1:
                 time.sleep(LINGER)
             if self.processes.is_main:
-                wait_for_others()
+                wait_for_others(self.processes.place)
             os._exit(EXIT_STUCK)
