@@ -19,6 +19,7 @@ from tvq.data.vocabulary import ByteVocabulary
 
 FORWARD = sorted(path for path in GOLDEN.glob("fwd_*.npz") if "bf16" not in path.name)
 PLACE = cluster.Place(how="a test")
+NOWHERE = Path("/dev/null/x")
 
 
 def bring_in(c: config.Config, workdir: Path, given: Path) -> None:
@@ -92,6 +93,9 @@ def test_export_and_import_are_bitwise(tmp_path, capsys):
         send_out(RUN, first, folder)
     with pytest.raises(ValueError, match=r"--workdir=.*first holds a run already"):
         bring_in(RUN, first, given)
+    for program, workdir, other in ((send_out, first, NOWHERE), (bring_in, NOWHERE, folder)):
+        with pytest.raises(ValueError, match=r"--(output|workdir)=/dev/null/x: cannot write there \("):
+            program(RUN, workdir, other)
 
 
 def test_the_original_attends_across_documents(tmp_path, capsys):

@@ -336,12 +336,8 @@ def explained(say: Callable[[str], None]) -> Iterator[None]:
 
 def open_log(workdir: str, place: cluster.Place) -> cluster.Log:
     """The log of this process. ValueError: the workdir cannot be written."""
-    try:
+    with cluster.writing("--workdir", workdir):
         return cluster.Log(cluster.log_folder(workdir), place)
-    except OSError as error:
-        raise ValueError(
-            f"--workdir={workdir}: cannot write there ({error.strerror}); use another folder"
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -108,6 +108,8 @@ def recorded(path: epath.Path) -> ConfigDict:
         config.update(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno} of {path} is not JSON: {error.msg}; mend it") from error
+    except (AttributeError, TypeError, UnicodeDecodeError) as error:  # a ConfigDict's word for other values
+        raise ValueError(f"{path} is no config ({error}); mend it") from error
     return config
 
 
@@ -359,8 +361,7 @@ def validate(config: Config) -> None:
             " use config.data.source=text, or leave the path empty"
         )
     try:
-        last = traced_updates(config.profile).stop
-        if last > t.steps:
+        if traced_updates(config.profile).stop > t.steps:
             errors.append(
                 f"config.profile.steps {config.profile.steps} goes beyond config.train.steps {t.steps}"
             )

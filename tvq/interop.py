@@ -225,6 +225,8 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     now = jax.jit(begin, out_shardings=whole)(params, codebooks)
     data = {"next_batch": 0, "fingerprint": None, "seconds": {}}
     data |= {"vocabulary": to_json(vocabulary), "image_size": image_size}
+    with cluster.writing("--workdir", workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
         checkpoints.save(0, now, data, config.to_dict(c))
     train.record(workdir, c, log)  # last: without it the folder is no run
@@ -253,8 +255,9 @@ def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     arrays = tensors.named({"params": now.params, "codebooks": now.codebooks})
     kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}
     facts = {"step": str(restored.step), **kept}
-    n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
-    (folder / config.FILE).write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
+    with cluster.writing("--output", folder):
+        n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
+        (folder / config.FILE).write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
     metrics.Console().say(
         f"{state.n_param(now):,} parameters of step {restored.step:,} are in {folder}: {n_byte / 1e6:,.1f} MB"
     )

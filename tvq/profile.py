@@ -38,6 +38,8 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     if place.n_process > 1:
         raise ValueError(f"tvq profile is for one process, but {place}; start it by itself")
     console = metrics.Console()
+    with cluster.writing("--output", output):
+        output.mkdir(parents=True, exist_ok=True)
     devices = mesh.make(c.mesh, jax.devices())
     B, T = c.train.global_batch_size, c.train.sequence_len
     mesh.check(devices, c)

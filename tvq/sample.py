@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -208,7 +209,8 @@ def prefix(
         found = draw.read_on(params, codebooks, found, ids, drawing(c)["model"], tell)
         tell("")
     if save_state:
-        n_byte = draw.save(epath.Path(save_state), found, c.model, weights)
+        with cluster.writing("--save_state", save_state):
+            n_byte = draw.save(epath.Path(save_state), found, c.model, weights)
         n_token = int(found.state.position) + len(found.rest_T)
         say(f"state after {n_token:,} tokens in {save_state}: {n_byte / 1e6:,.1f} MB, as after any number")
     return found
@@ -233,6 +235,10 @@ def sample(
     if stream and output:
         raise ValueError("--stream writes to the terminal and --output to files; use one of them")
     check_decodes(c)
+    for option, folder in {"--output": output, "--save_state": os.path.dirname(save_state or "")}.items():
+        if folder:
+            with cluster.writing(option, folder):  # now, not once all is read and drawn
+                epath.Path(folder).mkdir(parents=True, exist_ok=True)
     restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
     vocabulary = from_json(restored.data["vocabulary"])
     model = restored.state.params, restored.state.codebooks

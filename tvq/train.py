@@ -199,16 +199,12 @@ def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
 
     ValueError: it cannot be written. ClusterError: a run is going on there.
     """
-    try:
+    with cluster.writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         log.claim()
         temporary = workdir / f"{config.FILE}.tmp"
         temporary.write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
         temporary.replace(workdir / config.FILE)
-    except OSError as error:
-        raise ValueError(
-            f"--workdir={workdir}: cannot write there ({error.strerror}); use another folder"
-        ) from error
 
 
 def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:

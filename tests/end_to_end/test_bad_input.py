@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.end_to_end.conftest import Here
-from tests.end_to_end.program import Program, assert_same_run, rows, tree
+from tests.end_to_end.program import TINY, Program, assert_same_run, rows, tree
 from tvq import __main__, cluster, config, train
 from tvq.data.corpus import open_corpus
 
@@ -166,6 +166,9 @@ def test_a_config_that_was_edited_badly(tvq: Program, refuse: Refuse, tmp_path: 
     (workdir / config.FILE).write_text('{"model": {\n"d_model": 32,}}')
     for command in (["train", *tvq.options(workdir)], ["eval", f"--workdir={workdir}"]):
         assert f"line 2 of {workdir / config.FILE} is not JSON" in refuse(*command)
+    for text in ("[]", '{"train": 3}', '{"train": {"steps": "many"}}'):
+        (workdir / config.FILE).write_text(text)
+        assert f"{workdir / config.FILE} is no config (" in refuse("eval", f"--workdir={workdir}")
 
 
 def test_a_workdir_that_is_no_run(tvq: Program, refuse: Refuse, tmp_path: Path) -> None:
@@ -188,6 +191,24 @@ def test_a_run_that_is_going_on_in_the_workdir(tvq: Program, here: Here, tmp_pat
         after = tree(workdir)
         assert "a run is going on" in after.pop("logs/process_0.log").decode()
         assert after.items() <= before.items()
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["sample"], "--output=/dev/null/x"),
+        (["sample"], "--save_state=/dev/null/x"),
+        (["profile", f"--config={TINY}"], "--output=/dev/null/x"),
+    ],
+)
+def test_where_nothing_can_be_written(
+    tvq: Program, refuse: Refuse, tmp_path: Path, command: list[str], option: str
+) -> None:
+    """Said before anything is read, drawn or compiled."""
+    write_run(tvq, tmp_path / "run")
+    more = [] if command[0] == "profile" else [f"--workdir={tmp_path / 'run'}"]
+    message = refuse(*command, *more, option, f"--config.data.path={tvq.corpus}")
+    assert message.startswith((f"{option}: cannot write there (", "--save_state=/dev/null: cannot write"))
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

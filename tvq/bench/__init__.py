@@ -40,12 +40,13 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     console = metrics.Console()
     s = Session(c, mesh.make(c.mesh, jax.devices()), log.say, time.monotonic())
     PREPARE[c.bench.kind](s)
+    with cluster.writing("--output", output):  # now, not once all is measured
+        output.mkdir(parents=True, exist_ok=True)
     found = report.rows(s, measure(s))
     if not found:
         raise ValueError("no case could be measured; see the notes above")
     facts = conditions(s)
     console.say(report.table(found))
-    output.mkdir(parents=True, exist_ok=True)
     text = {**facts, "notes": s.notes, "rows": found, "config": config.to_dict(c)}
     (output / "bench.json").write_text(json.dumps(text, indent=1) + "\n")
     (output / "bench.md").write_text(document(facts, s.notes, found))

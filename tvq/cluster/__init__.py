@@ -12,6 +12,7 @@ from tvq.cluster.errors import (
     EXIT_STOPPED,
     EXIT_STUCK,
     ClusterError,
+    writing,
 )
 from tvq.cluster.log import Log, local_folder, log_folder
 from tvq.cluster.meeting import code_version
@@ -37,4 +38,5 @@ __all__ = [
     "log_folder",
     "start",
     "tpu_metadata",
+    "writing",
 ]

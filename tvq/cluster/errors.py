@@ -1,4 +1,8 @@
-"""How a process ends: one error, and the exit codes that a supervisor reads."""
+"""How a process ends: its errors, and the exit codes that a supervisor reads."""
+
+import contextlib
+import os
+from collections.abc import Iterator
 
 EXIT_FAILED = 1  # restart me
 EXIT_INPUT = 2  # wrong configuration or input: a restart would fail again
@@ -9,3 +13,14 @@ EXIT_STOPPED = 75  # asked to stop, and saved: start me again
 
 class ClusterError(RuntimeError):
     """The processes did not come together, or lost one another. Starting again may succeed."""
+
+
+@contextlib.contextmanager
+def writing(option: str, folder: str | os.PathLike[str]) -> Iterator[None]:
+    """ValueError, in the name of the option that asked for it: what runs inside cannot write the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{option}={folder}: cannot write there ({error.strerror}); use another folder"
+        ) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from tvq import config, metrics
+from tvq import cluster, config, metrics
 from tvq.records import Sample
 from tvq.report import pictures, runs
 from tvq.report.runs import Run
@@ -34,14 +34,10 @@ def report(workdirs: Sequence[str], output: str) -> int:
         raise ValueError("tvq report draws with matplotlib: pip install 'tvq[plots]'")
     found = runs.read(list(workdirs))
     folder = epath.Path(output or epath.Path(workdirs[0]) / "report")
-    try:
+    with cluster.writing("--output", folder):
         folder.mkdir(parents=True, exist_ok=True)
         drawn = [(title, draw(figure, folder / f"{name}.png")) for name, title, figure in figures(found)]
         (folder / FILE).write_text(page(found, drawn))
-    except OSError as error:
-        raise ValueError(
-            f"--output={folder}: cannot write there ({error.strerror}); use another folder"
-        ) from error
     with metrics.Console() as console:
         console.say(
             f"{folder / FILE}: {len(found)} {'run' if len(found) == 1 else 'runs'}, {len(drawn)} pictures"
