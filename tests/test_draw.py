@@ -216,6 +216,9 @@ def test_a_saved_prefix_goes_on_bitwise(tmp_path):
         assert (np.asarray(x).tobytes(), x.dtype, x.shape) == (np.asarray(y).tobytes(), y.dtype, y.shape)
     asked = [draw.read_on(*small.parameters(MODEL), p, question, MODEL) for p in (prefix, loaded)]
     assert tensors.fingerprint(asked[0]) == tensors.fingerprint(asked[1])
+    bits = np.zeros(4, np.float32)
+    others = [{"a": bits}, {"b": bits}, {"a": bits.reshape(2, 2)}, {"a": bits.view(np.int32)}]
+    assert len({tensors.fingerprint(x) for x in others}) == 4, "names, shapes and dtypes count too"
     (want,) = continuations(asked[:1], [0], temperature=2.0)
     assert continuations(asked[1:], [0], temperature=2.0) == [want]
     # Document and question at once: the same text.
