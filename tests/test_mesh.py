@@ -154,11 +154,12 @@ def test_an_odd_number_of_devices_is_added_up_too():
     np.testing.assert_array_equal(jax.jit(add)(np.arange(6, dtype=np.int32)), [15])
 
 
-def test_parameters_sent_in_few_bytes_are_as_if_cast_afterwards():
+@pytest.mark.parametrize(("D", "narrow"), [(24, "bf16"), (64, "f32")])  # 64: the 8 rows of a tile
+def test_parameters_sent_in_few_bytes_are_as_if_cast_afterwards(D, narrow):
     """Bit by bit, and their gradients too, which are summed in float32."""
     cut = PartitionSpec("devices")
     kernel_DX, x_TD = (
-        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(24, 5), (16, 24)])
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(D, 5), (16, D)])
     )
 
     def both(dtypes: dict[str, str], kernel_DX: jax.Array, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,7 +171,7 @@ def test_parameters_sent_in_few_bytes_are_as_if_cast_afterwards():
         return y_TX, *back(y_TX)
 
     found = []
-    for dtypes, sent in ({}, "f32"), ({"q": "bfloat16"}, "bf16"):
+    for dtypes, sent in ({}, "f32"), ({"q": "bfloat16"}, narrow):
         one = jax.shard_map(
             functools.partial(both, dtypes), mesh=on(8), in_specs=(cut, cut), out_specs=(cut, cut)
         )
