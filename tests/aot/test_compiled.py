@@ -39,14 +39,14 @@ def compiled(recipe: str, topology: str, n_layer: int, n_parallel: int = 0) -> t
     model = dataclasses.replace(model, n_layer=n_layer, n_parallel=n_parallel)
     model = transformer.suited(model, device.platform)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
-    inputs = (
+    inputs = lambda: (
         *transformer.init(model, jax.random.key(0)),
         dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), jnp.zeros((B, T), jnp.int32)),
         transformer.initial_state(model, B),
     )
     loss = lambda *inputs: train_step.loss_fn(*inputs, None, model)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    shapes = jax.tree.map(place, jax.eval_shape(lambda: inputs))
+    shapes = jax.tree.map(place, jax.eval_shape(inputs))
     made = gradient.lower(*shapes).compile()
     return (
         list(Program.read(made.as_text()).kernels()),

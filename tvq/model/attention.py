@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from tvq import dims
 from tvq.model import cache
 
-# Names what a rematerialised unit keeps: projections, codes, cache means, output and normaliser.
+# Names what a rematerialised unit keeps: projections, position keys, codes, counts and means of the cache,
+# output and normaliser.
 KEPT = "kept"
 # The score of a key that may not be seen: finite, so that no difference of two scores is NaN.
 UNSEEN = -1e30
@@ -162,14 +163,14 @@ def attend_at_once(
     )
     after = State(z_all[:, :, T:], k_all[:, :, T:], v_all[:, :, T:], count_BHRS[:, :, R], sum_BHRSV[:, :, R])
     after = jax.tree.map(past, after)
-    count_BHRS, sum_BHRSV = count_BHRS[:, :, :R], past(sum_BHRSV[:, :, :R])
+    count_BHRS, sum_BHRSV = checkpoint_name(count_BHRS[:, :, :R], KEPT), past(sum_BHRSV[:, :, :R])
     mean_BHRSV = (sum_BHRSV / jnp.maximum(count_BHRS, 1.0)[..., None]).astype(v_BHTV.dtype)
     mean_BHRSV = checkpoint_name(mean_BHRSV, KEPT)
 
-    q_BHRLK = q_BHTK.reshape(B, H, R, L, -1)
+    # As one array: the gradients of u and w then are one sum over the tokens.
+    quw_2BHRLK = q_BHTK.reshape(1, B, H, R, L, -1) + jnp.stack([u_HK, w_HK])[:, None, :, None, None]
     o_BHRLV = window_and_cache(
-        (q_BHRLK + u_HK[None, :, None, None, :]).astype(narrow),
-        (q_BHRLK + w_HK[None, :, None, None, :]).astype(narrow),
+        *quw_2BHRLK.astype(narrow),
         r_BHEK[:, :, ::-1].astype(narrow),
         pieces(k_all, L, M, past),
         pieces(v_all, L, M, past),

@@ -123,13 +123,11 @@ def split_heads(x_BTX: jax.Array, n_head: int) -> jax.Array:
 @jax.named_scope("project")
 def queries_and_keys(params: dict, xt_BTD: jax.Array, config: Model) -> tuple[jax.Array, jax.Array]:
     """Scaled queries and keys `[B,H,T,K]`, float32 at least, of a gated unit's normed input."""
-    K = config.d_k
-
-    def one(name: str) -> jax.Array:
-        x_BTX = checkpoint_name(dense(xt_BTD, params[name]), KEPT)
-        return rms_norm(split_heads(x_BTX, x_BTX.shape[-1] // K)) * K**-0.25
-
-    return one("q"), one("k")
+    qk_DX = jnp.concatenate([params["q"], params["k"]], 1)
+    qk_BTX = checkpoint_name(dense(xt_BTD, qk_DX), KEPT)
+    qk_BHTK = rms_norm(split_heads(qk_BTX, qk_BTX.shape[-1] // config.d_k)) * config.d_k**-0.25
+    q_BHTK, k_BHTK = jnp.split(qk_BHTK, 2, 1)
+    return q_BHTK, k_BHTK
 
 
 @jax.named_scope("project")
@@ -181,7 +179,7 @@ def gated_unit(
     e2_BHT = vq.squared_error(k_BHTK, kz_BHTK)
     u_HK, w_HK = biases(params, config)
     attended_BHTK = k_BHTK if config.attention == "full" else vq.straight_through(k_BHTK, kz_BHTK)
-    r_BHEK = position_keys(params, sinusoid_BED, H)
+    r_BHEK = checkpoint_name(position_keys(params, sinusoid_BED, H).astype(x_BTD.dtype), KEPT)
     y_BTD, state = _attend(
         params, xt_BTD, q_BHTK, attended_BHTK, z_BHT, c_HSK, u_HK, w_HK, r_BHEK, state, start_BX, config, axes
     )

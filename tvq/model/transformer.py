@@ -218,8 +218,8 @@ def forward(
     probe = None if draws is None else layers.local_probe(draws, first, T)
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
-        unit_params, codebook, unit_state, index = scanned
-        unit_params = mesh.gather(unit_params, axes, "units", dict.fromkeys(layers.KERNELS, config.dtype))
+        pairs, codebook, unit_state, index = scanned
+        unit_params = mesh.gather(unpaired(pairs), axes, "units", dict.fromkeys(layers.KERNELS, config.dtype))
         sinusoid_BED = jnp.broadcast_to(distance_ED[None], (x_BTD.shape[0], *distance_ED.shape))
         if draws is not None:
             keys_B = layers.sequence_keys(draws.timeless, layers.SINUSOID, index, draws.sequence_B)
@@ -233,14 +233,38 @@ def forward(
             keys_B = layers.sequence_keys(draws.timeless, layers.LAYER, index, draws.sequence_B)
             keep_B11 = layers.dropout(jnp.ones((x_BTD.shape[0], 1, 1), y_BTD.dtype), config.p_droplyr, keys_B)
             y_BTD = y_BTD * keep_B11
-        return x_BTD + y_BTD, (unit_state, stats)
+        means_X = jnp.stack([stats["commit"], *stats["metrics"].values()])
+        return x_BTD + y_BTD, (unit_state, stats["codebook"], means_X)
 
-    scanned = (params["units"], codebooks, state.units, jnp.arange(n_unit(config)))
-    x_BTD, (units, stats) = jax.lax.scan(rematerialised(unit, config.remat), x_BTD, scanned)
+    scanned = (paired(params["units"]), codebooks, state.units, jnp.arange(n_unit(config)))
+    unit = rematerialised(unit, config.remat)
+    x_BTD, (units, codebook_stats, means_NX) = jax.lax.scan(unit, x_BTD, scanned)
+    metrics = dict(zip(vq.KEY_METRICS, means_NX[:, 1:].T, strict=True))
+    stats = {"commit": means_NX[:, 0], "codebook": codebook_stats, "metrics": metrics}
     after_BE = None if start_BX is None else start_BX[:, T:]
     if axes.T:
         after_BE = parts.carried_out(after_BE, axes.T)
     return x_BTD, State(state.position + n_part * T, units, after_BE), stats
+
+
+def paired(units: dict) -> dict:
+    """The parameters of all units with small ones side by side: each array that a loop reads, or makes the
+    gradient of, is copied on its own.
+    """
+    pair = lambda one, other: jnp.concatenate([one, other], -1)
+    pairs = {
+        "norm": pair(units["norm"]["gain"], units["norm"]["bias"]),
+        "qk": pair(units["q"], units["k"]),
+        "uw": pair(units["u"], units["w"]),
+    }
+    return pairs | {name: units[name] for name in ("r", "v", "g", "out")}
+
+
+def unpaired(pairs: dict) -> dict:
+    """The parameters of one unit."""
+    (gain, bias), (q, k), (u, w) = (jnp.split(pairs[name], 2, -1) for name in ("norm", "qk", "uw"))
+    kernels = {name: pairs[name] for name in ("r", "v", "g", "out")}
+    return {"norm": {"gain": gain, "bias": bias}, "q": q, "k": k, "u": u, "w": w} | kernels
 
 
 def rematerialised(unit: Callable, remat: str) -> Callable:

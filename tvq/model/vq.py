@@ -14,6 +14,14 @@ from jax import lax
 from tvq import dims
 
 COUNT_FLOOR = 0.01
+# Of `key_metrics`, in this order.
+KEY_METRICS = (
+    "vec_norm_mean",
+    "vec_hat_norm_mean",
+    "relative_err_mean",
+    "relative_err_min",
+    "relative_err_max",
+)
 
 
 def codewords(codebook: dict) -> jax.Array:
@@ -28,7 +36,7 @@ def nearest(k_BHTK: jax.Array, c_HSK: jax.Array) -> jax.Array:
     dims.check(k_BHTK=k_BHTK, c_HSK=c_HSK)
     # |k - c|^2 less |k|^2, halved and negated. Full precision: the codes decide everything after them.
     score_BHTS = jnp.einsum("bhtk,hsk->bhts", k_BHTK, c_HSK, precision=lax.Precision.HIGHEST)
-    score_BHTS = score_BHTS - 0.5 * jnp.sum(c_HSK**2, -1)[None, :, None, :]
+    score_BHTS = score_BHTS - jnp.sum(0.5 * c_HSK**2, -1)[None, :, None, :]
     return jnp.argmax(score_BHTS, -1).astype(jnp.int32)
 
 
@@ -157,15 +165,8 @@ def key_metrics(
     k_BHTK: jax.Array, kz_BHTK: jax.Array, e2_BHT: jax.Array, block_len: int
 ) -> dict[str, jax.Array]:
     """Norms and relative quantisation error of the keys; extremes are those of a block."""
-    norm_BHT = jnp.linalg.norm(k_BHTK, axis=-1)
+    norm_BHT, hat_norm_BHT = jnp.linalg.norm(k_BHTK, axis=-1), jnp.linalg.norm(kz_BHTK, axis=-1)
     relative_BHT = jnp.sqrt(e2_BHT) / norm_BHT
-    relative_BHRL = relative_BHT.reshape(*relative_BHT.shape[:2], -1, block_len)
-    return lax.stop_gradient(
-        {
-            "vec_norm_mean": norm_BHT.mean(),
-            "vec_hat_norm_mean": jnp.linalg.norm(kz_BHTK, axis=-1).mean(),
-            "relative_err_min": relative_BHRL.min(-1).mean(),
-            "relative_err_mean": relative_BHT.mean(),
-            "relative_err_max": relative_BHRL.max(-1).mean(),
-        }
-    )
+    x_3BHRL = jnp.stack([norm_BHT, hat_norm_BHT, relative_BHT]).reshape(3, *e2_BHT.shape[:2], -1, block_len)
+    x_5BHR = jnp.stack([*x_3BHRL.mean(-1), x_3BHRL[2].min(-1), x_3BHRL[2].max(-1)])
+    return dict(zip(KEY_METRICS, lax.stop_gradient(x_5BHR.mean((1, 2, 3))), strict=True))
