@@ -1,8 +1,8 @@
 """Costs of a gated unit in programs compiled ahead of time for an H200 and a TPU v5e: `make test-aot`.
 
-A unit's cost is half of what a second layer adds to the gradient of the loss, of 8 sequences of 2048 tokens.
+A unit's cost is half of what one more layer adds to the gradient of the loss, of 8 sequences of 2048 tokens.
 The numbers to hold are those of the best formulation that was studied, with its layers written out one after
-the other; here they are a loop, which also copies what is kept to its place: 37 of the kernels.
+the other; here they are a loop, which also copies what is kept to its place.
 """
 
 import dataclasses
@@ -55,15 +55,15 @@ def compiled(recipe: str, topology: str, n_layer: int, n_parallel: int = 0) -> t
     )
 
 
-def a_unit(recipe: str, topology: str) -> dict[str, float]:
-    """Kernels, and FLOPs, bytes and kept bytes a token, of one unit."""
-    (one, kept_one, _), (two, kept_two, _) = (compiled(recipe, topology, n_layer) for n_layer in (1, 2))
-    total = lambda count: sum(map(count, two)) - sum(map(count, one))
+def a_unit(recipe: str, topology: str, n_layer: int) -> dict[str, float]:
+    """Kernels, and FLOPs, bytes and kept bytes a token, of one unit of the last of n_layer layers."""
+    (less, kept_less, _), (more, kept_more, _) = (compiled(recipe, topology, n_layer - n) for n in (1, 0))
+    total = lambda count: sum(map(count, more)) - sum(map(count, less))
     return {
         "kernels": total(lambda kernel: kernel.n) / 2,
         "flops": total(lambda kernel: kernel.n * kernel.flops) / 2 / B / T,
         "bytes": total(lambda kernel: kernel.n * kernel.nbytes) / 2 / B / T,
-        "kept": (kept_two - kept_one) / 2 / B / T,
+        "kept": (kept_more - kept_less) / 2 / B / T,
     }
 
 
@@ -71,12 +71,14 @@ def a_unit(recipe: str, topology: str) -> dict[str, float]:
 STUDY = {"enwik8": (120, 380e3, 11e3 + 2 * 1536), "pg19": (118, 824e3, 27e3 + 2 * 4096)}
 
 
+# The fewest layers, and those of the recipes: the compiler decides by sizes what it fuses.
+@pytest.mark.parametrize("n_layer", [2, 24])
 @pytest.mark.parametrize("recipe", STUDY)
-def test_a_unit_on_an_h200(recipe):
-    found, (n_kernel, moved, kept) = a_unit(recipe, "h200"), STUDY[recipe]
-    print(recipe, found)
-    assert found["kernels"] <= 1.15 * n_kernel + 37
-    assert found["bytes"] <= 1.18 * moved
+def test_a_unit_on_an_h200(recipe, n_layer):
+    found, (n_kernel, moved, kept) = a_unit(recipe, "h200", n_layer), STUDY[recipe]
+    print(recipe, n_layer, found)
+    assert found["kernels"] <= 1.15 * n_kernel
+    assert found["bytes"] <= 1.15 * moved
     assert found["kept"] <= 1.15 * kept
 
 
