@@ -252,3 +252,9 @@ def test_no_token():
     assert evaluate.total(score, *small.parameters(MODEL), []) == (0.0, 0)
     with pytest.raises(ValueError, match="no token"):
         evaluate.result(0.0, 0, info())
+
+
+def test_a_result_that_cannot_be_kept():
+    devices = mesh.make(config.Mesh(), jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"--workdir=/dev/null: cannot write there \(Not a directory"):
+        evaluate.record(epath.Path("/dev/null"), config.Config(), "step_1_test", {}, devices)

@@ -17,7 +17,7 @@ MODEL = dataclasses.replace(small.MODEL, n_vocab=259)
 def test_halves_are_completed(tmp_path):
     given = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
     for i, pixels in enumerate(given):
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).save(tmp_path / f"{i}{['.png', '.PNG'][i]}")
     halves = pictures.upper_halves(epath.Path(tmp_path), SIZE)
     c = config.Config(model=MODEL, sample=config.Sample(n_sample=2, batch_size=4))
     options = {"model": MODEL, "temperature": 1.0, "p_nucleus": 1.0}

@@ -357,5 +357,6 @@ def record(workdir: epath.Path, c: Config, name: str, found: dict, devices: Mesh
         "config": config.to_dict(c),
     }
     path = workdir / "evaluations" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    with cluster.writing("--workdir", workdir):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
