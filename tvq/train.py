@@ -92,7 +92,8 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
     mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
     tx = optimizer.make(c.optimizer)
-    sample.check(c, corpus.image_size, state.place(c, tx, devices))
+    placed = state.place(c, tx, devices)
+    sample.check(c, corpus.image_size, placed)
     if processes.is_main:
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
 
@@ -105,7 +106,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         )
         n_token = c.train.global_batch_size * c.train.update_len
         clock = metrics.Clock(n_token, describe.roof(c, devices), began)
-        now, step = resume(c, corpus, devices, tx, checkpoints, clock, console.say)
+        now, step = resume(c, corpus, placed, tx, checkpoints, clock, console.say)
         # Process 0 wrote the config before the restore: who does not see it has another folder of that name.
         shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
@@ -168,7 +169,7 @@ def check_workdir(workdir: epath.Path, c: Config) -> None:
 def resume(
     c: Config,
     corpus: AnyCorpus,
-    devices: Mesh,
+    placed: TrainState,
     tx: Any,
     checkpoints: Checkpoints,
     clock: metrics.Clock,
@@ -176,9 +177,9 @@ def resume(
 ) -> tuple[TrainState, int]:
     """State and step of the newest whole checkpoint, of a new run where there is none; the clock goes on.
 
-    The data position needs no restoring: batch t is a function of (seed, t).
+    `placed` says how it lies on the mesh. The data position needs no restoring: batch t is a function of
+    (seed, t).
     """
-    placed = state.place(c, tx, devices)
     restored = checkpoints.restore(placed, say)
     if restored is None:
         shardings = jax.tree.map(lambda x: x.sharding, placed)
