@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss", "optimizer", "state",
+    "errors", "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss",
+    "optimizer", "state",
     "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "prepare", "trace",
     "evaluate", "recall", "draw", "pictures", "sample", "describe", "train", "bench", "report", "doctor",
     "plan", "profile", "interop", "__main__",

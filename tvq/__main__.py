@@ -8,9 +8,7 @@ import io
 import os
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +32,7 @@ from tvq import (
 )
 from tvq.checkpoint import SaveError
 from tvq.data.corpus import cache_folder
+from tvq.errors import InputError
 
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
     "train": (
@@ -263,11 +262,11 @@ def _add_prepare(commands: Any) -> None:
 
 
 def refuse(more: Sequence[str], arguments: argparse.Namespace) -> None:
-    """ValueError: there are options that the command does not have."""
+    """InputError: there are options that the command does not have."""
     for text in more:
         close = difflib.get_close_matches(text.partition("=")[0].strip("-"), vars(arguments), n=1)
         hint = f"did you mean --{close[0]}?" if close else f"see tvq {arguments.command} --help"
-        raise ValueError(f"{text} is no option; {hint}")
+        raise InputError(f"{text} is no option; {hint}")
 
 
 def prepare_options(arguments: argparse.Namespace) -> prepare.Options:
@@ -281,13 +280,13 @@ def starting_config(arguments: argparse.Namespace) -> ConfigDict:
     if arguments.config:
         return config.load(arguments.config)
     if arguments.workdir is None:
-        raise ValueError("tvq config needs a --config file or the --workdir of a run")
+        raise InputError("tvq config needs a --config file or the --workdir of a run")
     is_import = arguments.command == "import"
     path = epath.Path(arguments.input if is_import else arguments.workdir) / config.FILE
     if is_import and not path.exists():
-        raise ValueError(f"--input={arguments.input} has no {config.FILE} with it; give the --config")
+        raise InputError(f"--input={arguments.input} has no {config.FILE} with it; give the --config")
     if not path.exists():
-        raise ValueError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
+        raise InputError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
     return config.recorded(path)
 
 
@@ -302,7 +301,7 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
             hint = (
                 f"did you mean --{close[0]}?" if close else "fields are set as --config.section.field=value"
             )
-            raise ValueError(f"{text} is no option; {hint}")
+            raise InputError(f"{text} is no option; {hint}")
         config.override(found, name, value)
     for field in short(arguments.command):
         value = getattr(arguments, field.name)
@@ -322,11 +321,7 @@ def explained(say: Callable[[str], None]) -> Iterator[None]:
     except train.DivergedError as error:
         say(f"tvq: {error}")
         sys.exit(cluster.EXIT_DIVERGED)
-    except ValueError as error:
-        # Raised by us it is the user's to mend; raised by a library it is our mistake, with its traceback.
-        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if Path(__file__).parent not in origin.parents:
-            raise
+    except InputError as error:
         say(f"tvq: {error}")
         sys.exit(cluster.EXIT_INPUT)
     except KeyboardInterrupt:
@@ -335,7 +330,7 @@ def explained(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def open_log(workdir: str, place: cluster.Place) -> cluster.Log:
-    """The log of this process. ValueError: the workdir cannot be written."""
+    """The log of this process. InputError: the workdir cannot be written."""
     with cluster.writing("--workdir", workdir):
         return cluster.Log(cluster.log_folder(workdir), place)
 
@@ -363,14 +358,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.cpu_devices is not None:
             if arguments.cpu_devices < 1:
-                raise ValueError(f"--cpu_devices must be at least 1, not {arguments.cpu_devices}")
+                raise InputError(f"--cpu_devices must be at least 1, not {arguments.cpu_devices}")
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
         if run.train.reproducible:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
         if "float64" in (run.model.dtype, run.model.param_dtype):
             if run.model.dtype != run.model.param_dtype:
-                raise ValueError(
+                raise InputError(
                     f"config.model.dtype {run.model.dtype} and config.model.param_dtype"
                     f" {run.model.param_dtype} do not go together; use float64 for both or neither"
                 )

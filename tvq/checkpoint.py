@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 
 from tvq import tensors
+from tvq.errors import InputError
 
 SEAL = "SEAL.json"
 ITEMS = ("meta", "state")
@@ -150,7 +151,7 @@ class Checkpoints:
 
         `abstract_state` is the tree of `jax.ShapeDtypeStruct` with shardings to restore, on any mesh. For
         each damaged checkpoint that is passed over, `say` gets a line (on process 0); the next `save` moves
-        those out of the way. ValueError if all are damaged, or if an array has another shape or dtype.
+        those out of the way. InputError if all are damaged, or if an array has another shape or dtype.
         """
         step, self._damaged = self._newest(ITEMS, say)
         if step is None:
@@ -188,7 +189,7 @@ class Checkpoints:
         n_damaged = int(multihost_utils.broadcast_one_to_all(np.int32(len(damage))))
         if n_damaged == len(steps):
             detail = "\n".join(damage) or "the log of process 0 says how"
-            raise ValueError(
+            raise InputError(
                 f"all {n_damaged} checkpoints in {self._directory} are damaged; restore them from a copy,"
                 f" or use another workdir\n{detail}"
             )
@@ -299,7 +300,7 @@ def _check_arrays(step: int, saved: dict[str, str], wanted: dict[str, str]) -> N
     differing = tensors.differing(saved, wanted, "saved")
     if differing:
         more = len(differing) - MAX_LISTED
-        raise ValueError(
+        raise InputError(
             f"checkpoint {step} holds another model or optimizer: {len(differing)} arrays differ;"
             " use the config it was saved with, or another workdir\n"
             + "\n".join(differing[:MAX_LISTED])

@@ -1,7 +1,6 @@
 """The config of a run: read from a file, overridden, checked, and frozen into the schema's dataclasses.
 
-A config file returns `base()` with some fields assigned. `build` turns it, once and at the door, into
-frozen dataclasses. Nothing here touches jax.
+A config file returns `base()` with fields assigned; `build` turns it, once, into frozen dataclasses. No jax.
 """
 
 import dataclasses
@@ -18,6 +17,7 @@ from typing import Any, get_type_hints
 from etils import epath
 from ml_collections import ConfigDict
 
+from tvq.errors import InputError
 from tvq.schema import (
     Bench,
     Checkpoint,
@@ -77,15 +77,15 @@ def base() -> ConfigDict:
 
 
 def load(path: str) -> ConfigDict:
-    """What `get_config()` of the Python file at `path` returns. ValueError: there is no such thing."""
+    """What `get_config()` of the Python file at `path` returns. InputError: there is no such thing."""
     if not os.path.isfile(path):
-        raise ValueError(f"--config={path}: there is no such file")
+        raise InputError(f"--config={path}: there is no such file")
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:
-        raise ValueError(f"--config={path}: line {error.lineno} is not Python: {error.msg}") from error
+        raise InputError(f"--config={path}: line {error.lineno} is not Python: {error.msg}") from error
     if "get_config" not in names:
-        raise ValueError(f"--config={path} has no function get_config()")
+        raise InputError(f"--config={path} has no function get_config()")
     try:
         config = names["get_config"]()
     except (AttributeError, KeyError, TypeError) as error:  # a locked ConfigDict's word for a wrong field
@@ -95,9 +95,9 @@ def load(path: str) -> ConfigDict:
         while isinstance(reason, Exception):  # an AttributeError of ConfigDict's holds a KeyError
             reason = reason.args[0] if reason.args else repr(reason)
         words = re.sub(r' Other fields present: ".*"', "", str(reason)).replace("\n", " ")
-        raise ValueError(f"--config={path}{where}: {words}") from error
+        raise InputError(f"--config={path}{where}: {words}") from error
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"--config={path}: get_config() returned no ConfigDict; start from config.base()")
+        raise InputError(f"--config={path}: get_config() returned no ConfigDict; start from config.base()")
     return config
 
 
@@ -107,18 +107,18 @@ def recorded(path: epath.Path) -> ConfigDict:
     try:
         config.update(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno} of {path} is not JSON: {error.msg}; mend it") from error
+        raise InputError(f"line {error.lineno} of {path} is not JSON: {error.msg}; mend it") from error
     except (AttributeError, TypeError, UnicodeDecodeError) as error:  # a ConfigDict's word for other values
-        raise ValueError(f"{path} is no config ({error}); mend it") from error
+        raise InputError(f"{path} is no config ({error}); mend it") from error
     return config
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets `section.field` to what was written on the command line. ValueError: no such field, wrong type."""
+    """Sets `section.field` to what was written on the command line. InputError: no such field, wrong type."""
     section, _, key = name.partition(".")
     types = field_types()
     if name not in types:
-        raise ValueError(f"--config.{name} is not a field{nearest(name)}")
+        raise InputError(f"--config.{name} is not a field{nearest(name)}")
     wanted = types[name]
     value: Any = {"true": True, "false": False}.get(text.lower()) if wanted is bool else text
     if wanted in (int, float):
@@ -128,7 +128,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
             value = None
     if value is None:
         kind = "true or false" if wanted is bool else wanted.__name__
-        raise ValueError(f"--config.{name} must be {kind}, not {text!r}")
+        raise InputError(f"--config.{name} must be {kind}, not {text!r}")
     config[section][key] = value
 
 
@@ -196,12 +196,12 @@ def nearest(name: str) -> str:
 
 
 def build(config: ConfigDict | dict) -> Config:
-    """The validated, frozen form. ValueError names each unknown, missing, mistyped or impossible field."""
+    """The validated, frozen form. InputError names each unknown, missing, mistyped or impossible field."""
     flat, known = flatten(config), docs()
     errors = [f"config.{name} is not a field{nearest(name)}" for name in flat if name not in known]
     errors += [f"config.{name} is missing ({doc})" for name, doc in known.items() if name not in flat]
     if errors:
-        raise ValueError("\n".join(errors))
+        raise InputError("\n".join(errors))
     sections = {}
     for section_name, cls in get_type_hints(Config).items():
         types, values = get_type_hints(cls), {}
@@ -214,7 +214,7 @@ def build(config: ConfigDict | dict) -> Config:
             values[f.name] = value
         sections[section_name] = cls(**values)
     if errors:
-        raise ValueError("\n".join(errors))
+        raise InputError("\n".join(errors))
     built = Config(**sections)
     validate(built)
     return built
@@ -232,11 +232,11 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def traced_updates(config: Profile) -> range:
-    """The updates to trace. ValueError: profile.steps is something else."""
+    """The updates to trace. InputError: profile.steps is something else."""
     found = re.fullmatch(r"(\d+):(\d+)", config.steps or "0:0")
     updates = range(int(found[1]), int(found[2])) if found else range(0)
     if config.steps and not updates:
-        raise ValueError(
+        raise InputError(
             "config.profile.steps must be FIRST:LAST, with FIRST below LAST, as in 100:104,"
             f" not {config.steps!r}"
         )
@@ -299,7 +299,7 @@ def batch_misfit(name: str, size: int, sizes: Mapping[str, int], accumulate: int
 
 
 def validate(config: Config) -> None:
-    """Ranges and divisibility that need no device. ValueError holds one line for each broken rule."""
+    """Ranges and divisibility that need no device. InputError holds one line for each broken rule."""
     errors = out_of_range(config)
 
     def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -365,7 +365,7 @@ def validate(config: Config) -> None:
             errors.append(
                 f"config.profile.steps {config.profile.steps} goes beyond config.train.steps {t.steps}"
             )
-    except ValueError as error:
+    except InputError as error:
         errors.append(str(error))
     divides("train.sequence_len", t.sequence_len, "train.update_len", t.update_len)
     divides("train.update_len", t.update_len, "model.block_len", m.block_len)
@@ -397,4 +397,4 @@ def validate(config: Config) -> None:
         errors += misfits(config, known)
         errors += batch_misfit("train.global_batch_size", t.global_batch_size, known, t.accumulate)
     if errors:
-        raise ValueError("\n".join(errors))
+        raise InputError("\n".join(errors))

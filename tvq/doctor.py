@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 
 
 def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Prints what is found; 0 where that is nothing, else FOUND. ValueError: there is nothing to read yet."""
+    """Prints what is found; 0 where that is nothing, else FOUND. InputError: there is nothing to read yet."""
     console = metrics.Console()
     rows = read(workdir / records.FILE)
     folder = workdir / health.FOLDER

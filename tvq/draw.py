@@ -13,6 +13,7 @@ from etils import epath
 from tvq import metrics, tensors
 from tvq.config import CHANGEABLE, Model
 from tvq.data.vocabulary import END
+from tvq.errors import InputError
 from tvq.model import transformer
 
 REMOVED = -1e10
@@ -263,7 +264,7 @@ def save(path: epath.Path, prefix: Prefix, model: Model, weights: str) -> int:
 
 
 def load(path: epath.Path, model: Model, weights: str) -> Prefix:
-    """What `save` wrote. ValueError: it is no such file, or of another model; each difference is named."""
+    """What `save` wrote. InputError: it is no such file, or of another model; each difference is named."""
     arrays, origin = tensors.read("--from_state", path)
     wanted = {"weights": weights, **_origin(model)}
     differing = [
@@ -272,7 +273,7 @@ def load(path: epath.Path, model: Model, weights: str) -> Prefix:
         if origin.get(name) != value
     ]
     if differing:
-        raise ValueError(
+        raise InputError(
             f"--from_state={path} was saved by another model; use that one, or read the document again:\n"
             + "\n".join(differing)
         )

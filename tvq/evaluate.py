@@ -25,6 +25,7 @@ from tvq.data import prepared, vocabulary
 from tvq.data.corpus import AnyCorpus, open_corpus
 from tvq.data.packing import Sequences, Streams
 from tvq.data.pipeline import evaluation_batches
+from tvq.errors import InputError
 from tvq.model import transformer
 
 # The perplexity of a word beyond this many nats is no number, nor of use: there are no spaces between words.
@@ -196,7 +197,7 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
     Where the text has words, perplexity is that of a word: `exp(nats / words)`, whatever the tokens are.
     """
     if n_token == 0:
-        raise ValueError("there is no token to evaluate")
+        raise InputError("there is no token to evaluate")
     found = {
         "loss": nats / n_token,
         "bits_per_token": nats / n_token / math.log(2),
@@ -242,20 +243,20 @@ def show(table: list[dict[str, float]]) -> str:
 
 
 def check_vocabulary(corpus: AnyCorpus, config: Model) -> None:
-    """ValueError if the data's ids are not those of the model."""
+    """InputError if the data's ids are not those of the model."""
     if corpus.vocabulary.size != config.n_vocab:
-        raise ValueError(
+        raise InputError(
             f"config.model.n_vocab is {config.n_vocab} but the data in {corpus.folder} has a vocabulary of"
             f" {corpus.vocabulary.size} ids ({corpus.vocabulary.name}); set it to {corpus.vocabulary.size}"
         )
 
 
 def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
-    """ValueError if a model of as many ids was trained on others."""
+    """InputError if a model of as many ids was trained on others."""
     ours = vocabulary.describe(corpus.vocabulary)
     theirs = {name: restored.data["vocabulary"][name] for name in ours}
     if ours != theirs:
-        raise ValueError(
+        raise InputError(
             f"the data in {corpus.folder} has the vocabulary {ours}, checkpoint {restored.step} was trained"
             f" on {theirs}; prepare the data with the checkpoint's"
         )
@@ -297,16 +298,16 @@ def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
 
 
 def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], None]) -> Restored:
-    """The newest whole checkpoint of a run, on any mesh. ValueError: there is none."""
+    """The newest whole checkpoint of a run, on any mesh. InputError: there is none."""
     abstract = state.place(c, optimizer.make(c.optimizer), devices)
     if not (workdir / "checkpoints").exists():
-        raise ValueError(f"--workdir={workdir} holds no checkpoint; train first")
+        raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
     with Checkpoints(
         workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every, read_only=True
     ) as checkpoints:
         restored = checkpoints.restore(abstract, say)
     if restored is None:
-        raise ValueError(f"--workdir={workdir} holds no checkpoint yet")
+        raise InputError(f"--workdir={workdir} holds no checkpoint yet")
     return restored
 
 

@@ -15,6 +15,7 @@ from tvq.checkpoint import Checkpoints
 from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
+from tvq.errors import InputError
 from tvq.model import attention, transformer
 
 # What `tvq export` writes beside config.json.
@@ -59,7 +60,7 @@ def parameters_from_original(original: Mapping[str, np.ndarray]) -> tuple[dict, 
     """Our (params, codebooks) from its arrays by path, `transformer_layers_I/scanned_attnJ/...`.
 
     Where the output is not tied it holds a bias of the embedding that nothing reads; we have none.
-    ValueError lists names that are not known.
+    InputError lists names that are not known.
     """
     params, codebooks = renamed(original)
     units = params["units"]
@@ -95,7 +96,7 @@ def renamed(original: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
         else:
             unknown.append(path)
     if unknown:
-        raise ValueError(f"no parameters of the original program: {', '.join(sorted(unknown))}")
+        raise InputError(f"no parameters of the original program: {', '.join(sorted(unknown))}")
     if "out/kernel" in ours:
         ours.pop("embed/bias", None)
     tree = nested(ours)
@@ -151,15 +152,15 @@ def original_kinds(model: Model) -> dict[str, str]:
 
 
 def read_original(path: epath.Path) -> dict[str, np.ndarray]:
-    """The parameters by path in a flax msgpack of its TrainState or parameters. ValueError: no such."""
+    """The parameters by path in a flax msgpack of its TrainState or parameters. InputError: no such."""
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"--input={path}: cannot read it ({error.strerror})") from error
+        raise InputError(f"--input={path}: cannot read it ({error.strerror})") from error
     except (ValueError, TypeError, KeyError) as error:  # what msgpack says of other bytes
-        raise ValueError(f"--input={path} is no msgpack of flax, or a damaged one: {error}") from error
+        raise InputError(f"--input={path} is no msgpack of flax, or a damaged one: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"--input={path} is no msgpack of flax: it holds no names")
+        raise InputError(f"--input={path} is no msgpack of flax: it holds no names")
     while isinstance(tree.get("params"), dict):
         tree = tree["params"]
     return {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
@@ -168,7 +169,7 @@ def read_original(path: epath.Path) -> dict[str, np.ndarray]:
 def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary, int]:
     """Params, codebooks, vocabulary, side of images: of the original's file, or of our folder or file.
 
-    ValueError: it is neither, or its arrays are not those of the model; each that differs is listed.
+    InputError: it is neither, or its arrays are not those of the model; each that differs is listed.
     """
     if is_ours(path):
         arrays, facts = tensors.read("--input", path / WEIGHTS if path.is_dir() else path)
@@ -197,22 +198,22 @@ def _init(model: Model) -> tuple[dict, dict]:
 
 
 def check(path: epath.Path, arrays: Mapping[str, np.ndarray], wanted: dict[str, str]) -> None:
-    """ValueError lists each array that is missing, not wanted, or of another shape or dtype."""
+    """InputError lists each array that is missing, not wanted, or of another shape or dtype."""
     differing = tensors.differing(
         {name: tensors.kind(x) for name, x in arrays.items()}, wanted, "in the file"
     )
     if differing:
-        raise ValueError(
+        raise InputError(
             f"--input={path} holds another model than the config: {len(differing)} arrays differ;"
             " set config.model to what it was trained with\n" + "\n".join(differing)
         )
 
 
 def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002
-    """Makes a run at step 0 of weights, with a fresh optimizer. ValueError: wrong ones, nothing written."""
+    """Makes a run at step 0 of weights, with a fresh optimizer. InputError: wrong ones, nothing written."""
     one_process(place, "import")
     if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
-        raise ValueError(f"--workdir={workdir} holds a run already; use another folder")
+        raise InputError(f"--workdir={workdir} holds a run already; use another folder")
     train.check_workdir(workdir, c)
     params, codebooks, vocabulary, image_size = read_weights(epath.Path(input), c)
     tx = optimizer.make(c.optimizer)
@@ -249,7 +250,7 @@ def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     one_process(place, "export")
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output={output} is not an empty folder; use another")
+        raise InputError(f"--output={output} is not an empty folder; use another")
     restored = evaluate.restore(c, workdir, mesh.make(config.Mesh(), jax.devices()[:1]), log.say)
     now = restored.state
     arrays = tensors.named({"params": now.params, "codebooks": now.codebooks})
@@ -275,4 +276,4 @@ def vocabulary_of(c: Config) -> Vocabulary:
 
 def one_process(place: cluster.Place, command: str) -> None:
     if place.n_process > 1:
-        raise ValueError(f"tvq {command} is for one process, but {place}; start it by itself")
+        raise InputError(f"tvq {command} is for one process, but {place}; start it by itself")

@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tvq import config
+from tvq.errors import InputError
 
 AXES = ("replica", "devices", "sequence", "tensor")
 # What each does.
@@ -70,7 +71,7 @@ DIMS = {
 
 
 def make(shape: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh over all `devices`. ValueError if its shape does not take exactly these."""
+    """The mesh over all `devices`. InputError if its shape does not take exactly these."""
     n_device, kind = len(devices), devices[0].platform
     sizes = {axis: getattr(shape, axis) for axis in AXES}
     rest = math.prod(size for size in sizes.values() if size != -1)
@@ -85,7 +86,7 @@ def make(shape: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
             ways = [f"use {_fitting(sizes, free, n_device)}"]
         if kind == "cpu":
             ways.append(f"pass --cpu_devices={rest}")
-        raise ValueError(f"{wanted} but there are {n_device} {kind} devices; {', or '.join(ways)}")
+        raise InputError(f"{wanted} but there are {n_device} {kind} devices; {', or '.join(ways)}")
     sizes = {axis: n_device // rest if size == -1 else size for axis, size in sizes.items()}
     ordered = order(tuple(sizes.values()), devices)
     return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -115,7 +116,7 @@ def order(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     # The slow network joins the slices: copies lie on them, or else parts of the batch.
     outer = next((i for i, size in enumerate(shape[: len(DATA_AXES)]) if size % n_slice == 0), None)
     if outer is None:
-        raise ValueError(
+        raise InputError(
             f"config.mesh.replica {shape[0]} and config.mesh.devices {shape[1]} are no multiples of the"
             f" {n_slice} slices; use config.mesh.replica={n_slice}"
         )
@@ -137,18 +138,18 @@ def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
 
 
 def check(mesh: Mesh, c: config.Config) -> None:
-    """ValueError if the model or an update cannot be cut over the mesh."""
+    """InputError if the model or an update cannot be cut over the mesh."""
     _refuse(config.misfits(c, dict(mesh.shape)))
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, accumulate: int = 1) -> None:
-    """ValueError if a batch of this size cannot be cut over the mesh."""
+    """InputError if a batch of this size cannot be cut over the mesh."""
     _refuse(config.batch_misfit(name, batch_size, dict(mesh.shape), accumulate))
 
 
 def _refuse(errors: list[str]) -> None:
     if errors:
-        raise ValueError("\n".join(errors))
+        raise InputError("\n".join(errors))
 
 
 def n_data(mesh: Mesh) -> int:
@@ -303,7 +304,7 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> d
 
     def placed(held: np.ndarray) -> jax.Array:
         if len(held) != len(rows):
-            raise ValueError(f"{len(held)} rows of {batch_size}, where this process supplies {len(rows)}")
+            raise InputError(f"{len(held)} rows of {batch_size}, where this process supplies {len(rows)}")
 
         def part(index: Any) -> np.ndarray:
             first, stop, _ = index[0].indices(batch_size)

@@ -12,6 +12,7 @@ from tvq.config import Config
 from tvq.data import images, optional
 from tvq.data.documents import Piece
 from tvq.data.vocabulary import N_SPECIAL, ByteVocabulary
+from tvq.errors import InputError
 
 GAP = 2  # pixels between the images of a sheet
 
@@ -21,7 +22,7 @@ def upper_halves(path: epath.Path, size: int) -> list[np.ndarray]:
     is_image = lambda x: x.suffix.lower() in images.SUFFIXES
     found = sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
     if not found or not all(x.is_file() for x in found):
-        raise ValueError(f"--prompts={path}: there is no image; give one, or a folder of them")
+        raise InputError(f"--prompts={path}: there is no image; give one, or a folder of them")
     n_byte = size // 2 * size * 3
     pixels = [images.pixels(Piece("test", str(x), x.read_bytes(), last=True), size, fit=True) for x in found]
     return [ByteVocabulary().encode(x[:n_byte]) for x in pixels]

@@ -24,6 +24,7 @@ from tvq.data.vocabulary import (
     Vocabulary,
     train_sentencepiece,
 )
+from tvq.errors import InputError
 from tvq.schema import field
 
 KINDS = {
@@ -66,7 +67,7 @@ class Options:
 def prepare(options: Options) -> int:
     """Makes the folder whole or not at all, and prints what is in it.
 
-    ValueError: the input is wrong or the output cannot be written; nothing is left there then.
+    InputError: the input is wrong or the output cannot be written; nothing is left there then.
     """
     check(options)
     output, raw = epath.Path(options.output).expanduser(), epath.Path(options.input).expanduser()
@@ -99,22 +100,22 @@ def prepare(options: Options) -> int:
 
 
 def check(options: Options) -> None:
-    """ValueError: an option is impossible, or the output is there."""
+    """InputError: an option is impossible, or the output is there."""
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
         if isinstance(value, int) and value < f.metadata["at_least"]:
-            raise ValueError(f"--{f.name} must be at least {f.metadata['at_least']}, not {value}")
+            raise InputError(f"--{f.name} must be at least {f.metadata['at_least']}, not {value}")
     if options.download and options.kind not in download.FETCH:
-        raise ValueError(f"--download can fetch {' and '.join(download.FETCH)}, not {options.kind}")
+        raise InputError(f"--download can fetch {' and '.join(download.FETCH)}, not {options.kind}")
     if options.vocabulary not in ("", *VOCABULARIES):
-        raise ValueError(f"--vocabulary must be {' or '.join(VOCABULARIES)}, not {options.vocabulary!r}")
+        raise InputError(f"--vocabulary must be {' or '.join(VOCABULARIES)}, not {options.vocabulary!r}")
     if options.kind in IMAGES and (options.vocabulary == "sentencepiece" or options.model):
-        raise ValueError(f"--vocabulary of {options.kind} is bytes; leave --vocabulary and --model out")
+        raise InputError(f"--vocabulary of {options.kind} is bytes; leave --vocabulary and --model out")
     if options.model and options.vocabulary == "bytes":
-        raise ValueError("--model is for --vocabulary=sentencepiece, not for bytes; leave one of them out")
+        raise InputError("--model is for --vocabulary=sentencepiece, not for bytes; leave one of them out")
     output = epath.Path(options.output).expanduser()
     if (output / prepared.MANIFEST).exists() or (output.exists() and not is_bucket(output)):
-        raise ValueError(f"--output={output} is there already; use another folder, or remove it")
+        raise InputError(f"--output={output} is there already; use another folder, or remove it")
 
 
 def is_bucket(path: epath.Path) -> bool:
@@ -122,9 +123,9 @@ def is_bucket(path: epath.Path) -> bool:
 
 
 def fetch(options: Options, raw: epath.Path, console: metrics.Console) -> None:
-    """Downloads the input. ValueError: it cannot be fetched."""
+    """Downloads the input. InputError: it cannot be fetched."""
     if is_bucket(raw):
-        raise ValueError(f"--download needs a local --input, not {raw}")
+        raise InputError(f"--download needs a local --input, not {raw}")
     rate = Rate()
 
     def show(done: int, total: int) -> None:
@@ -136,11 +137,11 @@ def fetch(options: Options, raw: epath.Path, console: metrics.Console) -> None:
     try:
         download.FETCH[options.kind](url.rstrip("/"), Path(raw), show)
     except OSError as error:
-        raise ValueError(f"--input: cannot write {raw} ({error.strerror}); use another place") from error
+        raise InputError(f"--input: cannot write {raw} ({error.strerror}); use another place") from error
 
 
 def find(options: Options, raw: epath.Path) -> Source:
-    """The documents of the input. ValueError: it is something else."""
+    """The documents of the input. InputError: it is something else."""
     match options.kind:
         case "enwik8":
             return texts.enwik8(raw, options.n_train)
@@ -154,7 +155,7 @@ def find(options: Options, raw: epath.Path) -> Source:
 
 
 def vocabulary_of(options: Options, source: Source, console: metrics.Console) -> Vocabulary:
-    """Bytes, a given model, or one that is trained. ValueError: there is no such model."""
+    """Bytes, a given model, or one that is trained. InputError: there is no such model."""
     default = "sentencepiece" if options.kind == "pg19" or options.model else "bytes"
     if (options.vocabulary or default) == "bytes":
         return ByteVocabulary()
@@ -190,7 +191,7 @@ def cut(pieces: Iterable[Piece], vocabulary: Vocabulary) -> Iterable[Piece]:
 def whole_or_not(output: epath.Path) -> Iterator[epath.Path]:
     """A folder to fill, which is `output` at the end or not at all. What a killed start left is removed.
 
-    In a bucket it is `output` itself, which counts as nothing until it has a manifest. ValueError: it
+    In a bucket it is `output` itself, which counts as nothing until it has a manifest. InputError: it
     cannot be written, or another process is at it.
     """
     making = output if is_bucket(output) else output.with_name(f"{output.name}.preparing")
@@ -206,19 +207,19 @@ def whole_or_not(output: epath.Path) -> Iterator[epath.Path]:
             if not is_bucket(output):
                 making.rename(output)
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"--output: cannot write {output} ({error.strerror or error}); make room, or use another folder"
         ) from error
 
 
 def locked(folder: epath.Path, stack: contextlib.ExitStack) -> None:
-    """Holds the folder until the stack is left, or the process is gone. ValueError: another holds it."""
+    """Holds the folder until the stack is left, or the process is gone. InputError: another holds it."""
     number = os.open(folder, os.O_RDONLY)
     stack.callback(os.close, number)
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"--output: another process is writing {folder}; wait for it, or stop it") from error
+        raise InputError(f"--output: another process is writing {folder}; wait for it, or stop it") from error
 
 
 class Rate:

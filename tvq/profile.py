@@ -12,6 +12,7 @@ from etils import epath
 
 from tvq import cluster, mesh, metrics, optimizer, state, trace, train_step
 from tvq.config import Config
+from tvq.errors import InputError
 from tvq.plan.program import COLLECTIVES, Instruction, Kernel, Program
 
 N_STEP, N_ROW = 2, 10
@@ -33,10 +34,10 @@ class Cost(NamedTuple):
 def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints the largest costs of the train step on random tokens, and writes the trace to `output`.
 
-    ValueError: more than one process, or a device whose traces do not name their kernels.
+    InputError: more than one process, or a device whose traces do not name their kernels.
     """
     if place.n_process > 1:
-        raise ValueError(f"tvq profile is for one process, but {place}; start it by itself")
+        raise InputError(f"tvq profile is for one process, but {place}; start it by itself")
     console = metrics.Console()
     with cluster.writing("--output", output):
         output.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     spent = {name: seconds / n_run for name, seconds in kernel_seconds(newest(Path(output))).items()}
     found = costs(Program.read(update.as_text() or ""), spent)
     if not found:
-        raise ValueError(
+        raise InputError(
             f"the trace of a {devices.devices.flat[0].device_kind} does not name its kernels;"
             f" look at it instead: tensorboard --logdir {output}"
         )

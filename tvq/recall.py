@@ -15,6 +15,7 @@ from etils import epath
 
 from tvq import cluster, config, evaluate, mesh, metrics
 from tvq.config import Config
+from tvq.errors import InputError
 from tvq.schema import END, UNKNOWN
 
 FIRST = UNKNOWN + 1  # the ids from here on are text
@@ -32,17 +33,17 @@ class Probe(NamedTuple):
 def probe(n_sequence: int, length: int, n_vocab: int, seed: int) -> Probe:
     """Sequences of at least three slots; half of the later ones are questions, over all distances alike.
 
-    ValueError: the length holds no question.
+    InputError: the length holds no question.
     """
     n_text = n_vocab - FIRST
     if n_text < 2:
-        raise ValueError(f"config.model.n_vocab {n_vocab} leaves {n_text} ids for keys and values, not two")
+        raise InputError(f"config.model.n_vocab {n_vocab} leaves {n_text} ids for keys and values, not two")
     # Keys so long that of sixteen possible ones at most one is used.
     n_key = next(n for n in range(1, 64) if n_text**n >= 16 * length)
     slot = n_key + 1
     n_slot = length // slot
     if n_slot < 3:
-        raise ValueError(
+        raise InputError(
             f"config.recall.length {length} holds {n_slot} slots of {slot} tokens; use {8 * slot} or more"
         )
     rng = np.random.default_rng(seed)
@@ -112,7 +113,7 @@ def show(table: list[dict[str, Any]], chance: float) -> str:
 def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Probes the newest checkpoint; prints a table and, for programs, a row of JSON, kept in the workdir."""
     if c.model.attention == "full":
-        raise ValueError("config.model.attention=full carries no state for the probe to be read in pieces")
+        raise InputError("config.model.attention=full carries no state for the probe to be read in pieces")
     piece = evaluate.piece_len(c)
     length, n_row = -(-c.recall.length // piece) * piece, c.recall.n_sequence
     made = probe(n_row, length, c.model.n_vocab, c.recall.seed)

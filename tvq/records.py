@@ -28,6 +28,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from tvq import config
 from tvq.data import optional
+from tvq.errors import InputError
 from tvq.metrics import Row
 
 Say = Callable[[str], None]
@@ -111,7 +112,7 @@ class JsonlWriter(Writer):
     A run that goes on from the checkpoint of `resume_step` first drops the rows after it, and a last line
     that a kill tore, so that no row is there twice; `dropped` are those rows, `splits` the splits that have
     one of `resume_step`. For none to be missing either, write the rows of a step before its checkpoint is
-    saved. ValueError if another line is not a row.
+    saved. InputError if another line is not a row.
 
     What does not fit on a full disk waits in memory until it does.
     """
@@ -173,7 +174,7 @@ def _row(path: epath.Path, number: int, line: bytes) -> Row:
         row = json.loads(line)
         return row | {"step": int(row["step"])}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
+        raise InputError(
             f"line {number} of {path} is not a row of metrics: {line[:60]!r};"
             " remove the line, or move the file away"
         ) from None
@@ -302,6 +303,6 @@ class WandbWriter(Writer):
 
 
 def check(c: config.Log) -> None:
-    """ValueError if a writer that the config asks for is not installed."""
+    """InputError if a writer that the config asks for is not installed."""
     if c.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("config.log.wandb needs Weights & Biases: pip install 'tvq[wandb]'")
+        raise InputError("config.log.wandb needs Weights & Biases: pip install 'tvq[wandb]'")

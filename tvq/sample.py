@@ -15,12 +15,13 @@ from tvq.config import Config, Mesh
 from tvq.data import optional
 from tvq.data.vocabulary import Vocabulary, from_json
 from tvq.draw import Prefix, Tell
+from tvq.errors import InputError
 from tvq.model import transformer
 from tvq.state import TrainState
 
 
 def check(c: Config, image_size: int, placed: TrainState) -> None:
-    """ValueError if a run with its state so placed could not draw or write its samples."""
+    """InputError if a run with its state so placed could not draw or write its samples."""
     if not c.sample.every or c.model.attention == "full":
         return
     if image_size:
@@ -31,7 +32,7 @@ def check(c: Config, image_size: int, placed: TrainState) -> None:
     model = jax.tree.leaves((placed.params, placed.codebooks))
     whole = sum(mib(x.shape, x) for x in model if not x.sharding.is_fully_replicated)
     if there is not None and whole and held + whole > there / 2**20:
-        raise ValueError(
+        raise InputError(
             f"config.sample.every {c.sample.every} draws with the whole model on each device: its"
             f" {whole:,.0f} MiB do not fit beside {held:,.0f} MiB of the run into {there / 2**20:,.0f} MiB;"
             " use config.sample.every=0, and tvq sample where the model fits"
@@ -62,7 +63,7 @@ def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sha
 
 def check_decodes(c: Config) -> None:
     if c.model.attention == "full":
-        raise ValueError("config.model.attention=full cannot decode; train with vq to draw samples")
+        raise InputError("config.model.attention=full cannot decode; train with vq to draw samples")
 
 
 def drawing(c: Config) -> dict[str, Any]:
@@ -138,15 +139,15 @@ def spoken(vocabulary: Vocabulary, ids_T: np.ndarray, drawn: Iterable[np.ndarray
 
 
 def read_prompts(path: epath.Path) -> list[str]:
-    """The prompts in a file: a line each, or of `.jsonl` the field `prompt` of a line. ValueError: none."""
+    """The prompts in a file: a line each, or of `.jsonl` the field `prompt` of a line. InputError: none."""
     try:
         text = path.read_text()
     except OSError as error:
-        raise ValueError(f"--prompts={path}: cannot read it ({error.strerror})") from error
+        raise InputError(f"--prompts={path}: cannot read it ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts={path} is not UTF-8: {error}") from error
+        raise InputError(f"--prompts={path} is not UTF-8: {error}") from error
     if not text:
-        raise ValueError(f"--prompts={path} is empty; write one prompt a line")
+        raise InputError(f"--prompts={path} is empty; write one prompt a line")
     lines = text.removesuffix("\n").split("\n")
     return [_prompt(path, i, line) for i, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
 
@@ -157,7 +158,7 @@ def _prompt(path: epath.Path, number: int, line: str) -> str:
     except (json.JSONDecodeError, KeyError, TypeError):
         found = None
     if not isinstance(found, str):
-        raise ValueError(f'--prompts={path}: line {number} must be {{"prompt": "..."}}, not {line[:60]}')
+        raise InputError(f'--prompts={path}: line {number} must be {{"prompt": "..."}}, not {line[:60]}')
     return found
 
 
@@ -165,7 +166,7 @@ def read_document(path: epath.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"--document={path}: cannot read it ({error.strerror})") from error
+        raise InputError(f"--document={path}: cannot read it ({error.strerror})") from error
 
 
 def show(found: list[str]) -> str:
@@ -231,9 +232,9 @@ def sample(
 ) -> int:
     """Continues prompts with the newest checkpoint."""
     if place.n_process > 1:
-        raise ValueError(f"tvq sample is for one process, but {place}; start it by itself")
+        raise InputError(f"tvq sample is for one process, but {place}; start it by itself")
     if stream and output:
-        raise ValueError("--stream writes to the terminal and --output to files; use one of them")
+        raise InputError("--stream writes to the terminal and --output to files; use one of them")
     check_decodes(c)
     for option, folder in {"--output": output, "--save_state": os.path.dirname(save_state or "")}.items():
         if folder:
@@ -244,7 +245,7 @@ def sample(
     model = restored.state.params, restored.state.codebooks
     if restored.data["image_size"]:
         if stream or document or save_state or from_state or c.sample.prompt:
-            raise ValueError("this model draws images: it takes --prompts of images and --output, no text")
+            raise InputError("this model draws images: it takes --prompts of images and --output, no text")
         folder = epath.Path(output) if output else workdir / "samples" / f"step_{restored.step}"
         size = restored.data["image_size"]
         halves = pictures.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]

@@ -11,6 +11,8 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from tvq.errors import InputError
+
 
 def named(tree: Any) -> dict[str, Any]:
     """The leaves by name: a file then outlives a change of the containers that hold them."""
@@ -54,11 +56,11 @@ def write(path: epath.Path, arrays: Mapping[str, Any], facts: dict[str, str]) ->
 
 
 def read(option: str, path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and facts of a local file. ValueError, in the name of the `option` that asked for it."""
+    """Arrays and facts of a local file. InputError, in the name of the `option` that asked for it."""
     if not path.is_file():
-        raise ValueError(f"{option}={path}: there is no such file")
+        raise InputError(f"{option}={path}: there is no such file")
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             return file.get_tensors(), file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{option}={path} is no safetensors file, or a damaged one: {error}") from error
+        raise InputError(f"{option}={path} is no safetensors file, or a damaged one: {error}") from error

@@ -34,6 +34,7 @@ from tvq.data import vocabulary
 from tvq.data.corpus import AnyCorpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
+from tvq.errors import InputError
 from tvq.state import TrainState
 
 # What a start leaves in a workdir that was killed before it was a run.
@@ -79,7 +80,7 @@ class Run:
 def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Trains until `train.steps`, going on from the newest checkpoint in `workdir`; returns the exit code.
 
-    ValueError: the input is wrong; nothing has been written then. DivergedError: the loss is not a number;
+    InputError: the input is wrong; nothing has been written then. DivergedError: the loss is not a number;
     the last good checkpoint is kept.
     """
     began = time.monotonic()
@@ -135,14 +136,14 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
 
 
 def open_data(c: Config) -> tuple[AnyCorpus, Sequences]:
-    """What to train on. ValueError: what else would be found once there is a run, or after hours."""
+    """What to train on. InputError: what else would be found once there is a run, or after hours."""
     corpus = open_corpus(c.data)
     evaluate.check_vocabulary(corpus, c.model)
     sequences = Sequences(corpus, "train", c.train.sequence_len)
     sequences[0]  # tokens of another vocabulary
     if c.evaluate.every:
         if c.evaluate.split == "train":  # its rows would count as those of the updates
-            raise ValueError(
+            raise InputError(
                 "config.evaluate.split=train is for tvq eval; train with validation or test, or with"
                 " config.evaluate.every=0"
             )
@@ -151,19 +152,19 @@ def open_data(c: Config) -> tuple[AnyCorpus, Sequences]:
 
 
 def check_workdir(workdir: epath.Path, c: Config) -> None:
-    """ValueError if the folder holds another run, or something that is no run."""
+    """InputError if the folder holds another run, or something that is no run."""
     path = workdir / config.FILE
     if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} is not a folder; use another")
+        raise InputError(f"--workdir={workdir} is not a folder; use another")
     if path.exists():
         differing = config.differences(config.recorded(path), config.to_dict(c))
         if differing:
-            raise ValueError(
+            raise InputError(
                 f"--workdir={workdir} holds a run with another config; go on with that one's,"
                 " or use another workdir:\n  " + "\n  ".join(differing)
             )
     elif workdir.exists() and any(path.name not in STARTED for path in workdir.iterdir()):
-        raise ValueError(f"--workdir={workdir} is not empty and holds no run; use another folder")
+        raise InputError(f"--workdir={workdir} is not empty and holds no run; use another folder")
 
 
 def resume(
@@ -187,7 +188,7 @@ def resume(
         return init(), 0
     evaluate.check_same_vocabulary(corpus, restored)
     if restored.data["fingerprint"] not in (None, corpus.fingerprint):  # None: weights from elsewhere
-        raise ValueError(
+        raise InputError(
             f"the data in {corpus.folder} is not what checkpoint {restored.step} was trained on;"
             " set config.data to that, or use another workdir"
         )
@@ -198,7 +199,7 @@ def resume(
 def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
     """Takes the workdir and writes the config of the run there, whole or not at all.
 
-    ValueError: it cannot be written. ClusterError: a run is going on there.
+    InputError: it cannot be written. ClusterError: a run is going on there.
     """
     with cluster.writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)

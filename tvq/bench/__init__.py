@@ -21,6 +21,7 @@ from tvq.bench import report
 from tvq.bench.cases import PREPARE
 from tvq.bench.session import DisagreementError, Row, Session, measure
 from tvq.config import Config
+from tvq.errors import InputError
 
 __all__ = ["KINDS", "DisagreementError", "bench"]
 KINDS = tuple(PREPARE)
@@ -30,13 +31,13 @@ PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"
 def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints a table and writes bench.json, bench.md and, where matplotlib is installed, bench.png.
 
-    ValueError: the input is wrong. DisagreementError: two programs that must agree do not; nothing is
+    InputError: the input is wrong. DisagreementError: two programs that must agree do not; nothing is
     written then.
     """
     if place.n_process > 1:
-        raise ValueError(f"tvq bench is for one process, but {place}; start it by itself")
+        raise InputError(f"tvq bench is for one process, but {place}; start it by itself")
     if c.bench.kind not in PREPARE:
-        raise ValueError(f"config.bench.kind must be one of {', '.join(KINDS)}, not {c.bench.kind!r}")
+        raise InputError(f"config.bench.kind must be one of {', '.join(KINDS)}, not {c.bench.kind!r}")
     console = metrics.Console()
     s = Session(c, mesh.make(c.mesh, jax.devices()), log.say, time.monotonic())
     PREPARE[c.bench.kind](s)
@@ -44,7 +45,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
         output.mkdir(parents=True, exist_ok=True)
     found = report.rows(s, measure(s))
     if not found:
-        raise ValueError("no case could be measured; see the notes above")
+        raise InputError("no case could be measured; see the notes above")
     facts = conditions(s)
     console.say(report.table(found))
     text = {**facts, "notes": s.notes, "rows": found, "config": config.to_dict(c)}

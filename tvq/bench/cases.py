@@ -19,6 +19,7 @@ from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
+from tvq.errors import InputError
 from tvq.model import attention, full, transformer, vq
 
 # model.attention and model.n_parallel of each; `serial:nothing` also sets model.remat.
@@ -30,19 +31,19 @@ N_BATCH = 100  # batches of one timed call of the data pipeline, many more than 
 
 
 def numbers(text: str, name: str) -> list[int]:
-    """`1024,2048`, in ascending order. ValueError: it is something else."""
+    """`1024,2048`, in ascending order. InputError: it is something else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"config.bench.{name} must be whole numbers with commas between, not {text!r}")
+        raise InputError(f"config.bench.{name} must be whole numbers with commas between, not {text!r}")
     return sorted({int(part) for part in parts})
 
 
 def formulated(model: Model, name: str) -> Model:
-    """The model in a formulation. ValueError: there is none of that name."""
+    """The model in a formulation. InputError: there is none of that name."""
     kind, _, remat = name.partition(":")
     if kind not in FORMULATIONS:
         known = ", ".join(FORMULATIONS)
-        raise ValueError(f"config.bench.formulations must be of {known}, not {kind!r}; also auto:nothing")
+        raise InputError(f"config.bench.formulations must be of {known}, not {kind!r}; also auto:nothing")
     attend, n_parallel = FORMULATIONS[kind]
     return dataclasses.replace(model, attention=attend, n_parallel=n_parallel, remat=remat or model.remat)
 
@@ -53,7 +54,7 @@ def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
     n_token = c.bench.n_token or lengths[-1]
     for T, name in itertools.product(lengths, c.bench.formulations.split(",")):
         if n_token % T:
-            raise ValueError(
+            raise InputError(
                 f"config.bench.n_token {n_token} is not a multiple of the {T} of config.bench.lengths;"
                 f" use {-(-n_token // T) * T}"
             )
@@ -62,7 +63,7 @@ def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
         )
         trial = dataclasses.replace(c, train=trained, model=formulated(c.model, name.strip()))
         if trial.model.attention == "full" and not (c.model.agg_cache and c.model.grad_thru_cache):
-            raise ValueError(
+            raise InputError(
                 "config.model.agg_cache and config.model.grad_thru_cache must be true where full attention is"
                 " the baseline: without them vq attention is another function; or leave out full"
             )
@@ -228,7 +229,7 @@ def prepare_decode(s: Session) -> None:
     """Reading on in parallel and writing on token by token, after several contexts, on one device."""
     c, L = s.config, s.config.model.block_len
     if c.model.attention != "vq":
-        raise ValueError("config.model.attention=full does not decode; use vq")
+        raise InputError("config.model.attention=full does not decode; use vq")
     model = transformer.suited(c.model, mesh.platform(s.devices))
     params, codebooks = jax.jit(lambda: transformer.init(model, jax.random.key(c.train.seed)))()
     contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]

@@ -4,6 +4,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from tvq.errors import InputError
+
 EXIT_FAILED = 1  # restart me
 EXIT_INPUT = 2  # wrong configuration or input: a restart would fail again
 EXIT_DIVERGED = 3  # loss or gradient is no number: runs repeat, and a restart would diverge again
@@ -17,10 +19,10 @@ class ClusterError(RuntimeError):
 
 @contextlib.contextmanager
 def writing(option: str, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """ValueError, in the name of the option that asked for it: what runs inside cannot write the folder."""
+    """InputError, in the name of the option that asked for it: what runs inside cannot write the folder."""
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{option}={folder}: cannot write there ({error.strerror}); use another folder"
         ) from error

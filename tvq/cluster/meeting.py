@@ -23,6 +23,7 @@ from typing import Any
 
 from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
+from tvq.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
 NEWS_EVERY = 5.0  # seconds between lines while waiting
@@ -91,7 +92,7 @@ def meet(
 
     Raises:
         ClusterError: not all came in time, or the coordinator cannot be reached; names who is missing.
-        ValueError: items differ, an id is taken twice, or the numbers of processes contradict each other.
+        InputError: items differ, an id is taken twice, or the numbers of processes contradict each other.
     """
     deadline = time.monotonic() + timeout
     about = {
@@ -107,7 +108,7 @@ def meet(
     else:
         verdict = _answer(place, json.dumps(about).encode() + b"\n", deadline, say)
     if "input" in verdict:
-        raise ValueError(verdict["input"])
+        raise InputError(verdict["input"])
     if "error" in verdict:
         raise ClusterError(verdict["error"])
     return tuple(verdict["hosts"])

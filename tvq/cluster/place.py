@@ -14,6 +14,7 @@ from typing import Any
 
 from tvq import config
 from tvq.cluster.errors import ClusterError
+from tvq.errors import InputError
 
 TPU_PORT, LAST_PORT = 8482, 65535
 OPTIONS = {
@@ -66,7 +67,7 @@ def find(
     Returns:
         What the settings and the first scheduler that answers say; one process where nothing does.
     Raises:
-        ValueError: settings contradict each other, are incomplete, or make no sense.
+        InputError: settings contradict each other, are incomplete, or make no sense.
     """
     given, how = _explicit(section, environ)
     if given.get("n_process") == 1:
@@ -87,7 +88,7 @@ def find(
     missing = [name for name in OPTIONS if name not in merged]
     if missing:
         ways = "; ".join(" or ".join(OPTIONS[name]) for name in missing)
-        raise ValueError(
+        raise InputError(
             f"{merged['how']}: a run of several processes also needs {', '.join(missing)}: set {ways};"
             " for one process alone set TVQ_N_PROCESS=1"
         )
@@ -97,10 +98,10 @@ def find(
 def _checked(merged: dict[str, Any]) -> Place:
     n, i = merged["n_process"], merged["process_id"]
     if not 0 <= i < n:
-        raise ValueError(f"{merged['how']}: process id {i} is not below the number of processes {n}")
+        raise InputError(f"{merged['how']}: process id {i} is not below the number of processes {n}")
     found = re.fullmatch(r".+:(\d{1,5})", merged["coordinator"])
     if not found or not 0 < int(found[1]) < LAST_PORT:  # the roll call takes the next one
-        raise ValueError(
+        raise InputError(
             f"{merged['how']}: coordinator {merged['coordinator']!r} must be HOST:PORT, with a PORT below"
             f" {LAST_PORT}"
         )
@@ -118,10 +119,10 @@ def _explicit(section: config.Cluster, environ: Mapping[str, str]) -> tuple[dict
         in_environ: Any = environ.get(variable) or None
         if in_environ and name != "coordinator":
             if not in_environ.isdecimal():
-                raise ValueError(f"{variable} must be a whole number, not {in_environ!r}")
+                raise InputError(f"{variable} must be a whole number, not {in_environ!r}")
             in_environ = int(in_environ)
         if None not in (in_config, in_environ) and in_config != in_environ:
-            raise ValueError(f"{field} is {in_config!r} but {variable} is {in_environ!r}; unset one of them")
+            raise InputError(f"{field} is {in_config!r} but {variable} is {in_environ!r}; unset one of them")
         if in_config is not None or in_environ is not None:
             values[name] = in_config if in_environ is None else in_environ
             sources.append(field if in_environ is None else variable)
@@ -135,7 +136,7 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
     n = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
     if "SLURM_STEP_NODELIST" not in environ:
         if n > 1:
-            raise ValueError(
+            raise InputError(
                 f"SLURM job {job} has {n} tasks, but this is its batch shell, not a step: start with srun,"
                 " or set TVQ_N_PROCESS=1 for one process alone"
             )
@@ -163,7 +164,7 @@ def _gpus(environ: Mapping[str, str], tasks: int, local_id: int, granted: int) -
     if not granted or (platforms and "cuda" not in platforms and "gpu" not in platforms):
         return {}
     if granted % tasks:
-        raise ValueError(f"{granted} GPUs on this node do not divide into {tasks} tasks; ask for a multiple")
+        raise InputError(f"{granted} GPUs on this node do not divide into {tasks} tasks; ask for a multiple")
     share = granted // tasks
     visible = [v for v in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
     if len(visible) == granted and tasks > 1:

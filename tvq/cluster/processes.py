@@ -21,6 +21,7 @@ from tvq import config
 from tvq.cluster.errors import EXIT_FAILED, ClusterError
 from tvq.cluster.meeting import code_version, differences, meet, names, wait_for_others
 from tvq.cluster.place import Place
+from tvq.errors import InputError
 
 TPU_LOCK = Path("/tmp/libtpu_lockfile")
 
@@ -76,10 +77,10 @@ class Processes:
         return [json.loads(found[i]) for i in range(self.place.n_process)]
 
     def agree(self, name: str, items: Mapping[str, Any]) -> None:
-        """ValueError in every process, naming each differing item and who has what, unless all are equal."""
+        """InputError in every process, naming each differing item and who has what, unless all are equal."""
         unequal = differences(dict(enumerate(self.gather(name, dict(items)))), self.hosts)
         if unequal:
-            raise ValueError("the processes of this run differ:\n  " + "\n  ".join(unequal))
+            raise InputError("the processes of this run differ:\n  " + "\n  ".join(unequal))
 
     def batch_ready(self) -> None:
         """Waits until every process holds its part of the next batch.
@@ -141,7 +142,7 @@ def start(
             end the process.
     Raises:
         ClusterError: processes are missing, the port is taken, an accelerator is held by another process.
-        ValueError: the processes differ, or found another number of devices than they were given.
+        InputError: the processes differ, or found another number of devices than they were given.
     """
     if glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
         clear_stale_lock(TPU_LOCK, say)
@@ -176,7 +177,7 @@ def _check_devices(processes: Processes, granted: int) -> None:
     found = processes.gather("devices", [wrong, f"{len(devices)} {kind}"])
     errors = [f"{names([i], processes.hosts)} {text}" for i, (text, _) in enumerate(found) if text]
     if errors:
-        raise ValueError(
+        raise InputError(
             "; ".join(errors) + ": the scheduler's binding hides them, or the jax installed is for another"
             " platform; otherwise set config.cluster.local_devices to the number meant"
         )
@@ -184,7 +185,7 @@ def _check_devices(processes: Processes, granted: int) -> None:
         {i: {"local devices": count} for i, (_, count) in enumerate(found)}, processes.hosts
     )
     if unequal:
-        raise ValueError("the processes see different devices:\n  " + "\n  ".join(unequal))
+        raise InputError("the processes see different devices:\n  " + "\n  ".join(unequal))
 
 
 def clear_stale_lock(lock: Path, say: Callable[[str], None], proc: Path = Path("/proc")) -> None:

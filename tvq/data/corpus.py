@@ -19,6 +19,7 @@ from tvq import config
 from tvq.data import documents, prepared
 from tvq.data.documents import Document
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, describe
+from tvq.errors import InputError
 
 Span = tuple[int, int]
 
@@ -52,7 +53,7 @@ class Corpus:
         return self.splits["train"].n_byte / self.splits["train"].n_token
 
     def info(self, split: str) -> prepared.Split:
-        """Counts of a split. ValueError: it is empty."""
+        """Counts of a split. InputError: it is empty."""
         info = self.splits[split]
         if not info.n_token:
             way_out = (
@@ -60,14 +61,14 @@ class Corpus:
                 if self.source.get("name") == "text"
                 else "prepare it from more text"
             )
-            raise ValueError(f"config.data: the {split} split of {self.folder} is empty; {way_out}")
+            raise InputError(f"config.data: the {split} split of {self.folder} is empty; {way_out}")
         return info
 
     def tokens_path(self, split: str) -> epath.Path:
         return prepared.tokens_path(self.folder, split)
 
     def tokens(self, split: str) -> np.memmap:
-        """uint16 [n_token], mapped anew at each call, of a local folder. ValueError: the split is empty."""
+        """uint16 [n_token], mapped anew at each call, of a local folder. InputError: the split is empty."""
         n_token = self.info(split).n_token
         return np.memmap(self.tokens_path(split), prepared.DTYPE, mode="r", shape=(n_token,))
 
@@ -126,10 +127,10 @@ class Mixture:
         return sum(w * part.bytes_per_token for part, w in zip(self.parts, self.weights, strict=True))
 
     def info(self, split: str) -> prepared.Split:
-        """Counts of a split of all folders together. ValueError: it is empty in all."""
+        """Counts of a split of all folders together. InputError: it is empty in all."""
         found = [part.splits[split] for part in self.parts]
         if not any(info.n_token for info in found):
-            raise ValueError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
+            raise InputError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
         zipped = [info.gzip_bytes for info in found if info.gzip_bytes is not None]
         return prepared.Split(
             n_token=sum(info.n_token for info in found),
@@ -147,7 +148,7 @@ AnyCorpus = Corpus | Mixture
 def open_mixture(text: str) -> Mixture:
     """`FOLDER:WEIGHT,FOLDER:WEIGHT`; weights are made to add up to 1.
 
-    ValueError: it is written otherwise, a folder cannot be opened, or their vocabularies differ.
+    InputError: it is written otherwise, a folder cannot be opened, or their vocabularies differ.
     """
     folders, weights = [], []
     for item in text.split(","):
@@ -157,7 +158,7 @@ def open_mixture(text: str) -> Mixture:
         except ValueError:
             weight = 0.0
         if not folder or not 0 < weight < math.inf:
-            raise ValueError(
+            raise InputError(
                 f"config.data.mix must be FOLDER:WEIGHT,FOLDER:WEIGHT with positive weights, not {item!r}"
             )
         folders.append(folder)
@@ -166,7 +167,7 @@ def open_mixture(text: str) -> Mixture:
     for part in parts:
         ours, theirs = describe(part.vocabulary), describe(parts[0].vocabulary)
         if (ours, part.image_size) != (theirs, parts[0].image_size):
-            raise ValueError(
+            raise InputError(
                 f"config.data.mix: {parts[0].folder} and {part.folder} have the vocabularies {theirs} and"
                 f" {ours}; prepare one of them again, with the other's --model"
             )
@@ -180,7 +181,7 @@ def _folder(name: str) -> epath.Path:
 def open_corpus(data: config.Data) -> AnyCorpus:
     """Opens what `data` names, in constant time; a source of text is prepared into the cache first.
 
-    ValueError: nothing is there, it is unreadable, damaged, of a newer format, or has nothing to train on.
+    InputError: nothing is there, it is unreadable, damaged, of a newer format, or has nothing to train on.
     """
     if data.mix:
         return open_mixture(data.mix)
@@ -197,7 +198,7 @@ def open_corpus(data: config.Data) -> AnyCorpus:
         try:
             _prepare(folder, found, vocabulary, source)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"config.data.cache: cannot write {folder} ({error.strerror}); choose another folder"
             ) from error
     return _open(epath.Path(folder), "config.data.cache", "delete this folder and it is made again")
@@ -214,7 +215,7 @@ def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
     where = f"{field}: {folder}"
     manifest = prepared.read(folder, where, remedy)
     if not manifest.splits["train"].n_token:
-        raise ValueError(f"{where} has an empty train split; {remedy}")
+        raise InputError(f"{where} has an empty train split; {remedy}")
     return Corpus(
         folder=folder,
         vocabulary=manifest.vocabulary,

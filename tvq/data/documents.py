@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tvq import config
+from tvq.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_RULE = "folder: 98/1/1 % by sha256 of the name; file: 90/5/5 % of its bytes, in order"
@@ -40,7 +41,7 @@ class Document:
     mtime_ns: int
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, at most `CHUNK` at a time. ValueError: the file is unreadable or has become shorter."""
+        """The bytes, at most `CHUNK` at a time. InputError: the file is unreadable or has become shorter."""
         left = self.stop - self.start
         try:
             with self.path.open("rb") as file:
@@ -48,7 +49,7 @@ class Document:
                 while left:
                     chunk = file.read(min(left, CHUNK))
                     if not chunk:
-                        raise ValueError(
+                        raise InputError(
                             f"config.data.path: {self.path} became shorter while read; try again"
                         )
                     left -= len(chunk)
@@ -65,9 +66,9 @@ def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
         yield Piece(document.split, document.name, b"", last=True)
 
 
-def unreadable(path: Path, error: OSError) -> ValueError:
+def unreadable(path: Path, error: OSError) -> InputError:
     name = error.filename or path
-    return ValueError(
+    return InputError(
         f"config.data.path: cannot read {name} ({error.strerror}); make it readable or move it away"
     )
 
@@ -79,7 +80,7 @@ def hashed_split(name: str) -> str:
 
 
 def find(data: config.Data) -> list[Document]:
-    """The documents of source stdlib or text, in order. ValueError: there are none, or none to train on."""
+    """The documents of source stdlib or text, in order. InputError: there are none, or none to train on."""
     if data.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         skip = ("site-packages", "dist-packages", "__pycache__")
@@ -89,7 +90,7 @@ def find(data: config.Data) -> list[Document]:
         try:
             mode = root.stat().st_mode
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"config.data.path: {root} cannot be opened ({error.strerror}); give a file or folder of text"
             ) from error
         if stat.S_ISDIR(mode):
@@ -97,7 +98,7 @@ def find(data: config.Data) -> list[Document]:
         elif stat.S_ISREG(mode):
             documents = _of_file(root)
         else:
-            raise ValueError(f"config.data.path: {root} is neither a file nor a folder; give one of them")
+            raise InputError(f"config.data.path: {root} is neither a file nor a folder; give one of them")
     _check_text(root, documents)
     return documents
 
@@ -144,13 +145,13 @@ def _check_text(root: Path, documents: list[Document]) -> None:
     for document in documents:
         n_byte[document.split] += document.stop - document.start
     if not any(n_byte.values()):
-        raise ValueError(
+        raise InputError(
             f"config.data.path: {root} holds no text (0 bytes in {len(documents)} files, hidden ones apart);"
             " give a file or folder with text"
         )
     if not n_byte["train"]:
         counts = ", ".join(f"{split} {n}" for split, n in n_byte.items())
-        raise ValueError(
+        raise InputError(
             f"config.data.path: the {len(documents)} files of {root} hold no training text (bytes: {counts});"
             " a file's name decides its split: add files, or give one file, which is cut 90/5/5 %"
         )

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tvq.errors import InputError
+
 URLS = {"enwik8": "http://mattmahoney.net/dc/enwik8.zip", "pg19": "https://storage.googleapis.com"}
 PG19_BUCKET = "deepmind-gutenberg"
 ATTEMPTS = 5  # without progress
@@ -37,7 +39,7 @@ class Item(NamedTuple):
 def fetch(url: str, path: Path, *, progress: Callable[[int, int], Any], md5: str = "") -> None:
     """Makes `path` the file at `url`. `progress` hears bytes so far, and in all.
 
-    ValueError: it cannot be fetched, or is not of that MD5 (base64); nothing of that name is there then.
+    InputError: it cannot be fetched, or is not of that MD5 (base64); nothing of that name is there then.
     """
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def fetch(url: str, path: Path, *, progress: Callable[[int, int], Any], md5: str
             total = _transfer(url, part, before, progress)
         except BROKEN as error:
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise ValueError(f"cannot fetch {url} ({error}); give the right --url, or --input") from error
+                raise InputError(f"cannot fetch {url} ({error}); give the right --url, or --input") from error
             now = part.stat().st_size if part.exists() else 0
             failures, reason = (failures + 1 if now == before else 1), str(error)
             time.sleep(PAUSE * failures)
@@ -56,7 +58,7 @@ def fetch(url: str, path: Path, *, progress: Callable[[int, int], Any], md5: str
         _check(url, part, total, md5)
         part.replace(path)
         return
-    raise ValueError(f"cannot fetch {url} ({reason}); what has come is kept, the same command goes on")
+    raise InputError(f"cannot fetch {url} ({reason}); what has come is kept, the same command goes on")
 
 
 def _transfer(url: str, part: Path, start: int, progress: Progress) -> int:
@@ -89,7 +91,7 @@ def _check(url: str, part: Path, total: int, md5: str) -> None:
         found = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
     if (total and size != total) or (md5 and found != md5):
         part.unlink()
-        raise ValueError(
+        raise InputError(
             f"{url} came as {size} bytes of MD5 {found}, not {total or size} of {md5 or 'any'};"
             " it is removed, the same command fetches it again"
         )
@@ -98,7 +100,7 @@ def _check(url: str, part: Path, total: int, md5: str) -> None:
 def listed(url: str, bucket: str, prefix: str) -> Iterator[Item]:
     """The objects of a public bucket whose names begin so, by the JSON interface of Google Cloud Storage.
 
-    ValueError: it cannot be asked.
+    InputError: it cannot be asked.
     """
     page = ""
     while True:
@@ -108,7 +110,7 @@ def listed(url: str, bucket: str, prefix: str) -> Iterator[Item]:
             with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
                 found = json.load(response)
         except (*BROKEN, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot list {address} ({error}); give the right --url, or --input") from error
+            raise InputError(f"cannot list {address} ({error}); give the right --url, or --input") from error
         yield from (Item(o["name"], int(o["size"]), o["md5Hash"]) for o in found["items"])
         if "nextPageToken" not in found:
             return
@@ -118,7 +120,7 @@ def listed(url: str, bucket: str, prefix: str) -> Iterator[Item]:
 def pg19(url: str, folder: Path, progress: Progress) -> None:
     """Makes `folder` hold all books of PG-19 and their metadata; those that are there already stay.
 
-    ValueError: one cannot be fetched; the others are kept.
+    InputError: one cannot be fetched; the others are kept.
     """
     names = ("train/", "validation/", "test/", "metadata.csv")
     items = [item for name in names for item in listed(url, PG19_BUCKET, name) if not item.name.endswith("/")]
@@ -141,7 +143,7 @@ def pg19(url: str, folder: Path, progress: Progress) -> None:
 
 
 def enwik8(url: str, path: Path, progress: Progress) -> None:
-    """Makes `path` enwik8.zip, if it is not there. ValueError: it cannot be fetched."""
+    """Makes `path` enwik8.zip, if it is not there. InputError: it cannot be fetched."""
     if not path.exists():
         fetch(url, path, progress=progress)
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from etils import epath
 
 from tvq.data import optional
+from tvq.errors import InputError
 
 CHUNK = 1 << 20
 DAMAGED = (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile)
@@ -58,21 +59,21 @@ class _Counted(io.RawIOBase):
 
 @contextlib.contextmanager
 def explained(path: epath.Path) -> Iterator[None]:
-    """What goes wrong while a file is read becomes a ValueError that names it."""
+    """What goes wrong while a file is read becomes an InputError that names it."""
     try:
         yield
     except DAMAGED as error:
-        raise ValueError(
+        raise InputError(
             f"--input: {path} is damaged or not all there ({error}); fetch it again, whole"
         ) from error
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"--input: cannot read {path} ({error.strerror or error}); make it readable or move it away"
         ) from error
 
 
 def chunks(path: epath.Path, meter: Meter) -> Iterator[bytes]:
-    """The contents of a file, unpacked if its name ends with .zip, .gz or .zst. ValueError: it is damaged."""
+    """The contents of a file, unpacked if its name ends with .zip, .gz or .zst. InputError: it is damaged."""
     with explained(path), meter.open(path) as raw:
         if path.suffix == ".zst":
             yield from _zstd(path, raw)
@@ -85,7 +86,7 @@ def chunks(path: epath.Path, meter: Meter) -> Iterator[bytes]:
                 packed = stack.enter_context(zipfile.ZipFile(raw))
                 names = [info.filename for info in packed.infolist() if not info.is_dir()]
                 if len(names) != 1:
-                    raise ValueError(f"--input: {path} holds {len(names)} files, not one; unpack it")
+                    raise InputError(f"--input: {path} holds {len(names)} files, not one; unpack it")
                 file = cast(BinaryIO, stack.enter_context(packed.open(names[0])))
             while chunk := file.read(CHUNK):
                 yield chunk
@@ -126,14 +127,14 @@ def natural(name: str) -> list:
 def below(root: epath.Path) -> list[epath.Path]:
     """A file itself, or the files of a folder in natural order of their names, hidden ones apart.
 
-    ValueError: there is none, or one cannot be looked at.
+    InputError: there is none, or one cannot be looked at.
     """
     with explained(root):
         found = list(_walk(root)) if root.is_dir() else [root]
         if not root.exists():
-            raise ValueError(f"--input: there is no {root}")
+            raise InputError(f"--input: there is no {root}")
     if not found:
-        raise ValueError(f"--input: {root} holds no files")
+        raise InputError(f"--input: {root} holds no files")
     return sorted(found, key=lambda path: natural(name_of(path, root)))
 
 
@@ -152,7 +153,7 @@ def name_of(path: epath.Path, root: epath.Path) -> str:
 
 
 def hashes(paths: Sequence[epath.Path], root: epath.Path, n_thread: int) -> tuple[str, int]:
-    """The lines that sha256sum writes, and the bytes of all files. ValueError: one cannot be read."""
+    """The lines that sha256sum writes, and the bytes of all files. InputError: one cannot be read."""
 
     def hashed(path: epath.Path) -> tuple[str, int]:
         meter = Meter()

@@ -16,6 +16,7 @@ from tvq.data import files, optional
 from tvq.data.documents import Piece, hashed_split
 from tvq.data.files import Meter
 from tvq.data.texts import HASHED, NAMED, named_split
+from tvq.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGENET64_TRAIN = 1_200_000
@@ -25,20 +26,20 @@ ROWS = 512  # images of a batch file read at a time
 def pixels(piece: Piece, size: int, *, fit: bool) -> bytes:
     """The RGB bytes [size, size, 3] of an image file. `fit` scales the shorter side and cuts the longer.
 
-    ValueError: it is no image, or, without `fit`, of another size.
+    InputError: it is no image, or, without `fit`, of another size.
     """
     image_of, operations = optional.load("PIL.Image"), optional.load("PIL.ImageOps")
     try:
         with image_of.open(io.BytesIO(piece.raw)) as image:
             rgb = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, image_of.DecompressionBombError) as error:
-        raise ValueError(
+        raise InputError(
             f"{piece.document} is no image that can be read ({error}); mend or remove it"
         ) from error
     if fit:
         rgb = operations.fit(rgb, (size, size), image_of.Resampling.LANCZOS)
     if rgb.size != (size, size):
-        raise ValueError(f"{piece.document} has {rgb.width} x {rgb.height} pixels, not {size} x {size}")
+        raise InputError(f"{piece.document} has {rgb.width} x {rgb.height} pixels, not {size} x {size}")
     return rgb.tobytes()
 
 
@@ -46,16 +47,16 @@ class Images:
     """Files of any format, scaled to one size."""
 
     def __init__(self, root: epath.Path) -> None:
-        """ValueError: there are none."""
+        """InputError: there are none."""
         self.root = root
         self.files = [path for path in files.below(root) if path.suffix.lower() in SUFFIXES]
         if not self.files:
-            raise ValueError(f"--input: {root} holds no images ({', '.join(SUFFIXES)})")
+            raise InputError(f"--input: {root} holds no images ({', '.join(SUFFIXES)})")
         self._named = all(named_split(files.name_of(path, root)) for path in self.files)
         self.rule = NAMED if self._named else HASHED
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
-        """Each image, as its file. ValueError: one is unreadable."""
+        """Each image, as its file. InputError: one is unreadable."""
         for path in self.files:
             name = files.name_of(path, self.root)
             split = named_split(name) if self._named else hashed_split(name)
@@ -73,7 +74,7 @@ class ImageNet64:
     def __init__(self, root: epath.Path, n_train: int) -> None:
         """Batch files, or image files, whose own or folder's name begins with train or val.
 
-        ValueError: there are no training or no test images.
+        InputError: there are no training or no test images.
         """
         self.root, self._n_train = root, n_train or IMAGENET64_TRAIN
         found = {path: named_split(files.name_of(path, root)) for path in files.below(root)}
@@ -83,7 +84,7 @@ class ImageNet64:
         self._train = [path for path in kept if found[path] == "train"]
         self._test = [path for path in kept if found[path] == "validation"]
         if not self._train or not self._test:
-            raise ValueError(
+            raise InputError(
                 f"--input: {root} holds {len(self._train)} files to train and {len(self._test)} to test on;"
                 " it needs batch files, or folders of images, whose names begin with train and val"
             )
@@ -93,13 +94,13 @@ class ImageNet64:
     def pieces(self, meter: Meter) -> Iterator[Piece]:
         """Each image: its pixels, if from a batch, or else its file.
 
-        ValueError: a file is unreadable, or too few images train.
+        InputError: a file is unreadable, or too few images train.
         """
         n = 0
         for n, piece in enumerate(self._images(self._train, meter), 1):
             yield piece._replace(split="train" if n <= self._n_train else "validation")
         if n <= self._n_train:
-            raise ValueError(
+            raise InputError(
                 f"--input: {self.root} has {n} images to train on, and the first {self._n_train} would train,"
                 " none validate; for less than all of ImageNet64 say with --n_train how many"
             )
@@ -127,7 +128,7 @@ def _npz_rows(path: epath.Path, file: BinaryIO) -> Iterator[np.ndarray]:
     """A few at a time: numpy itself would read all."""
     with zipfile.ZipFile(file) as packed:
         if "data.npy" not in packed.namelist():
-            raise ValueError(f"--input: {path} has no array 'data', it has {packed.namelist()}")
+            raise InputError(f"--input: {path} has no array 'data', it has {packed.namelist()}")
         with packed.open("data.npy") as member:
             old = np.lib.format.read_magic(member) == (1, 0)
             header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
@@ -143,14 +144,14 @@ def _pickled_rows(path: epath.Path, file: BinaryIO) -> Iterator[np.ndarray]:
         data = _Arrays(file, encoding="latin1").load()["data"]
         _check(path, data.shape, data.dtype, fortran=not data.flags.c_contiguous)
     except (pickle.UnpicklingError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--input: {path} is no pickled batch with an array 'data' ({error!r})") from error
+        raise InputError(f"--input: {path} is no pickled batch with an array 'data' ({error!r})") from error
     yield data
 
 
 def _check(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype, fortran: bool) -> None:
     if len(shape) != 2 or shape[1] != 3 * 64 * 64 or dtype != np.uint8 or fortran:
         order = "Fortran" if fortran else "C"
-        raise ValueError(
+        raise InputError(
             f"--input: the images of {path} are {dtype} {list(shape)} in {order} order, not uint8 [N, 12288]"
             " (three planes of 64 x 64)"
         )

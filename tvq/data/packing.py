@@ -9,6 +9,7 @@ import numpy as np
 
 from tvq.data.corpus import AnyCorpus, Corpus, Span
 from tvq.data.vocabulary import END, PAD
+from tvq.errors import InputError
 
 Example = dict[str, np.ndarray]
 FILLER = -1  # the number of a sequence that is padding alone
@@ -34,13 +35,13 @@ def features(targets_BT: np.ndarray, n_token_B: np.ndarray) -> Example:
 class Sequences:
     """Random access to the T-token sequences of a split, of each folder the last is padded.
 
-    Those of a mixture's folders follow one another. Pickles without its tokens. ValueError: the split is
+    Those of a mixture's folders follow one another. Pickles without its tokens. InputError: the split is
     empty; when a sequence is read, a token is outside the vocabulary.
     """
 
     def __init__(self, corpus: AnyCorpus, split: str, sequence_len: int) -> None:
         if sequence_len < 1:
-            raise ValueError(f"config.train.sequence_len must be at least 1, not {sequence_len}")
+            raise InputError(f"config.train.sequence_len must be at least 1, not {sequence_len}")
         self.corpus, self.split, self.sequence_len = corpus, split, sequence_len
         self.n_token = corpus.info(split).n_token
         counts = [-(-part.splits[split].n_token // sequence_len) for part in corpus.parts]
@@ -89,11 +90,11 @@ class Sequences:
 
 
 def check_ids(corpus: Corpus, split: str, start: int, tokens: np.ndarray) -> None:
-    """ValueError: one of the tokens, which stand in the split from `start` on, is outside the vocabulary."""
+    """InputError: one of the tokens, which stand in the split from `start` on, is outside the vocabulary."""
     size = corpus.vocabulary.size
     if tokens.max() >= size:
         at = int(np.argmax(tokens >= size))
-        raise ValueError(
+        raise InputError(
             f"config.data.path: token {start + at} of {corpus.tokens_path(split)} is id"
             f" {tokens[at]}, outside the vocabulary {corpus.vocabulary.name!r} of {size} ids;"
             " prepare the folder again, with this vocabulary"
@@ -103,7 +104,7 @@ def check_ids(corpus: Corpus, split: str, start: int, tokens: np.ndarray) -> Non
 class Streams:
     """The documents of a split, each whole, in rows that are read side by side, `length` tokens at a time.
 
-    The longest documents go first, each to the row that has the fewest tokens. ValueError: the split is
+    The longest documents go first, each to the row that has the fewest tokens. InputError: the split is
     empty; when a piece is read, a token is outside the vocabulary.
     """
 

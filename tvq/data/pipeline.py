@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from tvq.data.packing import FILLER, Example, Sequences
+from tvq.errors import InputError
 
 Batches = Generator[Example, None, None]
 Rows = slice | Sequence[int]
@@ -33,14 +34,14 @@ class _Batches:
         self, sequences: Sequences, order: Sequence[int], *, batch_size: int, rows: Rows, start: int = 0
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"a batch needs at least 1 sequence, not {batch_size}")
+            raise InputError(f"a batch needs at least 1 sequence, not {batch_size}")
         if start < 0:
-            raise ValueError(f"the first batch is number 0, not {start}")
+            raise InputError(f"the first batch is number 0, not {start}")
         self._sequences, self._order = sequences, order
         self._batch_size, self._start = batch_size, start
         self._rows = range(batch_size)[rows] if isinstance(rows, slice) else rows
         if not self._rows:
-            raise ValueError(f"{rows} takes none of the {batch_size} rows of a batch")
+            raise InputError(f"{rows} takes none of the {batch_size} rows of a batch")
 
     def __len__(self) -> int:
         # An endless order has sys.maxsize elements, and a rounded-up count must not pass that.

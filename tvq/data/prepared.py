@@ -22,6 +22,7 @@ from etils import epath
 
 from tvq.data.documents import SPLITS, Piece
 from tvq.data.vocabulary import END, VOCABULARIES, ByteVocabulary, Vocabulary, describe
+from tvq.errors import InputError
 
 VERSION = 2
 DTYPE = np.dtype("<u2")
@@ -72,16 +73,16 @@ def text_form(vocabulary: Vocabulary, *, end_ids: bool = True) -> Form:
 
 
 def encode_text(vocabulary: Vocabulary, piece: Piece) -> np.ndarray:
-    """The ids of text. ValueError: the vocabulary needs UTF-8 and this is something else."""
+    """The ids of text. InputError: the vocabulary needs UTF-8 and this is something else."""
     try:
         return vocabulary.encode(piece.raw)
     except UnicodeDecodeError as error:
         raise not_utf8(piece, error) from error
 
 
-def not_utf8(piece: Piece, error: UnicodeDecodeError) -> ValueError:
+def not_utf8(piece: Piece, error: UnicodeDecodeError) -> InputError:
     n_wrong = piece.raw.decode(errors="replace").count("\ufffd") - piece.raw.count("\ufffd".encode())
-    return ValueError(
+    return InputError(
         f"{piece.document} is not UTF-8: {n_wrong} wrong places, the first after"
         f" {piece.raw[: error.start][-20:]!r}; mend it, or use --vocabulary=bytes"
     )
@@ -170,7 +171,7 @@ def write(
     """Fills an existing empty folder, `n_thread` pieces at a time; 0 encodes in this thread.
 
     The pieces of a document follow one another. `source` (JSON values) says where they came from. `progress`
-    hears the bytes so far. ValueError: a document cannot be read. OSError: the folder cannot be written.
+    hears the bytes so far. InputError: a document cannot be read. OSError: the folder cannot be written.
     """
     with ExitStack() as files:
         writers = {split: _Writer(folder, split, form, files) for split in SPLITS}
@@ -214,14 +215,14 @@ def _encoded(
 def read(folder: epath.Path, where: str, remedy: str) -> Manifest:
     """The manifest, checked against the sizes of the files and the end of the index; no token is read.
 
-    `where` names the config field and the folder, `remedy` the way out, for the messages. ValueError: not a
+    `where` names the config field and the folder, `remedy` the way out, for the messages. InputError: not a
     prepared folder, damaged, of another version, or of an unknown vocabulary.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["version"] != VERSION:
             way_out = f"update tvq, or {remedy}" if manifest["version"] > VERSION else remedy
-            raise ValueError(
+            raise InputError(
                 f"{where} has format version {manifest['version']}, this tvq reads {VERSION}; {way_out}"
             )
         splits = {split: Split(**manifest["splits"][split]) for split in SPLITS}
@@ -230,11 +231,11 @@ def read(folder: epath.Path, where: str, remedy: str) -> Manifest:
             vocabulary=vocabulary, image_size=manifest["image_size"], source=manifest["source"], splits=splits
         )
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{where} is not a prepared folder: cannot read {MANIFEST} ({error.strerror}); {remedy}"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} has a damaged {MANIFEST} ({error!r}); {remedy}") from error
+        raise InputError(f"{where} has a damaged {MANIFEST} ({error!r}); {remedy}") from error
     for split, info in splits.items():
         _check_files(folder, split, info, f"{where} is damaged", remedy)
     return found
@@ -249,13 +250,13 @@ def _check_files(folder: epath.Path, split: str, info: Split, damaged: str, reme
     for path, n_byte in wanted.items():
         size = path.stat().length if path.exists() else 0
         if size != n_byte:
-            raise ValueError(f"{damaged}: {path.name} has {size} bytes, its manifest says {n_byte}; {remedy}")
+            raise InputError(f"{damaged}: {path.name} has {size} bytes, its manifest says {n_byte}; {remedy}")
     if info.n_document:
         with index.open("rb") as file:
             file.seek(-3 * INDEX_DTYPE.itemsize, 2)
             last = np.frombuffer(file.read(), INDEX_DTYPE).tolist()
         if last != [info.n_token, info.n_byte, info.n_word]:
-            raise ValueError(
+            raise InputError(
                 f"{damaged}: {index.name} ends at token, byte and word {last}, its manifest says"
                 f" {[info.n_token, info.n_byte, info.n_word]}; {remedy}"
             )
@@ -266,15 +267,15 @@ def _vocabulary(
 ) -> Vocabulary:
     if name not in VOCABULARIES:
         known = ", ".join(VOCABULARIES)
-        raise ValueError(
+        raise InputError(
             f"{made_with} the vocabulary {name!r}, this tvq knows {known}; update tvq, or {remedy}"
         )
     path = folder / MODEL
     model = path.read_bytes() if path.exists() else b""
     found = hashlib.sha256(model).hexdigest()
     if found != sha256:
-        raise ValueError(f"{made_with} a {MODEL} of sha256 {sha256}, there is one of {found}; {remedy}")
+        raise InputError(f"{made_with} a {MODEL} of sha256 {sha256}, there is one of {found}; {remedy}")
     vocabulary = VOCABULARIES[name](model)
     if vocabulary.size != size:
-        raise ValueError(f"{made_with} {size} ids of {name!r}, which has {vocabulary.size}; {remedy}")
+        raise InputError(f"{made_with} {size} ids of {name!r}, which has {vocabulary.size}; {remedy}")
     return vocabulary

@@ -10,6 +10,7 @@ from etils import epath
 from tvq.data import files, optional, prepared
 from tvq.data.documents import SPLITS, Piece, hashed_split
 from tvq.data.files import Meter
+from tvq.errors import InputError
 
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ENWIK8_BYTES = 100_000_000
@@ -30,7 +31,7 @@ class Texts:
     def __init__(self, root: epath.Path, column: str, *, named: bool) -> None:
         """The files below `root`; rows of tables have their text in `column`.
 
-        `named` demands that names tell the splits. ValueError: there are no files, or no names that tell.
+        `named` demands that names tell the splits. InputError: there are no files, or no names that tell.
         """
         self.root, self.column = root, column
         names = {path: files.name_of(path, root) for path in files.below(root)}
@@ -39,7 +40,7 @@ class Texts:
             names = {path: n for path, n in names.items() if "/" in n or path.name.endswith(TABLES)}
             names = {path: name for path, name in names.items() if named_split(name)}
             if {named_split(name) for name in names.values()} != set(SPLITS):
-                raise ValueError(
+                raise InputError(
                     f"--input: {root} needs folders or tables whose names begin with train, val and test"
                 )
         self.files = list(names)
@@ -47,7 +48,7 @@ class Texts:
         self.rule = NAMED if self._named else HASHED
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
-        """All documents, those of a split in order. ValueError: a file is unreadable."""
+        """All documents, those of a split in order. InputError: a file is unreadable."""
         for path in self.files:
             name = files.name_of(path, self.root)
             if path.name.endswith(TABLES):
@@ -80,17 +81,17 @@ class OneText:
     def __init__(self, path: epath.Path, n_byte: int, n_train: int) -> None:
         """Of the `n_byte` bytes the first `n_train` train, the rest in halves validates and tests.
 
-        ValueError: that leaves nothing to train or to test on.
+        InputError: that leaves nothing to train or to test on.
         """
         if not 0 < n_train < n_byte:
-            raise ValueError(f"--n_train={n_train} must be between 0 and the {n_byte} bytes of {path}")
+            raise InputError(f"--n_train={n_train} must be between 0 and the {n_byte} bytes of {path}")
         self.root, self.files = path, [path]
         ends = [n_train, n_train + (n_byte - n_train) // 2, n_byte]
         self._spans = list(zip(SPLITS, [0, *ends[:-1]], ends, strict=True))
         self.rule = CUT.format(*ends)
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
-        """The three documents. ValueError: the file is unreadable."""
+        """The three documents. InputError: the file is unreadable."""
         at = 0
         for chunk in files.chunks(self.root, meter):
             for split, start, end in self._spans:
@@ -112,11 +113,11 @@ def _measured(path: epath.Path) -> tuple[int, str]:
 def enwik8(path: epath.Path, n_train: int) -> OneText:
     """The first 90,000,000 bytes train, five million each validate and test.
 
-    ValueError: it is not enwik8, and no `n_train` says how to split another file.
+    InputError: it is not enwik8, and no `n_train` says how to split another file.
     """
     n_byte, sha1 = _measured(path)
     if not n_train and (n_byte, sha1) != (ENWIK8_BYTES, ENWIK8_SHA1):
-        raise ValueError(
+        raise InputError(
             f"--input: {path} holds {n_byte} bytes of SHA-1 {sha1}, enwik8 are {ENWIK8_BYTES}"
             f" of {ENWIK8_SHA1}; fetch it again, or say with --n_train how many bytes of another file train"
         )
@@ -127,7 +128,7 @@ def text(path: epath.Path, column: str, n_train: int) -> Texts | OneText:
     """A folder, a table, or a file that is cut 90/5/5 % or after `n_train` bytes."""
     if path.is_dir() or path.name.endswith(TABLES):
         if n_train:
-            raise ValueError(
+            raise InputError(
                 f"--n_train={n_train} counts bytes of one file, but {path} is a folder or a table"
             )
         return Texts(path, column, named=False)
@@ -143,9 +144,9 @@ def _jsonl(path: epath.Path, column: str, meter: Meter) -> Iterator[bytes]:
             value = row[column]
             yield value.encode()
         except (ValueError, TypeError, AttributeError) as error:  # UnicodeError is a ValueError
-            raise ValueError(f"{where} has no text in {column!r} ({error}); mend it") from error
+            raise InputError(f"{where} has no text in {column!r} ({error}); mend it") from error
         except KeyError as error:
-            raise ValueError(f"{where} has no column {column!r}, it has {list(row)}; use --column") from error
+            raise InputError(f"{where} has no column {column!r}, it has {list(row)}; use --column") from error
 
 
 def _parquet(path: epath.Path, column: str, meter: Meter) -> Iterator[bytes]:
@@ -158,9 +159,9 @@ def _parquet(path: epath.Path, column: str, meter: Meter) -> Iterator[bytes]:
                 for batch in table.iter_batches(batch_size=16, columns=[column]):
                     yield from (value.encode() for value in batch.column(0).to_pylist())
         except (ValueError, OSError, AttributeError) as error:
-            raise ValueError(f"--input: {path} is no table with text in {column!r} ({error})") from error
+            raise InputError(f"--input: {path} is no table with text in {column!r} ({error})") from error
         if column not in names:
-            raise ValueError(f"--input: {path} has no column {column!r}, it has {names}; use --column")
+            raise InputError(f"--input: {path} has no column {column!r}, it has {names}; use --column")
 
 
 def at_spaces(pieces: Iterable[Piece], size: int = PIECE) -> Iterator[Piece]:
@@ -183,7 +184,7 @@ def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def sentences(pieces: Iterable[Piece], n_byte: int) -> Iterator[str]:
-    """The lines of the first `n_byte` bytes to train on. ValueError: they are not UTF-8."""
+    """The lines of the first `n_byte` bytes to train on. InputError: they are not UTF-8."""
     for piece in at_spaces(piece for piece in pieces if piece.split == "train"):
         try:
             yield from piece.raw.decode().split("\n")

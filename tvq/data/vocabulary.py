@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tvq.data import optional
+from tvq.errors import InputError
 from tvq.schema import END, PAD, UNKNOWN
 
 N_SPECIAL = len((PAD, END, UNKNOWN))
@@ -47,7 +48,7 @@ class ByteVocabulary:
     def decode(self, ids: np.ndarray) -> bytes:
         """The bytes of integer ids of any shape, in order; special ids give nothing.
 
-        ValueError: an id is outside the vocabulary.
+        InputError: an id is outside the vocabulary.
         """
         ids = _checked(ids, self)
         return (ids[ids >= N_SPECIAL] - N_SPECIAL).astype(np.uint8).tobytes()
@@ -57,7 +58,7 @@ class ByteVocabulary:
 class SentencePieceVocabulary:
     """The pieces of a SentencePiece model, whose file is `model`. Safe to use from several threads.
 
-    ValueError: the package is missing, or the model has other special ids or more pieces than uint16 has.
+    InputError: the package is missing, or the model has other special ids or more pieces than uint16 has.
     """
 
     model: bytes = dataclasses.field(repr=False)
@@ -69,18 +70,18 @@ class SentencePieceVocabulary:
         try:
             processor = package.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
-            raise ValueError(
+            raise InputError(
                 f"the vocabulary of {len(self.model)} bytes is no SentencePiece model"
             ) from error
         object.__setattr__(self, "processor", processor)
         found = (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id())
         if found != (PAD, END, UNKNOWN, -1):
-            raise ValueError(
+            raise InputError(
                 f"the SentencePiece model has pad, end, unknown and begin ids {found}, it needs"
                 f" {(PAD, END, UNKNOWN, -1)}; train it with pad_id=0, eos_id=1, unk_id=2 and bos_id=-1"
             )
         if self.size > 1 << 16:
-            raise ValueError(f"the SentencePiece model has {self.size} pieces, tokens have room for 65536")
+            raise InputError(f"the SentencePiece model has {self.size} pieces, tokens have room for 65536")
 
     def __reduce__(self) -> tuple:
         return SentencePieceVocabulary, (self.model,)
@@ -102,7 +103,7 @@ class SentencePieceVocabulary:
     def decode(self, ids: np.ndarray) -> bytes:
         """The text of integer ids of any shape, in order; special ids give nothing.
 
-        ValueError: an id is outside the vocabulary.
+        InputError: an id is outside the vocabulary.
         """
         ids = _checked(ids, self)
         return self.processor.decode(ids[ids >= N_SPECIAL].tolist()).encode()
@@ -112,7 +113,7 @@ def _checked(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     ids = np.asarray(ids)
     strange = (ids < 0) | (ids >= vocabulary.size)
     if strange.any():
-        raise ValueError(
+        raise InputError(
             f"id {ids[strange][0]} is outside the vocabulary {vocabulary.name!r} of {vocabulary.size} ids"
         )
     return ids
@@ -121,16 +122,16 @@ def _checked(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 def train_sentencepiece(sentences: Iterator[str], n_piece: int) -> SentencePieceVocabulary:
     """The BPE vocabulary of SPEC.md from sentences (what stands between line ends), which must fit memory.
 
-    ValueError: the package is missing, or there is too little text for so many pieces; or what `sentences`
+    InputError: the package is missing, or there is too little text for so many pieces; or what `sentences`
     raise.
     """
     model = io.BytesIO()
-    failed: list[ValueError] = []
+    failed: list[InputError] = []
 
     def watched() -> Iterator[str]:  # SentencePiece would hide the error in one of its own
         try:
             yield from sentences
-        except ValueError as error:
+        except InputError as error:
             failed.append(error)
             raise
 
@@ -152,7 +153,7 @@ def train_sentencepiece(sentences: Iterator[str], n_piece: int) -> SentencePiece
         if failed:
             raise failed[0] from None
         reason = str(error).rpartition("]")[2].strip() or "no text"
-        raise ValueError(
+        raise InputError(
             f"cannot train {n_piece} pieces on this text ({reason}); give more, or --pieces"
         ) from error
     return SentencePieceVocabulary(model.getvalue())

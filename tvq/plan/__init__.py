@@ -9,6 +9,7 @@ from etils import epath
 
 from tvq import cluster, mesh, metrics
 from tvq.config import Config
+from tvq.errors import InputError
 from tvq.plan import report, step, sweep, targets
 from tvq.plan.step import TooLargeError
 
@@ -18,7 +19,7 @@ DOES_NOT_FIT = 1  # the exit code
 def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints what the train step costs, or with plan.sweep a table of mesh shapes; 1 if nothing fits."""
     if place.n_process > 1:
-        raise ValueError(f"tvq plan is for one process, but {place}; start it by itself")
+        raise InputError(f"tvq plan is for one process, but {place}; start it by itself")
     console = metrics.Console()
     devices = targets.devices(c.plan.topology)
     if not c.plan.sweep:

@@ -9,6 +9,7 @@ import jax
 
 from tvq import config, mesh, metrics
 from tvq.config import Config
+from tvq.errors import InputError
 from tvq.plan import report, step
 from tvq.plan.bound import Bound, bound
 from tvq.plan.step import Estimate, TooLargeError
@@ -46,7 +47,7 @@ def least(trial: Config, devices: list[jax.Device]) -> Bound | str:
     try:
         config.validate(trial)
         return bound(trial, mesh.make(trial.mesh, devices))
-    except ValueError as error:
+    except InputError as error:
         return f"no: {str(error).splitlines()[0]}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from tvq import cluster, config, metrics
+from tvq.errors import InputError
 from tvq.records import Sample
 from tvq.report import pictures, runs
 from tvq.report.runs import Run
@@ -29,9 +30,9 @@ pre { background: #f6f6f6; padding: .7em; margin: 0; white-space: pre-wrap; over
 
 
 def report(workdirs: Sequence[str], output: str) -> int:
-    """Writes `output/index.html` and its pictures. ValueError: there is no run, or no matplotlib."""
+    """Writes `output/index.html` and its pictures. InputError: there is no run, or no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("tvq report draws with matplotlib: pip install 'tvq[plots]'")
+        raise InputError("tvq report draws with matplotlib: pip install 'tvq[plots]'")
     found = runs.read(list(workdirs))
     folder = epath.Path(output or epath.Path(workdirs[0]) / "report")
     with cluster.writing("--output", folder):

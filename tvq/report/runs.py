@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from tvq import config, health
+from tvq.errors import InputError
 from tvq.metrics import Row
 from tvq.records import FILE, SAMPLES, Sample, samples
 
@@ -49,7 +50,7 @@ def is_number(value: Any) -> bool:
 
 
 def read(workdirs: list[str]) -> list[Run]:
-    """ValueError: a folder holds no run, or one that has written no row yet."""
+    """InputError: a folder holds no run, or one that has written no row yet."""
     paths = [epath.Path(workdir) for workdir in workdirs]
     names = [path.name for path in paths]
     return [
@@ -60,14 +61,14 @@ def read(workdirs: list[str]) -> list[Run]:
 
 def _read(workdir: epath.Path, name: str) -> Run:
     if not (workdir / config.FILE).exists():
-        raise ValueError(f"--workdir={workdir} holds no run: there is no {workdir / config.FILE}")
+        raise InputError(f"--workdir={workdir} holds no run: there is no {workdir / config.FILE}")
     if not (workdir / FILE).exists():
-        raise ValueError(f"--workdir={workdir} has no {FILE} yet; let it train a while")
+        raise InputError(f"--workdir={workdir} has no {FILE} yet; let it train a while")
     # A run that is under way may have written half of its last line.
     lines = (workdir / FILE).read_text().split("\n")[:-1]
     rows = [json.loads(line) for line in lines]
     if not rows:
-        raise ValueError(f"{workdir / FILE} has no row yet; let it train a while")
+        raise InputError(f"{workdir / FILE} has no row yet; let it train a while")
     looked, drawn = health.steps(workdir / health.FOLDER), samples(workdir / SAMPLES)
     return Run(
         name,
