@@ -69,13 +69,15 @@ bench() { # bench SHARE NAME ARGUMENTS...: in a share of the time, in per cent
   run timeout $((limit * 12 / 10)) "$python" -m tvq bench "$@" --seconds="$limit" --output="$output/$name" ||
     { say "$name failed with exit code $?"; failed=1; }
 }
-bench 44 enwik8 train "${enwik8[@]}" --lengths=2048,8192,32768,131072 --formulations=auto,full
-bench 18 pg19 train "${pg19[@]}" --lengths=8192,32768 --formulations=auto,full
-bench 10 attention attention "${enwik8[@]}" --lengths=2048,8192,32768 --formulations=auto,full,chunked
-bench 10 decode decode "${enwik8[@]}" --contexts=8192,131072 --batch_sizes=1,32
+# Compiling takes most of the time: 10 to 25 s a case, 80 s before the first number of decoding.
+bench 23 decode decode "${enwik8[@]}" --contexts=8192,131072 --batch_sizes=1,32
+bench 21 enwik8 train "${enwik8[@]}" --lengths=2048,8192 --n_token=131072 --formulations=auto,full
+bench 15 long train "${enwik8[@]}" --lengths=32768,131072 --n_token=131072 --formulations=auto
+bench 11 pg19 train "${pg19[@]}" --lengths=8192 --n_token=32768 --formulations=auto
+bench 13 attention attention "${enwik8[@]}" --lengths=2048,8192 --n_token=32768 --formulations=auto,full,chunked
 [ "$dry" = no ] || exit 0
 
-for name in enwik8 pg19 attention decode; do
+for name in decode enwik8 long pg19 attention; do
   [ ! -f "$output/$name/bench.md" ] || cat "$output/$name/bench.md"
 done >"$output/bench.md"
 nvidia-smi --query-gpu=name,clocks.sm,clocks.max.sm,power.draw,power.limit,driver_version --format=csv >>"$output/bench.md"

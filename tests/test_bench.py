@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from etils import epath
 
 from tests.end_to_end.program import write_corpus
-from tests.fakes.pod import environment
+from tests.fakes.pod import SHORT_RUN, environment
 from tvq import __main__ as door
 from tvq import bench, cluster, config, mesh
 from tvq.bench import cases, report, session
@@ -262,8 +263,30 @@ def test_the_script_for_a_gpu():
         assert run.model.dtype == "bfloat16"
         assert all(trial.train.update_len == T for T, _, trial in cases.sweep(run))
     assert [command[-1] for command in commands] == [
-        f"--output=here/{name}" for name in ("enwik8", "pg19", "attention", "decode")
+        f"--output=here/{name}" for name in ("decode", "enwik8", "long", "pg19", "attention")
     ]
     assert limits <= 100
     refused = script("--wheels", "/no/such/folder")
     assert (refused.returncode, "is no folder" in refused.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_can_be_rehearsed(tmp_path):
+    """Every program that it starts on a GPU runs here with small sizes; a killed run resumes bitwise."""
+    command = [str(ROOT / "launch" / "check_gpu.sh"), "--tiny", "--output", str(tmp_path)]
+    command += ["--python", sys.executable]
+    done = subprocess.run(command, env=environment(**SHORT_RUN), capture_output=True, text=True, check=False)
+    summary = (tmp_path / "summary.txt").read_text()
+    assert done.returncode == 0, summary + done.stderr
+    assert "the killed run is bitwise the unbroken one: True" in summary
+    names = (
+        "unbroken",
+        "killed",
+        "on_device",
+        "memory",
+        "resumed",
+        "profile_enwik8",
+        "profile_pg19",
+        "speed",
+    )
+    assert [f"{name}: exit code 0" in summary for name in names] == [True] * len(names)
