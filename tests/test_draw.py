@@ -67,6 +67,22 @@ def test_temperature_zero_takes_the_likeliest():
     assert got.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-30, 1e-37, 1e-40, 1e-300])
+@pytest.mark.parametrize("p", [0.0, 0.9, 1.0])
+def test_a_low_temperature_is_greedy(temperature, p):
+    for spread in (1.0, 1e4):
+        cold = choose(
+            spread * log_probs(4, 50), jax.random.key(0), jnp.int32(0), jnp.arange(4), temperature, p
+        )
+        np.testing.assert_array_equal(cold, np.full(4, np.argmax(log_probs(1, 50)[0])))
+
+
+@pytest.mark.parametrize("temperature", [1e10, 1e38, 1e39, 1e300])
+def test_a_high_temperature_takes_all_alike(temperature):
+    hot = choose(log_probs(500), jax.random.key(0), jnp.int32(0), jnp.arange(500), temperature, 1.0)
+    assert np.bincount(hot, minlength=5).min() > 60
+
+
 @pytest.mark.parametrize(("temperature", "p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.6), (0.5, 0.9)])
 def test_tokens_come_as_often_as_they_should(temperature, p):
     n = 4000
@@ -194,6 +210,37 @@ def test_texts_do_not_depend_on_chunks(monkeypatch):
     assert continuations([prefix], [0], temperature=2.0, length=20) == want
 
 
+def test_a_text_stops_where_it_ends():
+    """Each row by itself, in a batch and in a stream; only an end that is drawn is one, none in a prompt."""
+    prefixes = [read_prompt(prompt) for prompt in prompts()] * 2
+    sequences = [i // len(LENGTHS) for i in range(len(prefixes))]
+    drawn = {"temperature": 2.0, "length": 40}
+    on = continuations(prefixes, sequences, **drawn)
+    common = np.bincount(np.concatenate(on))
+    for end in (int(common.argmax()), int(np.where(common, common, 99).argmin())):
+        want = [row[: row.index(end)] if end in row else row for row in on]
+        assert len({len(row) for row in want}) > 1
+        for batch_size in (1, 3, 16):
+            assert continuations(prefixes, sequences, batch_size=batch_size, end=end, **drawn) == want
+        for prefix, number, text in zip(prefixes, sequences, want, strict=True):
+            pieces = draw.continuation(
+                *small.parameters(MODEL), prefix, number, jax.random.key(0), **options(end=end, **drawn)
+            )
+            assert [token for piece in pieces for token in piece.tolist()] == text
+
+
+def test_nothing_is_drawn_after_all_have_ended(monkeypatch):
+    """But it tells as often: processes that draw the same must stop at the same word."""
+    prefix, calls, said = read_prompt(prompts()[0]), [], []
+    (on,) = continuations([prefix], [0], temperature=2.0, length=100)
+    write = draw.write
+    monkeypatch.setattr(draw, "write", lambda *a: calls.append(0) or write(*a))
+    drawn = options(length=100, temperature=2.0, end=on[3], tell=said.append)
+    draw.continuations(*small.parameters(MODEL), [prefix], [0], jax.random.key(0), batch_size=1, **drawn)
+    assert len(calls) == 1
+    assert said == [f"drawing: {done} of 100 tokens" for done in (*range(16, 97, 16), 100)]
+
+
 def test_samples_differ_by_seed_and_by_sequence_and_repeat():
     prefixes = [read_prompt(np.ones(1, np.int32))] * 3
     first = continuations(prefixes, range(3), temperature=2.0)
@@ -258,3 +305,28 @@ def test_what_is_no_saved_prefix(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=f"--from_state={path}.* {message}"):
         draw.load(path, MODEL, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda arrays: arrays.pop("state.units.v_BHMV"), "  state.units.v_BHMV: absent in the file"),
+        (lambda arrays: arrays.pop("rest_T"), "  rest_T: absent in the file"),
+        (lambda arrays: arrays.update(rest_T=np.zeros(0, np.int32)), "  rest_T: int32[0] in the file"),
+        (
+            lambda arrays: arrays.update(rest_T=np.zeros((1, 2), np.int32)),
+            "  rest_T: int32[1, 2] in the file",
+        ),
+        (lambda arrays: arrays.update(more=np.zeros(2)), "  more: float64[2] in the file, absent wanted"),
+        (lambda arrays: arrays.update(rest_T=np.full(2, 10**6, np.int32)), "it holds ids outside the"),
+    ],
+)
+def test_a_saved_prefix_that_another_program_changed(tmp_path, change, line):
+    path = epath.Path(tmp_path) / "state"
+    draw.save(path, read_prompt(prompts()[2]), MODEL, "")
+    arrays, facts = tensors.read("", path)
+    change(arrays)
+    tensors.write(path, arrays, facts)
+    with pytest.raises(ValueError, match=f"^--from_state={path} is damaged") as error:
+        draw.load(path, MODEL, "")
+    assert line in str(error.value)

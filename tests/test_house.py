@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "errors", "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss",
+    "errors", "atomic", "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss",
     "optimizer", "state",
     "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "prepare", "trace",
-    "evaluate", "recall", "draw", "pictures", "sample", "describe", "train", "bench", "report", "doctor",
+    "evaluate", "recall", "draw", "image_samples", "sample", "describe", "train", "bench", "report", "doctor",
     "plan", "profile", "interop", "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60

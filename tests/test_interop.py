@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import serialization
+from safetensors.numpy import load_file, save_file
 
 from tests.model import small
 from tests.test_parity import GOLDEN, check_forward, load, model_config, under
 from tvq import cluster, config, evaluate, interop, mesh, tensors
-from tvq.data.vocabulary import ByteVocabulary
+from tvq.data.vocabulary import ByteVocabulary, to_json
 
 FORWARD = sorted(path for path in GOLDEN.glob("fwd_*.npz") if "bf16" not in path.name)
 PLACE = cluster.Place(how="a test")
@@ -176,3 +177,103 @@ def test_a_model_of_other_ids_needs_its_data(tmp_path):
     c = dataclasses.replace(RUN, model=small.MODEL, data=config.Data(source="tokens", path=str(tmp_path)))
     with pytest.raises(ValueError, match=r"config.data.path: .* is not a prepared folder"):
         interop.vocabulary_of(c)
+
+
+def exported(tmp_path: Path, c: config.Config = RUN) -> Path:
+    """What `tvq export` writes, without a run."""
+    params, codebooks = small.parameters(c.model)
+    arrays = tensors.named({"params": params, "codebooks": codebooks})
+    facts = {"vocabulary": json.dumps(to_json(ByteVocabulary())), "image_size": "0"}
+    tensors.write(epath.Path(tmp_path) / "given" / interop.WEIGHTS, arrays, facts)
+    return tmp_path / "given" / interop.WEIGHTS
+
+
+def saved_again(path: Path, facts: dict[str, str] | None, change: Any = lambda arrays: None) -> None:
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path, facts)
+
+
+@pytest.mark.parametrize("facts", [None, {"format": "pt"}])
+def test_weights_that_another_program_saved_again(facts, tmp_path):
+    path = exported(tmp_path)
+    want = interop.read_weights(epath.Path(path), RUN)
+    saved_again(path, facts)
+    for given in (path, path.parent):
+        found = interop.read_weights(epath.Path(given), RUN)
+        assert tensors.fingerprint(found[:2]) == tensors.fingerprint(want[:2])
+        assert found[2:] == want[2:] == (ByteVocabulary(), 0)
+    # Of images, or of pieces, the data must tell.
+    tokens = config.Data(source="tokens", path=str(tmp_path))
+    with pytest.raises(ValueError, match="has lost what tvq export noted in it of vocabulary and images"):
+        interop.read_weights(epath.Path(path), dataclasses.replace(RUN, data=tokens))
+    for damaged in ("{", "{}", "[]", "1"):
+        saved_again(path, {"vocabulary": damaged, "image_size": "0"})
+        with pytest.raises(ValueError, match=r"--input=.*its vocabulary is damaged"):
+            interop.read_weights(epath.Path(path), RUN)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_weights_of_other_dtypes_are_converted(dtype, tmp_path):
+    path, said = exported(tmp_path), []
+    saved_again(path, None, lambda arrays: arrays.update({k: x.astype(dtype) for k, x in arrays.items()}))
+    params, codebooks, *_ = interop.read_weights(epath.Path(path), RUN, said.append)
+    want = tensors.named(small.parameters(RUN.model))
+    for name, x in tensors.named((params, codebooks)).items():
+        np.testing.assert_array_equal(x, np.asarray(want[name]).astype(dtype).astype(np.float32))
+    assert f"arrays of {path} are converted, as codebooks.count: {dtype}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda arrays: arrays.update({"params.units.w": np.full((2, 16), np.nan, np.float32)}),
+            "not finite",
+        ),
+        (lambda arrays: arrays.update({k: np.full(x.shape, 1e300) for k, x in arrays.items()}), "not finite"),
+        (lambda arrays: arrays.update({"params.units.w": np.ones((2, 16), np.int8)}), "int8[2, 16] in the"),
+        (lambda arrays: arrays.clear(), "absent in the file"),
+        (
+            lambda arrays: arrays.update({f"model.{k}": arrays.pop(k) for k in list(arrays)}),
+            "holds no array of the model under its name; it has model.codebooks.count",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_the_model(change, message, tmp_path):
+    path = exported(tmp_path)
+    saved_again(path, None, change)
+    with pytest.raises(ValueError, match=r"^--input=") as error:
+        interop.read_weights(epath.Path(path), RUN)
+    assert message in str(error.value)
+
+
+def test_a_dtype_that_numpy_does_not_know(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    path = tmp_path / interop.WEIGHTS
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(ValueError, match=r"^--input=.*is no safetensors file"):
+        interop.read_weights(epath.Path(path), RUN)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"w": np.zeros(3)}}, "holds no array of the model under its name; it has model/w, not"),
+        ({"0": {"1": np.zeros(3)}, "step": np.zeros(1)}, "it has 0/1, step, not"),
+        ({"params": {}}, "absent in the file"),
+        ({"params": {"a": "text"}}, "a is not an array but 'text'"),
+        ({"params": {"a": None}}, "a is not an array but None"),
+        ({"params": [np.zeros(3)]}, "not"),
+    ],
+)
+def test_msgpack_of_other_keys(tree, message, tmp_path):
+    given = tmp_path / "given"
+    given.write_bytes(serialization.msgpack_serialize(tree))
+    assert message in "\n".join(refused(RUN, given, tmp_path))
+
+
+def test_msgpack_of_keys_that_are_no_text(tmp_path):
+    given = tmp_path / "given"
+    given.write_bytes(b"\x81\x01\x02")  # {1: 2}
+    assert f"--input={given} " in refused(RUN, given, tmp_path)[0]

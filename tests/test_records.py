@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
-from tvq import config, pictures
+from tvq import config, image_samples
 from tvq.records import SAMPLES, JsonlWriter, Records, check, samples, tag
 
 
@@ -213,7 +213,7 @@ def test_curves_are_in_groups() -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    return pictures.png(np.zeros((height, width, 3), np.uint8))
+    return image_samples.png(np.zeros((height, width, 3), np.uint8))
 
 
 def test_samples_are_files_and_in_tensorboard(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import config, health, metrics, pictures, records
+from tvq import config, health, image_samples, metrics, records
 from tvq.report import FILE, report, runs
-from tvq.report import pictures as drawings
+from tvq.report import figures as drawings
 
 pytest.importorskip("matplotlib", reason="only the extra plots has it")
 STEPS = range(10, 210, 10)
@@ -49,7 +49,7 @@ def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, sample
     (workdir / "evaluations" / "step_100_recall.json").write_text('{"step": 100, "answers": []}')
     for step in (100, 1000, 200) if samples else ():
         drawn = records.SampleWriter(epath.Path(workdir) / records.SAMPLES, 2000)
-        picture = pictures.png(np.full((8, 8, 3), step // 4, np.uint8))
+        picture = image_samples.png(np.full((8, 8, 3), step // 4, np.uint8))
         drawn.show(step, picture if step == 200 else f"import <b>{step}</b>\n")
 
 

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from tests.model import small
-from tvq import config, draw, mesh, optimizer, pictures, sample, state
+from tvq import config, draw, image_samples, mesh, optimizer, sample, state
 from tvq.data.vocabulary import END, ByteVocabulary
 
 BYTES = ByteVocabulary()
@@ -49,7 +49,7 @@ def test_a_sample_of_a_run(image_size):
     assert any(line.startswith("drawing: ") for line in said)
     if image_size:
         with Image.open(io.BytesIO(found[0])) as sheet:
-            assert sheet.size == (2 * image_size + pictures.GAP, image_size)
+            assert sheet.size == (2 * image_size + image_samples.GAP, image_size)
     else:
         asked = ["a" * 9]
         alone = sample.answers(params, codebooks, BYTES, c, draw.empty(model), asked, said.append)

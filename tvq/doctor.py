@@ -3,10 +3,10 @@
 It reads the rows of metrics and the looks at the codebooks; where there is no look, the newest checkpoint.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ from etils import epath
 
 from tvq import cluster, config, describe, evaluate, health, mesh, metrics, records
 from tvq.config import Config
+from tvq.errors import InputError
+from tvq.report import runs
 
-FOUND = 1  # the exit code
+FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; with the doctor
 N_NAMED = 3  # units that a finding names
 LEAST_ROWS = 10  # fewer say nothing of a trend
 DEAD, CROWDED, FAR, RESTLESS, DRIFT = 0.1, 0.5, 0.9, 0.3, 0.2
@@ -33,22 +35,30 @@ class Finding(NamedTuple):
 
 
 def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Prints what is found; 0 where that is nothing, else FOUND. InputError: there is nothing to read yet."""
+    """Prints what is wrong; 0 where that is nothing, else FOUND. InputError: there is nothing to read yet.
+
+    A failure of its own never ends with FOUND, as an exception would, but with FAILED.
+    """
+    try:
+        return examine(c, workdir, log)
+    except InputError:
+        raise
+    except Exception as error:
+        log.say("".join(traceback.format_exception(error)) + "tvq doctor failed; nothing is said of the run")
+        raise SystemExit(FAILED) from error
+
+
+def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
     console = metrics.Console()
-    rows = read(workdir / records.FILE)
-    folder = workdir / health.FOLDER
-    steps = health.steps(folder)
-    if steps:
-        looked = health.load(folder, steps[-1])
-    else:
-        devices = mesh.make(config.Mesh(), jax.devices()[:1])
-        restored = evaluate.restore(c, workdir, devices, console.say)
-        initial = c.model.c_gamma**restored.step
-        looked = jax.device_get(jax.vmap(health.use, in_axes=(0, None))(restored.state.codebooks, initial))
-        steps = [restored.step]
+    path = workdir / records.FILE
+    rows, broken = runs.read_rows(path) if path.exists() else ([], [])
+    looked, step = newest_look(c, workdir, bool(rows), console.say, broken)
     findings = all_findings(c, rows, looked)
     last = f"{rows[-1]['step']:,}" if rows else "none"
-    console.say(f"{workdir}: rows to step {last}, codebooks of step {steps[-1]:,}")
+    seen = f"codebooks of step {step:,}" if looked else "no codebooks"
+    console.say(f"{workdir}: rows to step {last}, {seen}")
+    for line in broken:
+        console.say(f"left out: {line}")
     for i, finding in enumerate(findings):
         console.say(f"{i + 1}. {finding.what}\n   {finding.remedy}")
     if not findings:
@@ -56,10 +66,29 @@ def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     return FOUND if findings else 0
 
 
-def read(path: epath.Path) -> list[metrics.Row]:
-    """The rows of a run, without one that is being written; none where there is no file."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def newest_look(
+    c: Config, workdir: epath.Path, has_rows: bool, say: Callable[[str], None], broken: list[str]
+) -> tuple[dict[str, np.ndarray], int]:
+    """The newest look that can be read, or what the newest checkpoint tells, and its step.
+
+    Nothing where there is neither, but rows; `broken` gets a line for each that cannot be read. InputError:
+    there is nothing at all.
+    """
+    for step in reversed(health.steps(workdir / health.FOLDER)):
+        try:
+            return runs.read_look(workdir, step, "norm_drift"), step
+        except InputError as error:
+            broken.append(str(error))
+    try:
+        restored = evaluate.restore(c, workdir, mesh.make(config.Mesh(), jax.devices()[:1]), say)
+    except InputError as error:
+        if not has_rows:
+            raise
+        broken.append(str(error))
+        return {}, 0
+    initial = c.model.c_gamma**restored.step
+    use = jax.vmap(health.use, in_axes=(0, None))(restored.state.codebooks, initial)
+    return jax.device_get(use), restored.step
 
 
 def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.ndarray]) -> list[Finding]:
@@ -68,7 +97,7 @@ def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.nd
 
 
 def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
-    trained = [row for row in rows if row["split"] == "train"]
+    trained = [row for row in rows if row["split"] == "train" and "grad_norm" in row]
     broken = next((row["step"] for row in trained if row["loss"] is None or row["grad_norm"] is None), None)
     if broken is not None:
         yield Finding(
@@ -142,8 +171,9 @@ def of_clipping(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
 
 
 def of_evaluations(rows: Sequence[metrics.Row]) -> Iterator[Finding]:
-    scores = [row for row in rows if row["split"] not in ("train", "test")]
-    losses = [row["loss"] for row in rows if row["split"] == "train"][-5:]
+    valued = [row for row in rows if row["loss"] is not None]
+    scores = [row for row in valued if row["split"] not in ("train", "test")]
+    losses = [row["loss"] for row in valued if row["split"] == "train"][-5:]
     if not scores or not losses:
         return
     best, last, seen = min(scores, key=lambda row: row["loss"]), scores[-1], median(losses)
@@ -156,7 +186,9 @@ def of_evaluations(rows: Sequence[metrics.Row]) -> Iterator[Finding]:
 
 
 def of_time(row: metrics.Row) -> Iterator[Finding]:
-    seconds = {name.removeprefix("seconds_"): x for name, x in row.items() if name.startswith("seconds_")}
+    seconds = {
+        name.removeprefix("seconds_"): x or 0.0 for name, x in row.items() if name.startswith("seconds_")
+    }
     total = sum(seconds.values())
     for kind, (share, remedy) in describe.SLOW.items():
         if total >= describe.LEAST_SECONDS and seconds.get(kind, 0.0) > share * total:
@@ -166,7 +198,9 @@ def of_time(row: metrics.Row) -> Iterator[Finding]:
 
 
 def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
-    """`looked` is what `health.look` finds, or `health.use` alone."""
+    """`looked` is what `health.look` finds, or `health.use` alone, or nothing."""
+    if not looked:
+        return
     m, o = c.model, c.optimizer
     crowded_NHS = np.where(looked["usage"] > health.OVERUSED, looked["usage"], 0.0)
     yield from over(looked["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, looked))

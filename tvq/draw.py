@@ -59,9 +59,12 @@ def choose(
     p_nucleus: float,
 ) -> jax.Array:
     """A token `[B]` int32 for each sequence; the draw is a function of key, position and sequence."""
-    if temperature == 0.0:
+    limits = jnp.finfo(log_probs_BC.dtype)
+    if temperature < limits.tiny:  # on some devices it would be zero
         return jnp.argmax(log_probs_BC, -1).astype(jnp.int32)
-    logits_BC = nucleus(log_probs_BC / temperature, p_nucleus)
+    # The likeliest token is at zero, so that no quotient of its own overflows, however cold.
+    shifted_BC = log_probs_BC - jnp.max(log_probs_BC, -1, keepdims=True)
+    logits_BC = nucleus(shifted_BC / min(temperature, float(limits.max)), p_nucleus)
     key = jax.random.fold_in(key, position)
     keys_B = jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(sequence_B)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BC).astype(jnp.int32)
@@ -154,10 +157,12 @@ def chunks(
     length: int,
     temperature: float,
     p_nucleus: float,
-) -> Iterator[jax.Array]:
+    end: int | None = None,
+) -> Iterator[np.ndarray]:
     """What follows the first unread token of each prefix, `[B,CHUNK]` at a time, until all drew `length`.
 
-    The prefixes' states are equally long; `sequences` are the numbers that draw.
+    The prefixes' states are equally long; `sequences` are the numbers that draw. Once every sequence has
+    drawn `end` the rest is filled with it: the number of chunks does not depend on what is drawn.
     """
     decoding = begin(params, codebooks, beside([prefix.state for prefix in prefixes]), model)
     n_token = max(len(prefix.rest_T) for prefix in prefixes) - 1 + length
@@ -166,13 +171,25 @@ def chunks(
         row[: len(prefix.rest_T) - 1] = prefix.rest_T[1:]
     token_B = jnp.asarray([prefix.rest_T[0] for prefix in prefixes])
     sequence_B = jnp.asarray(sequences)
+    has_ended_B = np.zeros(len(prefixes), bool)
     for start in range(0, given_BT.shape[1], CHUNK):
-        given = jnp.asarray(given_BT[:, start : start + CHUNK])
+        given = given_BT[:, start : start + CHUNK]
+        if has_ended_B.all():
+            yield np.full_like(given, end)
+            continue
         decoding, tokens_BT = write(
-            params, decoding, token_B, given, sequence_B, key, model, temperature, p_nucleus
+            params, decoding, token_B, jnp.asarray(given), sequence_B, key, model, temperature, p_nucleus
         )
-        token_B = tokens_BT[:, -1]
-        yield tokens_BT
+        token_B, drawn_BT = tokens_BT[:, -1], np.asarray(tokens_BT)
+        if end is not None:
+            has_ended_B |= ((drawn_BT == end) & (given == DRAWN)).any(1)
+        yield drawn_BT
+
+
+def until(tokens_T: np.ndarray, end: int | None) -> np.ndarray:
+    """The tokens before the first `end`; all where there is none."""
+    ends = [] if end is None else np.flatnonzero(tokens_T == end)
+    return tokens_T[: ends[0]] if len(ends) else tokens_T
 
 
 def answers(
@@ -212,13 +229,15 @@ def continuations(
     *,
     batch_size: int,
     length: int,
+    end: int | None = None,
     tell: Tell = lambda line: None,
     **options: Any,
 ) -> list[np.ndarray]:
     """Continuations `[length]` int32 of prefixes of any length; `options` are those of `chunks`.
 
-    A continuation is a function of prefix, sequence number and key: those of equally long states are drawn
-    side by side, `batch_size` at a time, and a batch is filled up, so that one program draws all.
+    Each stops before the first `end` that it draws; None: there is none. A continuation is a function of
+    prefix, sequence number and key: those of equally long states are drawn side by side, `batch_size` at a
+    time, and a batch is filled up, so that one program draws all.
     """
     groups: dict[int, list[int]] = {}
     for i, prefix in enumerate(prefixes):
@@ -229,14 +248,14 @@ def continuations(
     for number, batch in enumerate(batches):
         rows = batch + batch[-1:] * (B - len(batch))
         of_rows = [prefixes[i] for i in rows], [sequences[i] for i in rows]
-        tokens_BT = np.zeros((B, 0), np.int32)
-        for more_BT in chunks(params, codebooks, *of_rows, key, length=length, **options):
-            tokens_BT = np.concatenate([tokens_BT, np.asarray(more_BT)], 1)
-            done = number * length + min(tokens_BT.shape[1], length)
+        drawn: list[np.ndarray] = []
+        for more_BT in chunks(params, codebooks, *of_rows, key, length=length, end=end, **options):
+            drawn.append(more_BT)
+            done = number * length + min(len(drawn) * CHUNK, length)
             tell(f"drawing: {done:,} of {len(batches) * length:,} tokens")
-        for i, row in zip(batch, tokens_BT, strict=False):
+        for i, row in zip(batch, np.concatenate(drawn, 1), strict=False):
             start = len(prefixes[i].rest_T) - 1
-            found[i] = row[start : start + length]
+            found[i] = until(row[start : start + length], end)
     return [found[i] for i in range(len(prefixes))]
 
 
@@ -248,19 +267,33 @@ def continuation(
     key: jax.Array,
     *,
     length: int,
+    end: int | None = None,
     **options: Any,
 ) -> Iterator[np.ndarray]:
     """The same continuation, some tokens at a time as they are drawn."""
-    start, stop, end = len(prefix.rest_T) - 1, 0, len(prefix.rest_T) - 1 + length
-    for tokens_1T in chunks(params, codebooks, [prefix], [sequence], key, length=length, **options):
+    start, stop, last = len(prefix.rest_T) - 1, 0, len(prefix.rest_T) - 1 + length
+    for tokens_1T in chunks(params, codebooks, [prefix], [sequence], key, length=length, end=end, **options):
         begun, stop = stop, stop + tokens_1T.shape[1]
         if stop > start:
-            yield np.asarray(tokens_1T)[0, max(start - begun, 0) : end - begun]
+            drawn_T = tokens_1T[0, max(start - begun, 0) : last - begun]
+            found_T = until(drawn_T, end)
+            if len(found_T):
+                yield found_T
+            if len(found_T) < len(drawn_T):
+                return
 
 
 def save(path: epath.Path, prefix: Prefix, model: Model, weights: str) -> int:
     """Writes a prefix and which model read it; returns its bytes: of a text of any length as many."""
     return tensors.write(path, tensors.named(prefix), {"weights": weights, **_origin(model)})
+
+
+def is_saved(path: epath.Path) -> bool:
+    """Whether `save` wrote this file."""
+    try:
+        return "weights" in tensors.read("--save_state", path)[1]
+    except InputError:
+        return False
 
 
 def load(path: epath.Path, model: Model, weights: str) -> Prefix:
@@ -277,9 +310,24 @@ def load(path: epath.Path, model: Model, weights: str) -> Prefix:
             f"--from_state={path} was saved by another model; use that one, or read the document again:\n"
             + "\n".join(differing)
         )
-    like = jax.eval_shape(lambda: transformer.initial_state(model, 1))
-    prefix = Prefix(like, np.empty(0, np.int32))
-    return jax.tree.unflatten(jax.tree.structure(prefix), [arrays[name] for name in tensors.named(prefix)])
+    rest_T = arrays.get("rest_T", np.empty(0, np.int32))
+    like = Prefix(
+        jax.eval_shape(lambda: transformer.initial_state(model, 1)), np.empty(max(rest_T.size, 1), np.int32)
+    )
+    kinds = {name: tensors.kind(x) for name, x in arrays.items()}
+    wanted = {name: tensors.kind(x) for name, x in tensors.named(like).items()}
+    lines = tensors.differing(kinds, wanted, "in the file")
+    if lines:
+        raise InputError(
+            f"--from_state={path} is damaged, or was saved again by another program: {len(lines)} arrays"
+            " differ; read the document again:\n" + "\n".join(lines)
+        )
+    if rest_T.min() < 0 or rest_T.max() >= model.n_vocab:
+        raise InputError(
+            f"--from_state={path} is damaged: it holds ids outside the {model.n_vocab} of the model; read the"
+            " document again"
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in tensors.named(like)])
 
 
 def _origin(model: Model) -> dict[str, str]:

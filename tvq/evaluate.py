@@ -18,7 +18,7 @@ from etils import epath
 from jax import lax
 from jax.sharding import Mesh
 
-from tvq import cluster, config, loss, mesh, metrics, optimizer, state
+from tvq import atomic, cluster, config, loss, mesh, metrics, optimizer, state
 from tvq.checkpoint import Checkpoints, Restored
 from tvq.config import Config, Model
 from tvq.data import prepared, vocabulary
@@ -345,19 +345,25 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
                 "vocabulary": vocabulary.describe(corpus.vocabulary),
             }
             name = f"step_{row['step']}_{row['split']}{'_carried' if c.evaluate.carry else ''}"
-            record(workdir, c, name, row | {"by_context": table, "data": data}, devices)
+            record(workdir, c, name, row | {"by_context": table, "data": data}, devices, log.say)
     processes.finish()
     return 0
 
 
-def record(workdir: epath.Path, c: Config, name: str, found: dict, devices: Mesh) -> None:
-    """Writes what was found, and all that is needed to repeat it, to `workdir/evaluations/NAME.json`."""
+def record(
+    workdir: epath.Path, c: Config, name: str, found: dict, devices: Mesh, say: Callable[[str], None]
+) -> None:
+    """Writes what was found, and all that is needed to repeat it, to `workdir/evaluations/NAME.json`.
+
+    Where that cannot be written, as in a run of somebody else, it says so: the result has been printed.
+    """
     found = found | {
         "code": cluster.code_version(),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
         "config": config.to_dict(c),
     }
     path = workdir / "evaluations" / f"{name}.json"
-    with cluster.writing("--workdir", workdir):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        atomic.write(path, json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        say(f"warning: {path} cannot be written ({error.strerror}): the result is printed, and not kept")

@@ -1,7 +1,7 @@
 """Weights in and out, and the names and layout of the original program's arrays (issues 2 and 6)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from tvq import cluster, config, evaluate, mesh, metrics, optimizer, state, tensors, train
+from tvq import atomic, cluster, config, evaluate, mesh, metrics, optimizer, state, tensors, train
 from tvq.checkpoint import Checkpoints
 from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus
@@ -20,6 +20,7 @@ from tvq.model import attention, transformer
 
 # What `tvq export` writes beside config.json.
 WEIGHTS = "model.safetensors"
+Say = Callable[[str], None]
 
 # Within one of its attention modules -> within one of our units, or a codebook entry.
 UNIT_NAMES = {
@@ -157,16 +158,23 @@ def read_original(path: epath.Path) -> dict[str, np.ndarray]:
         tree = serialization.msgpack_restore(path.read_bytes())
     except OSError as error:
         raise InputError(f"--input={path}: cannot read it ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:  # what msgpack says of other bytes
+    except Exception as error:  # msgpack has no common word for what it cannot read
         raise InputError(f"--input={path} is no msgpack of flax, or a damaged one: {error}") from error
     if not isinstance(tree, dict):
         raise InputError(f"--input={path} is no msgpack of flax: it holds no names")
     while isinstance(tree.get("params"), dict):
         tree = tree["params"]
-    return {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
+    flat = {"/".join(map(str, names)): x for names, x in traverse_util.flatten_dict(tree).items()}
+    other = sorted(name for name, x in flat.items() if not isinstance(x, np.ndarray | np.generic))
+    if other:
+        raise InputError(
+            f"--input={path} holds no parameters of the original program: {other[0]} is not an array but"
+            f" {flat[other[0]]!r:.60}"
+        )
+    return {name: np.asarray(x) for name, x in flat.items()}
 
 
-def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary, int]:
+def read_weights(path: epath.Path, c: Config, say: Say = print) -> tuple[dict, dict, Vocabulary, int]:
     """Params, codebooks, vocabulary, side of images: of the original's file, or of our folder or file.
 
     InputError: it is neither, or its arrays are not those of the model; each that differs is listed.
@@ -174,18 +182,37 @@ def read_weights(path: epath.Path, c: Config) -> tuple[dict, dict, Vocabulary, i
     if is_ours(path):
         arrays, facts = tensors.read("--input", path / WEIGHTS if path.is_dir() else path)
         like = dict(zip(("params", "codebooks"), jax.eval_shape(lambda: _init(c.model)), strict=True))
-        check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()})
+        arrays = check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()}, say)
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in tensors.named(like)])
-        return (
-            tree["params"],
-            tree["codebooks"],
-            from_json(json.loads(facts["vocabulary"])),
-            int(facts["image_size"]),
-        )
+        return tree["params"], tree["codebooks"], *what_it_reads(path, facts, c)
     vocabulary = vocabulary_of(c)
-    arrays = read_original(path)
-    check(path, arrays, original_kinds(c.model))
+    arrays = check(path, read_original(path), original_kinds(c.model), say)
     return *parameters_from_original(arrays), vocabulary, 0
+
+
+def what_it_reads(path: epath.Path, facts: dict[str, str], c: Config) -> tuple[Vocabulary, int]:
+    """Vocabulary and side of images, as `tvq export` noted them in the file; else those of config.data.
+
+    InputError: they are damaged, or the data is not there.
+    """
+    if "vocabulary" in facts and "image_size" in facts:
+        try:
+            return from_json(json.loads(facts["vocabulary"])), int(facts["image_size"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"--input={path}: what it notes of its vocabulary is damaged: {error}"
+            ) from error
+    if c.model.n_vocab == ByteVocabulary().size and c.data.source != "tokens" and not c.data.mix:
+        return ByteVocabulary(), 0
+    try:
+        corpus = open_corpus(c.data)
+        evaluate.check_vocabulary(corpus, c.model)
+    except InputError as error:
+        raise InputError(
+            f"--input={path} has lost what tvq export noted in it of vocabulary and images, as when another"
+            f" program saves it again; set config.data to the data of training, which has both: {error}"
+        ) from error
+    return corpus.vocabulary, corpus.image_size
 
 
 def is_ours(path: epath.Path) -> bool:
@@ -197,16 +224,45 @@ def _init(model: Model) -> tuple[dict, dict]:
     return transformer.init(model, jax.random.key(0))
 
 
-def check(path: epath.Path, arrays: Mapping[str, np.ndarray], wanted: dict[str, str]) -> None:
-    """InputError lists each array that is missing, not wanted, or of another shape or dtype."""
-    differing = tensors.differing(
-        {name: tensors.kind(x) for name, x in arrays.items()}, wanted, "in the file"
+def check(
+    path: epath.Path, arrays: Mapping[str, np.ndarray], wanted: dict[str, str], say: Say
+) -> dict[str, np.ndarray]:
+    """The arrays, of the wanted dtypes: where nothing but floating-point dtypes differs they are converted.
+
+    InputError lists each array that is missing, not wanted, of another shape or dtype, or not finite.
+    """
+    kinds = {name: tensors.kind(x) for name, x in arrays.items()}
+    differing = tensors.differing(kinds, wanted, "in the file")
+    if arrays and not arrays.keys() & wanted.keys():
+        raise InputError(
+            f"--input={path} holds no array of the model under its name; it has {_some(arrays)}, not"
+            f" {_some(wanted)}"
+        )
+    shape_of = lambda kind: kind.partition("[")[2]
+    is_converted = kinds.keys() == wanted.keys() and all(
+        shape_of(kinds[name]) == shape_of(wanted[name]) and jnp.issubdtype(x.dtype, jnp.floating)
+        for name, x in arrays.items()
     )
-    if differing:
+    if differing and not is_converted:
         raise InputError(
             f"--input={path} holds another model than the config: {len(differing)} arrays differ;"
             " set config.model to what it was trained with\n" + "\n".join(differing)
         )
+    if differing:
+        say(f"{len(differing)} arrays of {path} are converted, as {differing[0].strip()}")
+    with np.errstate(over="ignore"):
+        found = {name: x.astype(jnp.dtype(wanted[name].partition("[")[0])) for name, x in arrays.items()}
+    broken = [name for name, x in found.items() if not np.isfinite(x).all()]
+    if broken:
+        raise InputError(f"--input={path} holds numbers that are not finite, in {_some(broken)}")
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    """`a, b, c and 5 more`."""
+    found = sorted(names)
+    text = ", ".join(found[:3])
+    return f"{text} and {len(found) - 3} more" if len(found) > 3 else text
 
 
 def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002
@@ -215,7 +271,8 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds a run already; use another folder")
     train.check_workdir(workdir, c)
-    params, codebooks, vocabulary, image_size = read_weights(epath.Path(input), c)
+    console = metrics.Console()
+    params, codebooks, vocabulary, image_size = read_weights(epath.Path(input), c, console.say)
     tx = optimizer.make(c.optimizer)
     whole = mesh.sharding(mesh.make(config.Mesh(), jax.devices()[:1]), mesh.WHOLE)
 
@@ -231,7 +288,6 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
         checkpoints.save(0, now, data, config.to_dict(c))
     train.record(workdir, c, log)  # last: without it the folder is no run
-    console = metrics.Console()
     console.say(
         f"{state.n_param(now):,} parameters of {input} are checkpoint 0 of {workdir}; it has no optimizer"
         " state: training goes on from these weights with a fresh one and the schedule's warm-up"
@@ -258,7 +314,7 @@ def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     facts = {"step": str(restored.step), **kept}
     with cluster.writing("--output", folder):
         n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
-        (folder / config.FILE).write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
+        atomic.write(folder / config.FILE, json.dumps(config.to_dict(c), indent=1) + "\n")
     metrics.Console().say(
         f"{state.n_param(now):,} parameters of step {restored.step:,} are in {folder}: {n_byte / 1e6:,.1f} MB"
     )

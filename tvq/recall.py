@@ -138,6 +138,6 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
         console.say(show(table, math.log(c.model.n_vocab - FIRST)))
         console.say(json.dumps(row))
         if processes.is_main:
-            evaluate.record(workdir, c, f"step_{row['step']}_recall", row, devices)
+            evaluate.record(workdir, c, f"step_{row['step']}_recall", row, devices, log.say)
     processes.finish()
     return 0

@@ -1,8 +1,12 @@
 """The program `tvq sample`: what is asked, in what order, and where the answer goes."""
 
+import errno
+import itertools
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,14 +14,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq import cluster, draw, evaluate, mesh, metrics, pictures, records, tensors
+from tvq import atomic, cluster, draw, evaluate, image_samples, mesh, metrics, records, tensors
 from tvq.config import Config, Mesh
-from tvq.data import optional
-from tvq.data.vocabulary import Vocabulary, from_json
+from tvq.data import detokenize, optional
+from tvq.data.vocabulary import END, Vocabulary, from_json
 from tvq.draw import Prefix, Tell
 from tvq.errors import InputError
 from tvq.model import transformer
 from tvq.state import TrainState
+
+EXIT_CLOSED = 141  # as a shell reports a program whose reader has gone
+# What is written to a folder.
+RESULTS = re.compile(r"\d{4,}\.(txt|png)|sheet\.png")
 
 
 def check(c: Config, image_size: int, placed: TrainState) -> None:
@@ -53,8 +61,8 @@ def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sha
         params, codebooks = jax.tree.map(here, (params, codebooks))
         if image_size:
             nothing, options = [np.empty(0, np.int32)], drawing(c)
-            found = pictures.drawn(params, codebooks, c, image_size, nothing, options, tell)
-            return pictures.png(pictures.sheet(found))
+            found = image_samples.drawn(params, codebooks, c, image_size, nothing, options, tell)
+            return image_samples.png(image_samples.sheet(found))
         before = draw.empty(c.model)
         return show(answers(params, codebooks, vocabulary, c, before, [c.sample.prompt], tell)) + "\n"
 
@@ -67,12 +75,13 @@ def check_decodes(c: Config) -> None:
 
 
 def drawing(c: Config) -> dict[str, Any]:
-    """The options of `draw.chunks`."""
+    """The options of `draw.chunks`, of texts."""
     return {
         "model": transformer.suited(c.model, jax.devices()[0].platform),
         "length": c.sample.length,
         "temperature": c.sample.temperature,
         "p_nucleus": c.sample.nucleus,
+        "end": None if c.sample.past_end else END,
     }
 
 
@@ -128,14 +137,7 @@ def streams(
 
 def spoken(vocabulary: Vocabulary, ids_T: np.ndarray, drawn: Iterable[np.ndarray]) -> Iterator[str]:
     """The text of ids and of those that follow, in pieces: whole characters, none before it is certain."""
-    said = 0
-    for more_T in drawn:
-        ids_T = np.concatenate([ids_T, more_T])
-        text = vocabulary.decode(ids_T).decode(errors="replace")
-        certain = len(text.rstrip("\ufffd"))  # what looks broken at the end may only be unfinished
-        yield text[said:certain]
-        said = max(said, certain)
-    yield text[said:]
+    return detokenize.stream(vocabulary, itertools.chain([ids_T], drawn))
 
 
 def read_prompts(path: epath.Path) -> list[str]:
@@ -185,9 +187,8 @@ def header(i: int, n: int) -> str:
 
 def write_files(found: list[str], folder: epath.Path) -> str:
     """A text file each; what to say of it."""
-    folder.mkdir(parents=True, exist_ok=True)
     for i, text in enumerate(found):
-        (folder / f"{i + 1:04}.txt").write_text(text)
+        atomic.write(folder / f"{i + 1:04}.txt", text)
     return f"{len(found)} texts in {folder}"
 
 
@@ -217,6 +218,56 @@ def prefix(
     return found
 
 
+def check_output(folder: epath.Path) -> None:
+    """InputError if the results cannot be written there, or would be mixed with older ones."""
+    older = sorted(x.name for x in folder.iterdir() if RESULTS.fullmatch(x.name)) if folder.is_dir() else []
+    if older:
+        raise InputError(f"--output={folder} holds results already ({older[0]}); use another folder")
+    with cluster.writing("--output", folder):  # now, not once all is read and drawn
+        atomic.check(folder)
+
+
+def check_save_state(path: epath.Path, inputs: dict[str, str | None]) -> None:
+    """InputError if a state cannot be written there, or would overwrite an input or what is no state."""
+    for option, other in inputs.items():
+        if other and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise InputError(f"--save_state={path} is the file of {option} too; use another name")
+    if path.exists() and not draw.is_saved(path):
+        raise InputError(f"--save_state={path} is there already and is not a saved state; use another name")
+    with cluster.writing("--save_state", path.parent):
+        atomic.check(path.parent)
+
+
+def unused(folder: epath.Path) -> epath.Path:
+    """The folder, or where it is there already the first of FOLDER_2, FOLDER_3, ... that is not."""
+    names = itertools.chain([folder.name], (f"{folder.name}_{i}" for i in itertools.count(2)))
+    return next(path for name in names if not (path := folder.with_name(name)).exists())
+
+
+def deliver(pieces: Iterable[str], log: cluster.Log) -> int:
+    """Writes texts to standard output as they come; returns the exit code.
+
+    A reader that has gone (`| head`) wants no more of them: nothing more is drawn.
+    """
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            log.say(f"tvq: standard output cannot be written ({error.strerror})")
+        # What is buffered would fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED if error.errno == errno.EPIPE else cluster.EXIT_FAILED
+    return 0
+
+
+def streamed(texts: Iterable[Iterator[str]], n: int) -> Iterator[str]:
+    for i, pieces in enumerate(texts):
+        yield header(i, n)
+        yield from pieces
+        yield "\n"
+
+
 def sample(
     c: Config,
     workdir: epath.Path,
@@ -236,38 +287,40 @@ def sample(
     if stream and output:
         raise InputError("--stream writes to the terminal and --output to files; use one of them")
     check_decodes(c)
-    for option, folder in {"--output": output, "--save_state": os.path.dirname(save_state or "")}.items():
-        if folder:
-            with cluster.writing(option, folder):  # now, not once all is read and drawn
-                epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    if output:
+        check_output(epath.Path(output))
+    if save_state:
+        inputs = {"--document": document, "--prompts": prompts, "--from_state": from_state}
+        check_save_state(epath.Path(save_state), inputs)
     restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
     vocabulary = from_json(restored.data["vocabulary"])
     model = restored.state.params, restored.state.codebooks
     if restored.data["image_size"]:
         if stream or document or save_state or from_state or c.sample.prompt:
             raise InputError("this model draws images: it takes --prompts of images and --output, no text")
-        folder = epath.Path(output) if output else workdir / "samples" / f"step_{restored.step}"
+        folder = epath.Path(output) if output else unused(workdir / "samples" / f"step_{restored.step}")
+        check_output(folder)
         size = restored.data["image_size"]
-        halves = pictures.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]
-        with metrics.Console() as console:
-            images = pictures.drawn(*model, c, size, halves, drawing(c), telling(console))
-            console.say(pictures.write(images, folder))
+        halves = image_samples.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]
+        with metrics.Console() as console, cluster.writing("--output", folder):
+            images = image_samples.drawn(*model, c, size, halves, drawing(c), telling(console))
+            console.say(image_samples.write(images, folder))
         return 0
     asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
     with metrics.Console() as console:
         tell = telling(console)
         before = prefix(*model, vocabulary, c, log.say, tell, document, save_state, from_state)
         if stream:
-            n = len(asked) * c.sample.n_sample
-            for i, pieces in enumerate(streams(*model, vocabulary, c, before, asked, tell)):
-                print(header(i, n), end="")
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-                print()
-            return 0
+            texts = streams(*model, vocabulary, c, before, asked, tell)
+            return deliver(streamed(texts, len(asked) * c.sample.n_sample), log)
         found = answers(*model, vocabulary, c, before, asked, tell)
-        console.say(write_files(found, epath.Path(output)) if output else show(found))
-    return 0
+    if output:
+        try:
+            return deliver([write_files(found, epath.Path(output)) + "\n"], log)
+        except OSError as error:
+            log.say(f"tvq: --output={output}: cannot write there ({error.strerror}); here are the texts")
+            return deliver([show(found) + "\n"], log) or cluster.EXIT_FAILED
+    return deliver([show(found) + "\n"], log)
 
 
 def telling(console: metrics.Console) -> Tell:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
+from tvq import atomic
 from tvq.errors import InputError
 
 
@@ -48,11 +49,7 @@ def fingerprint(tree: Any) -> str:
 def write(path: epath.Path, arrays: Mapping[str, Any], facts: dict[str, str]) -> int:
     """Writes the file, whole or not at all; returns its bytes."""
     data = save({name: np.asarray(x, order="C") for name, x in arrays.items()}, facts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-    return len(data)
+    return atomic.write(path, data)
 
 
 def read(option: str, path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -62,5 +59,5 @@ def read(option: str, path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             return file.get_tensors(), file.metadata() or {}
-    except SafetensorError as error:
+    except Exception as error:  # the library has no common word for what it cannot read
         raise InputError(f"{option}={path} is no safetensors file, or a damaged one: {error}") from error

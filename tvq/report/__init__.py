@@ -9,10 +9,10 @@ from typing import Any
 
 from etils import epath
 
-from tvq import cluster, config, metrics
+from tvq import atomic, cluster, config, metrics
 from tvq.errors import InputError
 from tvq.records import Sample
-from tvq.report import pictures, runs
+from tvq.report import figures, runs
 from tvq.report.runs import Run
 
 __all__ = ["report"]
@@ -36,24 +36,27 @@ def report(workdirs: Sequence[str], output: str) -> int:
     found = runs.read(list(workdirs))
     folder = epath.Path(output or epath.Path(workdirs[0]) / "report")
     with cluster.writing("--output", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        drawn = [(title, draw(figure, folder / f"{name}.png")) for name, title, figure in figures(found)]
-        (folder / FILE).write_text(page(found, drawn))
+        atomic.check(folder)
+        drawn = [(title, draw(figure, folder / f"{name}.png")) for name, title, figure in drawings(found)]
+        atomic.write(folder / FILE, page(found, drawn))
     with metrics.Console() as console:
+        for run in found:
+            for line in run.broken:
+                console.say(f"left out: {line}")
         console.say(
             f"{folder / FILE}: {len(found)} {'run' if len(found) == 1 else 'runs'}, {len(drawn)} pictures"
         )
     return 0
 
 
-def figures(found: Sequence[Run]) -> list[tuple[str, str, Any]]:
+def drawings(found: Sequence[Run]) -> list[tuple[str, str, Any]]:
     """(name of the file, title, figure) of every picture that these runs have something for."""
-    made = [(name, title, picture(found)) for name, (title, picture) in pictures.TOGETHER.items()]
+    made = [(name, title, picture(found)) for name, (title, picture) in figures.TOGETHER.items()]
     for i, run in enumerate(found):
         many = len(found) > 1
         made += [
             (f"{name}_{i + 1}" if many else name, f"{title}: {run.name}" if many else title, picture(run))
-            for name, (title, picture) in pictures.EACH.items()
+            for name, (title, picture) in figures.EACH.items()
         ]
     return [(name, title, figure) for name, title, figure in made if figure is not None]
 
@@ -61,7 +64,7 @@ def figures(found: Sequence[Run]) -> list[tuple[str, str, Any]]:
 def draw(figure: Any, path: epath.Path) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
-    path.write_bytes(content.getvalue())
+    atomic.write(path, content.getvalue())
     return content.getvalue()
 
 
@@ -71,6 +74,9 @@ def page(found: Sequence[Run], drawn: Sequence[tuple[str, bytes]]) -> str:
     for title, png in drawn:
         parts += [f"<h2>{escape(title)}</h2>", image(png, title)]
     parts += [samples(run) for run in found if run.samples]
+    broken = [[run.name, line] for run in found for line in run.broken]
+    if broken:
+        parts += ["<h2>Left out</h2>", table(["run", "what cannot be read"], broken)]
     parts.append(settings(found))
     body = "\n".join(parts)
     return (
@@ -122,6 +128,8 @@ def settings(found: Sequence[Run]) -> str:
     """Where the configs differ, and all of them."""
     docs = config.docs()
     names = list(dict.fromkeys(name for run in found for name in run.config))
+    if not names:
+        return ""
     lines = [
         [name, *(repr(run.config.get(name, "absent")) for run in found), docs.get(name, "")] for name in names
     ]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq import draw
+from tvq import atomic, draw
 from tvq.config import Config
 from tvq.data import images, optional
 from tvq.data.documents import Piece
@@ -38,7 +38,7 @@ def drawn(
     tell: draw.Tell = lambda line: None,
 ) -> np.ndarray:
     """`n_sample` images of each half `[N,size,size,3]` uint8; a special id, which none should hold, is 0."""
-    options = options | {"length": size * size * 3 - len(halves[0])}
+    options = options | {"length": size * size * 3 - len(halves[0]), "end": None}  # an image has no ends
     found = draw.answers(
         params,
         codebooks,
@@ -75,8 +75,7 @@ def png(picture: np.ndarray) -> bytes:
 
 def write(pictures: np.ndarray, folder: epath.Path) -> str:
     """A PNG of each image and `sheet.png` with all; what to say of them."""
-    folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
-        (folder / f"{i + 1:04}.png").write_bytes(png(picture))
-    (folder / "sheet.png").write_bytes(png(sheet(pictures)))
+        atomic.write(folder / f"{i + 1:04}.png", png(picture))
+    atomic.write(folder / "sheet.png", png(sheet(pictures)))
     return f"{len(pictures)} images in {folder}, all on sheet.png"

@@ -1,0 +1,81 @@
+"""Text in pieces is the text at once, for any ids in any pieces, and its cost is that of the ids."""
+
+import io
+
+import numpy as np
+import pytest
+
+from tests.data import books
+from tvq.data import detokenize
+from tvq.data.vocabulary import END, ByteVocabulary, SentencePieceVocabulary
+
+
+def sentencepiece(**options) -> SentencePieceVocabulary:
+    package, model = pytest.importorskip("sentencepiece"), io.BytesIO()
+    package.SentencePieceTrainer.train(
+        sentence_iterator=iter(books.book(0).split("\n")), model_writer=model, model_type="bpe",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, **options,
+    )  # fmt: skip
+    return SentencePieceVocabulary(model.getvalue())
+
+
+VOCABULARIES: dict = {
+    "bytes": lambda: ByteVocabulary(),
+    "plain": lambda: sentencepiece(vocab_size=120),
+    "with bytes": lambda: sentencepiece(vocab_size=400, byte_fallback=True),
+    "spaces kept": lambda: sentencepiece(
+        vocab_size=400, byte_fallback=True, remove_extra_whitespaces=False, user_defined_symbols=["  ", "<a>"]
+    ),
+    "spaces behind": lambda: sentencepiece(
+        vocab_size=400, byte_fallback=True, treat_whitespace_as_suffix=True, add_dummy_prefix=False
+    ),
+}
+TEXTS = ("aé漢😀z", "  two  spaces", "Привет, мир", "\ufffd written out \ufffd\ufffd", "", " ", "a\nb")
+
+
+def texts(vocabulary, rng):
+    """Ids of texts, cut anywhere, and random ones: among them single bytes, spaces and special ids."""
+    for text in TEXTS:
+        ids = vocabulary.encode(text.encode()).astype(np.int64)
+        yield from (ids, ids[:-1], ids[1:], ids[::-1])
+    low = min(vocabulary.size, 259)
+    spaces = vocabulary.encode(b" ").tolist() or [3]
+    for _ in range(150):
+        n = int(rng.integers(1, 40))
+        yield rng.integers(0, vocabulary.size, n)
+        yield rng.integers(0, low, n)  # nearly all of them bytes, where it has bytes
+        yield np.concatenate([rng.choice([*spaces, END], n // 2), rng.integers(3, low, n)])
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_pieces_are_the_whole(name):
+    vocabulary, rng = VOCABULARIES[name](), np.random.default_rng(0)
+    for ids in texts(vocabulary, rng):
+        want = vocabulary.decode(ids).decode(errors="replace")
+        for size in (1, 3, 16):
+            cut = [ids[i : i + size] for i in range(0, len(ids), size)]
+            assert "".join(detokenize.stream(vocabulary, cut)) == want, (name, ids.tolist(), size)
+
+
+@pytest.mark.parametrize("name", ["plain", "with bytes"])
+def test_what_is_certain_is_said_at_once(name):
+    vocabulary = VOCABULARIES[name]()
+    ids = vocabulary.encode(b"one two three")
+    said = list(detokenize.stream(vocabulary, [ids[i : i + 1] for i in range(len(ids))]))
+    assert "".join(said[:-1]) == vocabulary.decode(ids).decode()
+    assert all(len(text) < 8 for text in said)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_the_cost_does_not_grow_with_the_text(name, monkeypatch):
+    """Ids decoded, whatever they are, stay within a small multiple of the ids given."""
+    vocabulary, decoded = VOCABULARIES[name](), []
+    decode = type(vocabulary).decode
+    monkeypatch.setattr(
+        type(vocabulary), "decode", lambda self, ids: decoded.append(len(ids)) or decode(self, ids)
+    )
+    for low in (vocabulary.size, 259):
+        ids = np.random.default_rng(0).integers(3, low, 4000) if low <= vocabulary.size else np.full(4000, 3)
+        decoded.clear()
+        list(detokenize.stream(vocabulary, [ids[i : i + 16] for i in range(0, 4000, 16)]))
+        assert sum(decoded) < 30 * len(ids)
