@@ -1,12 +1,15 @@
 """Sick runs, made up: each has its finding, which names the place, the number and what to change."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
-from tvq import config, doctor
+from tvq import cluster, config, doctor, health
 
 C = config.Config(
     model=config.Model(n_code=64),
@@ -142,3 +145,58 @@ def test_fewer_codes_are_advised_where_they_are_enough():
     found = looked(dead=0.5) | {"perplexity": np.full((N, H), 8.0)}
     (finding,) = doctor.of_codebooks(C, found)
     assert finding.remedy == "in a new run, set config.model.revive_codes=20, or config.model.n_code=16"
+
+
+def examined(workdir: Path) -> int:
+    place = cluster.Place(how="a test")
+    return doctor.doctor(C, epath.Path(workdir), place, cluster.Log(workdir / "logs", place))
+
+
+def test_broken_pieces_are_named_and_the_rest_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [json.dumps(row) for row in rows()]
+    later = ['{"step": 3100, "split": "train", "loss": 1.0}', '{"step": 3200, "split": "test", "loss": null}']
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join([*made[:9], "\0" * 9, made[9][:30], *made[10:], *later])
+    )
+    (tmp_path / health.FOLDER).mkdir()
+    for step, content in (
+        (100, looked()),
+        (200, looked()),
+        (300, looked()),
+        (400, {"usage": looked()["usage"]}),
+    ):
+        health.save(epath.Path(tmp_path) / health.FOLDER, step, content)
+    newest = tmp_path / health.FOLDER / "step_300.npz"
+    newest.write_bytes(newest.read_bytes()[:300])
+    assert examined(tmp_path) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(": rows to step 3,100, codebooks of step 200")
+    for line, name in zip(
+        said[1:5], ("line 10 of", "line 11 of", "step_400.npz", "step_300.npz"), strict=True
+    ):
+        assert line.startswith("left out: ")
+        assert name in line
+    assert said[5:] == ["nothing is wrong that can be seen from here"]
+
+
+def test_without_codebooks_the_rows_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(loss=lambda i: 99.0)))
+    assert examined(tmp_path) == doctor.FOUND
+    assert "rows to step 3,000, no codebooks\nleft out: --workdir=" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text("\0\n")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        examined(tmp_path)
+
+
+def test_a_failure_of_its_own_is_no_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "all_findings", lambda *a: 1 / 0)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows()[0]) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        examined(tmp_path)
+    assert ended.value.code == doctor.FAILED
+    assert doctor.FAILED not in (0, doctor.FOUND, cluster.EXIT_INPUT)
+    assert "ZeroDivisionError" in capsys.readouterr().err

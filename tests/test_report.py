@@ -114,6 +114,86 @@ def test_a_run_that_diverged_does_not_press_the_others_together(tmp_path: Path) 
     assert drawings.optimizer(both).axes[0].get_yscale() == "log", "or one learning rate would seem to be 0"
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def broken_run(workdir: Path) -> int:
+    """Damages pieces of every kind; returns how many."""
+    rows = workdir / "metrics.jsonl"
+    lines = rows.read_bytes().split(b"\n")
+    damaged = [
+        b"\0" * 40, lines[0][:20], b"[1, 2]", b"7", b"\xff", b"[" * 100_000, b'{"step": 10}', b"{}",
+        b'{"step": "10", "split": "train", "loss": 1.0}', b'{"step": 10, "split": 3, "loss": 1.0}',
+        b'{"step": -1, "split": "train", "loss": 1.0}', b'{"step": 1e999, "split": "train", "loss": 1.0}',
+        b'{"step": 10, "split": "train", "loss": "low"}',
+    ]  # fmt: skip
+    strange = b'{"step": 205, "split": "train", "loss": NaN, "bits_per_byte": "x", "seconds_step": "y"}'
+    huge = b'{"step": 206, "split": "validation", "loss": 1' + b"0" * 400 + b', "grad_norm": [1], "a": true}'
+    # A run that goes on, after a power cut.
+    rows.write_bytes(b"\n".join([*lines[:5], *damaged, *lines[5:-1], strange, huge, b"", b"\0" * 9]))
+    looks = [workdir / health.FOLDER / f"step_{step}.npz" for step in STEPS]
+    cut(looks[-1])
+    looks[1].write_bytes(b"")
+    looks[2].write_bytes(b"\0" * 999)
+    np.savez(looks[3], usage=np.ones((N, H, S)), perplexity=np.ones((N, H)))
+    np.savez(looks[4], **{name: np.ones(3) for name in ("usage", *runs.LOOK)})
+    np.savez(looks[5], usage=np.array([{}]))
+    np.savez(looks[6], usage=np.ones((9, H, S)), **{name: np.ones((9, H)) for name in runs.LOOK})
+    looks[7].unlink()
+    looks[7].mkdir()
+    found = {
+        "cut": '{"step": 3000, "split": "te', "list": "[]", "empty": "", "other": '{"step": "x"}',
+        "split": '{"step": 1, "split": [], "by_context": [{"context_from": 0, "context_to": 1, "loss": 2}]}',
+        "table": '{"step": 1, "split": "test", "by_context": [{"context_from": 0}]}',
+        "rows": '{"step": 1, "split": "test", "by_context": [1, 2]}',
+    }  # fmt: skip
+    for name, text in found.items():
+        (workdir / "evaluations" / f"{name}.json").write_text(text)
+    (workdir / "evaluations" / "bytes.json").write_bytes(b"\xff\xfe")
+    drawn = workdir / records.SAMPLES
+    (drawn / "step_100.txt").write_bytes(b"caf\xe9")
+    cut(drawn / "step_200.png")
+    (drawn / "step_300.txt").mkdir()
+    (workdir / config.FILE).write_text('{"model": {"n_lay')
+    return len(damaged) + 1 + len(looks[1:8]) + 1 + len(found) + 1 + 3 + 1
+
+
+def test_broken_pieces_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workdir = tmp_path / "run"
+    write_run(workdir)
+    n_broken = broken_run(workdir)
+    assert report([str(workdir)], "") == 0
+    *left_out, last = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("left out: ") for line in left_out)
+    assert len(left_out) == n_broken, left_out
+    for name in ("line 6 of ", "step_20.npz", "cut.json", "step_100.txt", "step_200.png", config.FILE):
+        assert any(name in line for line in left_out), name
+    page = (workdir / "report" / FILE).read_text()
+    assert page.count("<td>run</td>") == 1 + n_broken
+    (run,) = runs.read([str(workdir)])
+    assert len(run.column("bits_per_byte")[0]) == len(STEPS)
+    assert run.splits() == ["validation"]
+    assert list(run.looks) == [10, *range(90, 200, 10)]
+    assert list(run.samples) == [1000]
+    assert last.endswith("1 run, 8 pictures")
+
+
+@pytest.mark.parametrize("content", [b"\0" * 50, b"\0\n" * 5, b'[{"step": 1}]\n'])
+def test_a_run_whose_rows_are_all_broken(tmp_path: Path, content: bytes) -> None:
+    write_run(tmp_path / "run", looks=False, samples=False)
+    (tmp_path / "run/metrics.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"has no row yet: line 1 of .* is not a row of metrics"):
+        report([str(tmp_path / "run")], "")
+
+
+def test_a_run_that_spent_no_time(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", looks=False, samples=False)
+    row = {"step": 1, "split": "train", "loss": 1.0, "seconds_step": 0.0, "seconds_data": None}
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert report([str(tmp_path / "run")], "") == 0
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import sys
 
 import jax
@@ -11,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from tests.model import small
-from tvq import config, draw, image_samples, mesh, optimizer, sample, state
+from tvq import atomic, cluster, config, draw, image_samples, mesh, optimizer, sample, state
 from tvq.data.vocabulary import END, ByteVocabulary
 
 BYTES = ByteVocabulary()
@@ -55,6 +56,20 @@ def test_a_sample_of_a_run(image_size):
         alone = sample.answers(params, codebooks, BYTES, c, draw.empty(model), asked, said.append)
         assert found[0] == sample.show(alone) + "\n"
         assert alone[0] != alone[1]
+
+
+def test_a_sample_of_a_run_stops_where_the_text_ends(monkeypatch):
+    """Unless sample.past_end; an image has no ends."""
+    asked = []
+    monkeypatch.setattr(
+        draw, "answers", lambda *a, **options: asked.append(options["end"]) or [np.ones(108, int)]
+    )
+    model = dataclasses.replace(small.MODEL, n_vocab=259)
+    for image_size, past_end in ((0, False), (0, True), (6, False)):
+        c = config.Config(model=model, sample=config.Sample(past_end=past_end))
+        devices = mesh.make(config.Mesh(), jax.devices()[:1])
+        sample.sampler(c, BYTES, image_size, devices)({}, {}, print)
+    assert asked == [END, None, None]
 
 
 def placed(c):
@@ -121,3 +136,84 @@ def test_what_is_no_file_of_prompts(tmp_path, name, content, message):
     with pytest.raises(ValueError, match="--prompts=") as error:
         sample.read_prompts(path)
     assert message in str(error.value)
+
+
+LOG = cluster.Log(epath.Path("/dev/null"), cluster.Place(how="a test"))
+
+
+@pytest.mark.parametrize("name", ["0001.txt", "12345.png", "sheet.png"])
+def test_results_are_not_mixed_with_older_ones(tmp_path, name):
+    folder = epath.Path(tmp_path)
+    (folder / "notes.txt").touch()
+    sample.check_output(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / name).touch()
+    with pytest.raises(ValueError, match=rf"--output=.* holds results already \({name}\); use another"):
+        sample.check_output(folder)
+    assert sample.unused(folder / "new").name == "new"
+    (folder / "new").mkdir()
+    (folder / "new_2").mkdir()
+    assert sample.unused(folder / "new").name == "new_3"
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/dev/null/x"])
+def test_where_nothing_can_be_written(folder):
+    with pytest.raises(ValueError, match=f"--output={folder}: cannot write there"):
+        sample.check_output(epath.Path(folder))
+    with pytest.raises(ValueError, match=f"--save_state={folder}: cannot write there"):
+        sample.check_save_state(epath.Path(folder) / "x", {})
+
+
+def test_a_state_overwrites_nothing_but_a_state(tmp_path):
+    """Whatever name the document, or another file, is given."""
+    document, link, hard, state = (epath.Path(tmp_path) / name for name in ("a.txt", "link", "hard", "state"))
+    document.write_text("a text")
+    os.symlink(document, link)
+    os.link(document, hard)
+    (document.parent / "folder").mkdir()
+    draw.save(state, draw.empty(small.MODEL), small.MODEL, "")
+    for path in (document, link, hard, document.parent / "folder" / ".." / "a.txt"):
+        for option in ("--document", "--prompts"):
+            with pytest.raises(
+                ValueError, match=rf"--save_state=.* is the file of {option} too; use another"
+            ):
+                sample.check_save_state(path, {option: str(document)})
+        with pytest.raises(ValueError, match=r"is there already and is not a saved state"):
+            sample.check_save_state(path, {"--document": None})
+    for path in ("/dev/null", tmp_path, document.parent / "folder"):
+        with pytest.raises(ValueError, match=r"is there already and is not a saved state"):
+            sample.check_save_state(epath.Path(path), {})
+    with pytest.raises(ValueError, match=r"is the file of --from_state too"):
+        sample.check_save_state(state, {"--from_state": str(state)})
+    sample.check_save_state(state, {"--document": str(document)})
+    sample.check_save_state(document.with_name("new"), {"--document": str(document)})
+    assert document.read_text() == "a text"
+
+
+def test_a_reader_that_has_gone_wants_no_more(monkeypatch, capsys):
+    """No traceback, nothing more is drawn, and what is buffered does not fail once more at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    drawn = (str(i) for i in range(9))
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert sample.deliver(drawn, LOG) == sample.EXIT_CLOSED
+        monkeypatch.undo()
+    assert next(drawn) == "1"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_behind_standard_output_is_said(monkeypatch, capsys):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert sample.deliver(["text"], LOG) == cluster.EXIT_FAILED
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "tvq: standard output cannot be written (No space left on device)\n"
+
+
+def test_texts_that_cannot_be_kept_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(atomic, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert sample.keep(["one", "two"], epath.Path(tmp_path), LOG) == cluster.EXIT_FAILED
+    out, err = capsys.readouterr()
+    assert "one\n--- sample 2 of 2 ---\ntwo\n" in out
+    assert "cannot write there (No space left); here are the texts" in err

@@ -192,6 +192,16 @@ def write_files(found: list[str], folder: epath.Path) -> str:
     return f"{len(found)} texts in {folder}"
 
 
+def keep(found: list[str], folder: epath.Path, log: cluster.Log) -> int:
+    """Writes texts to a folder, or where that fails to standard output; returns the exit code."""
+    try:
+        told = write_files(found, folder)
+    except OSError as error:
+        log.say(f"tvq: --output={folder}: cannot write there ({error.strerror}); here are the texts")
+        return deliver([show(found) + "\n"], log) or cluster.EXIT_FAILED
+    return deliver([told + "\n"], log)
+
+
 def prefix(
     params: dict,
     codebooks: dict,
@@ -314,13 +324,7 @@ def sample(
             texts = streams(*model, vocabulary, c, before, asked, tell)
             return deliver(streamed(texts, len(asked) * c.sample.n_sample), log)
         found = answers(*model, vocabulary, c, before, asked, tell)
-    if output:
-        try:
-            return deliver([write_files(found, epath.Path(output)) + "\n"], log)
-        except OSError as error:
-            log.say(f"tvq: --output={output}: cannot write there ({error.strerror}); here are the texts")
-            return deliver([show(found) + "\n"], log) or cluster.EXIT_FAILED
-    return deliver([show(found) + "\n"], log)
+    return keep(found, epath.Path(output), log) if output else deliver([show(found) + "\n"], log)
 
 
 def telling(console: metrics.Console) -> Tell:
