@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import io
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from tvq import (
+    EXIT_INTERRUPTED,
     bench,
     cluster,
     config,
     doctor,
+    end_at_interrupt,
     evaluate,
     interop,
     plan,
@@ -164,7 +167,6 @@ OPTIONS = {
 FLAGS = {"sample": {"stream": "write to the terminal as it is drawn"}}
 # No operation whose order of summation may change, and no choice of kernels by timing them.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def parser() -> argparse.ArgumentParser:
@@ -282,7 +284,10 @@ def starting_config(arguments: argparse.Namespace) -> ConfigDict:
     if arguments.workdir is None:
         raise InputError("tvq config needs a --config file or the --workdir of a run")
     is_import = arguments.command == "import"
-    path = epath.Path(arguments.input if is_import else arguments.workdir) / config.FILE
+    folder = epath.Path(arguments.input if is_import else arguments.workdir)
+    if is_import and interop.is_ours(folder) and not folder.is_dir():
+        folder = folder.parent  # of the weights
+    path = folder / config.FILE
     if is_import and not path.exists():
         raise InputError(f"--input={arguments.input} has no {config.FILE} with it; give the --config")
     if not path.exists():
@@ -313,6 +318,8 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
 @contextlib.contextmanager
 def explained(say: Callable[[str], None]) -> Iterator[None]:
     """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is end_at_interrupt:  # from now on it is said here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except (cluster.ClusterError, bench.DisagreementError, SaveError) as error:

@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tvq import mesh
+from tvq import atomic, mesh
 from tvq.model import vq
 
 FOLDER = "codebook"
@@ -137,10 +137,7 @@ def steps(folder: epath.Path) -> list[int]:
 def save(folder: epath.Path, step: int, found: dict[str, np.ndarray]) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **found | {"usage": found["usage"].astype(np.float16)})  # type: ignore[arg-type]
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"step_{step}.npz.tmp"
-    temporary.write_bytes(content.getvalue())
-    temporary.replace(path(folder, step))
+    atomic.write(path(folder, step), content.getvalue())
 
 
 def load(folder: epath.Path, step: int) -> dict[str, np.ndarray]:

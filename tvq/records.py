@@ -26,7 +26,7 @@ from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboardX.proto.tensor_pb2 import TensorProto
 from tensorboardX.record_writer import RecordWriter
 
-from tvq import config
+from tvq import atomic, config
 from tvq.data import optional
 from tvq.errors import InputError
 from tvq.metrics import Row
@@ -163,9 +163,7 @@ def _drop_after(path: epath.Path, last_step: int) -> tuple[list[Row], list[Row]]
         (kept if row["step"] <= last_step else dropped).append(row)
     whole = b"".join(line + b"\n" for line, row in zip(lines, rows, strict=True) if row["step"] <= last_step)
     if whole != content:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(whole)
-        temporary.replace(path)
+        atomic.write(path, whole)
     return kept, dropped
 
 
@@ -191,11 +189,7 @@ class SampleWriter(Writer):
 
     def show(self, step: int, sample: Sample) -> None:
         content, suffix = (sample.encode(), "txt") if isinstance(sample, str) else (sample, "png")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"step_{step}.{suffix}"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        atomic.write(self._folder / f"step_{step}.{suffix}", content)
 
 
 def samples(folder: epath.Path) -> dict[int, epath.Path]:
@@ -261,7 +255,7 @@ class WandbWriter(Writer):
         self._wandb = importlib.import_module("wandb")
         path = workdir / "wandb_id"
         if not path.exists():
-            path.write_text(secrets.token_hex(4))
+            atomic.write(path, secrets.token_hex(4))
         with self._as_os_error():
             self._run = self._wandb.init(
                 project=c.log.wandb,

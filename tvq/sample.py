@@ -23,7 +23,6 @@ from tvq.errors import InputError
 from tvq.model import transformer
 from tvq.state import TrainState
 
-EXIT_CLOSED = 141  # as a shell reports a program whose reader has gone
 # What is written to a folder.
 RESULTS = re.compile(r"\d{4,}\.(txt|png)|sheet\.png")
 
@@ -257,17 +256,17 @@ def unused(folder: epath.Path) -> epath.Path:
 def deliver(pieces: Iterable[str], log: cluster.Log) -> int:
     """Writes texts to standard output as they come; returns the exit code.
 
-    A reader that has gone (`| head`) wants no more of them: nothing more is drawn.
+    A reader that has gone (`| head`) wants no more of them: nothing more is drawn, and all is well.
     """
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     except OSError as error:
-        if error.errno != errno.EPIPE:
-            log.say(f"tvq: standard output cannot be written ({error.strerror})")
         # What is buffered would fail again when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CLOSED if error.errno == errno.EPIPE else cluster.EXIT_FAILED
+        if error.errno != errno.EPIPE:
+            log.say(f"tvq: standard output cannot be written ({error.strerror})")
+            return cluster.EXIT_FAILED
     return 0
 
 

@@ -16,7 +16,7 @@ import time
 import jax
 from etils import epath
 
-from tvq import cluster, config, mesh, metrics
+from tvq import atomic, cluster, config, mesh, metrics
 from tvq.bench import report
 from tvq.bench.cases import PREPARE
 from tvq.bench.session import DisagreementError, Row, Session, measure
@@ -42,15 +42,15 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     s = Session(c, mesh.make(c.mesh, jax.devices()), log.say, time.monotonic())
     PREPARE[c.bench.kind](s)
     with cluster.writing("--output", output):  # now, not once all is measured
-        output.mkdir(parents=True, exist_ok=True)
+        atomic.check(output)
     found = report.rows(s, measure(s))
     if not found:
         raise InputError("no case could be measured; see the notes above")
     facts = conditions(s)
     console.say(report.table(found))
     text = {**facts, "notes": s.notes, "rows": found, "config": config.to_dict(c)}
-    (output / "bench.json").write_text(json.dumps(text, indent=1) + "\n")
-    (output / "bench.md").write_text(document(facts, s.notes, found))
+    atomic.write(output / "bench.json", json.dumps(text, indent=1) + "\n")
+    atomic.write(output / "bench.md", document(facts, s.notes, found))
     written = "bench.json, bench.md"
     if "T" in found[0] or "context" in found[0]:
         if report.plot(found, output / "bench.png"):

@@ -2,13 +2,14 @@
 
 import importlib
 import importlib.util
+import io
 import statistics
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from tvq import flops
+from tvq import atomic, flops
 from tvq.bench.session import STEP, Row, Session
 
 # Every number that a row may have, and how a table shows it; what else is in a row tells it apart.
@@ -83,6 +84,7 @@ def plot(found: list[Row], path: epath.Path) -> bool:
         axes.loglog([row[axis] for row in curve], [row["tokens/s"] for row in curve], "o-", label=name)
     axes.set(xlabel=f"{axis} (tokens)", ylabel="tokens/s")
     axes.legend()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    atomic.write(path, content.getvalue())
     return True
