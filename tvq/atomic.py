@@ -1,13 +1,9 @@
 """Files that are written whole or not at all: who looks finds the old content or the new."""
 
 import contextlib
-import re
 import secrets
 
 from etils import epath
-
-# Hidden, and of a name that no file of a user's has.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def write(path: epath.Path, content: bytes | str) -> int:
@@ -17,7 +13,7 @@ def write(path: epath.Path, content: bytes | str) -> int:
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(path.parent)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
@@ -31,11 +27,11 @@ def write(path: epath.Path, content: bytes | str) -> int:
 def check(folder: epath.Path) -> None:
     """Makes the folder if it is not there. OSError: no file can be written in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".tvq.{secrets.token_hex(8)}.tmp"
+    probe = _temporary(folder)
     probe.write_bytes(b"")
     probe.unlink()
 
 
-def is_temporary(path: epath.Path) -> bool:
-    """Whether it is what a process that was killed in `write` left."""
-    return re.fullmatch(_TEMPORARY, path.name) is not None
+def _temporary(folder: epath.Path) -> epath.Path:
+    """Hidden, and of a name that no file of a user's has."""
+    return folder / f".tvq.{secrets.token_hex(8)}.tmp"
