@@ -38,6 +38,8 @@ def texts(vocabulary, rng):
     for text in TEXTS:
         ids = vocabulary.encode(text.encode()).astype(np.int64)
         yield from (ids, ids[:-1], ids[1:], ids[::-1])
+        if isinstance(vocabulary, SentencePieceVocabulary):  # written byte by byte; unknown without bytes
+            yield np.array([vocabulary.processor.piece_to_id(f"<0x{b:02X}>") for b in text.encode()], int)
     low = min(vocabulary.size, 259)
     spaces = vocabulary.encode(b" ").tolist() or [3]
     for _ in range(150):
