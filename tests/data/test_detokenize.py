@@ -68,6 +68,13 @@ def test_what_is_certain_is_said_at_once(name):
     assert all(len(text) < 8 for text in said)
 
 
+def test_a_character_is_said_with_its_last_byte():
+    vocabulary = VOCABULARIES["with bytes"]()
+    ids = [vocabulary.processor.piece_to_id(f"<0x{b:02X}>") for b in "мир😀".encode()]
+    said = list(detokenize.stream(vocabulary, [np.array([i]) for i in ids]))
+    assert said == [*"мир😀", ""]
+
+
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_the_cost_does_not_grow_with_the_text(name, monkeypatch):
     """Ids decoded, whatever they are, stay within a small multiple of the ids given."""
