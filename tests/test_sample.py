@@ -11,9 +11,11 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from tests.data import books
 from tests.model import small
 from tvq import atomic, cluster, config, draw, image_samples, mesh, optimizer, sample, state
 from tvq.data.vocabulary import END, ByteVocabulary
+from tvq.errors import InputError
 
 BYTES = ByteVocabulary()
 
@@ -121,6 +123,7 @@ def test_prompts_of_a_file(tmp_path, name, content, found):
         ("a.txt", None, "cannot read it"),
         ("a.txt", b"", "is empty; write one prompt a line"),
         ("a.txt", b"\xff", "is not UTF-8"),
+        ("a.jsonl", b"[" * 100_000, "line 1 must be"),
         (
             "a.jsonl",
             b'{"prompt": "a"}\n{"text": "b"}\n',
@@ -217,3 +220,20 @@ def test_texts_that_cannot_be_kept_are_printed(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "one\n--- sample 2 of 2 ---\ntwo\n" in out
     assert "cannot write there (No space left); here are the texts" in err
+
+
+def test_text_that_a_vocabulary_does_not_read(tmp_path):
+    pieces, path = books.vocabulary(), epath.Path(tmp_path) / "document"
+    path.write_bytes(b"caf\xe9")
+    assert len(sample.read_document(path, BYTES)) == 4
+    with pytest.raises(
+        ValueError, match=r"--document=.* is not UTF-8, and a model of sentencepiece .*byte 3"
+    ):
+        sample.read_document(path, pieces)
+    assert len(sample.encoded(BYTES, "caf\udce9")) == 4
+    for vocabulary, prompt in ((pieces, "caf\udce9"), (BYTES, "\ud800")):
+        with pytest.raises(
+            ValueError, match=f"a prompt is not UTF-8, and a model of {vocabulary.name}"
+        ) as error:
+            sample.encoded(vocabulary, prompt)
+        assert isinstance(error.value, InputError)

@@ -85,8 +85,16 @@ def drawing(c: Config) -> dict[str, Any]:
 
 
 def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
-    """Ids; a command line's bytes that are no UTF-8 stand as surrogates in a prompt."""
-    return vocabulary.encode(prompt.encode(errors="surrogateescape"))
+    """Ids; a command line's bytes that are no UTF-8 stand as surrogates in a prompt.
+
+    InputError: the vocabulary does not read them.
+    """
+    try:
+        return vocabulary.encode(prompt.encode(errors="surrogateescape"))
+    except UnicodeError as error:
+        raise InputError(
+            f"a prompt is not UTF-8, and a model of {vocabulary.name} reads nothing else: {prompt[:60]!r}"
+        ) from error
 
 
 def answers(
@@ -156,18 +164,24 @@ def read_prompts(path: epath.Path) -> list[str]:
 def _prompt(path: epath.Path, number: int, line: str) -> str:
     try:
         found = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
         found = None
     if not isinstance(found, str):
         raise InputError(f'--prompts={path}: line {number} must be {{"prompt": "..."}}, not {line[:60]}')
     return found
 
 
-def read_document(path: epath.Path) -> bytes:
+def read_document(path: epath.Path, vocabulary: Vocabulary) -> np.ndarray:
+    """The ids of a file. InputError: it cannot be read, or not by this vocabulary."""
     try:
-        return path.read_bytes()
+        return vocabulary.encode(path.read_bytes())
     except OSError as error:
         raise InputError(f"--document={path}: cannot read it ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--document={path} is not UTF-8, and a model of {vocabulary.name} reads nothing else:"
+            f" {error.reason} at byte {error.start:,}"
+        ) from error
 
 
 def show(found: list[str]) -> str:
@@ -216,7 +230,7 @@ def prefix(
     weights = tensors.fingerprint((params, codebooks)) if save_state or from_state else ""
     found = draw.load(epath.Path(from_state), c.model, weights) if from_state else draw.empty(c.model)
     if document:
-        ids = vocabulary.encode(read_document(epath.Path(document)))
+        ids = read_document(epath.Path(document), vocabulary)
         found = draw.read_on(params, codebooks, found, ids, drawing(c)["model"], tell)
         tell("")
     if save_state:
