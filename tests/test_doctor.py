@@ -156,7 +156,10 @@ def test_broken_pieces_are_named_and_the_rest_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = [json.dumps(row) for row in rows()]
-    later = ['{"step": 3100, "split": "train", "loss": 1.0}', '{"step": 3200, "split": "test", "loss": null}']
+    later = [
+        '{"step": 3100, "split": "train", "loss": 1.0}',
+        '{"step": 3200, "split": "validation", "loss": null}',
+    ]
     (tmp_path / "metrics.jsonl").write_text(
         "\n".join([*made[:9], "\0" * 9, made[9][:30], *made[10:], *later])
     )

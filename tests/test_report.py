@@ -179,7 +179,9 @@ def test_broken_pieces_are_named_and_left_out(tmp_path: Path, capsys: pytest.Cap
     assert last.endswith("1 run, 8 pictures")
 
 
-@pytest.mark.parametrize("content", [b"\0" * 50, b"\0\n" * 5, b'[{"step": 1}]\n'])
+@pytest.mark.parametrize(
+    "content", [b"\0" * 50, b"\0\n" * 5, b'[{"step": 1}]\n'], ids=["zeros", "lines of zeros", "a list"]
+)
 def test_a_run_whose_rows_are_all_broken(tmp_path: Path, content: bytes) -> None:
     write_run(tmp_path / "run", looks=False, samples=False)
     (tmp_path / "run/metrics.jsonl").write_bytes(content)
