@@ -159,6 +159,7 @@ def test_broken_pieces_are_named_and_the_rest_is_read(
     later = [
         '{"step": 3100, "split": "train", "loss": 1.0}',
         '{"step": 3200, "split": "validation", "loss": null}',
+        '{"step": 3300, "spl',
     ]
     (tmp_path / "metrics.jsonl").write_text(
         "\n".join([*made[:9], "\0" * 9, made[9][:30], *made[10:], *later])
@@ -175,7 +176,7 @@ def test_broken_pieces_are_named_and_the_rest_is_read(
     newest.write_bytes(newest.read_bytes()[:300])
     assert examined(tmp_path) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith(": rows to step 3,100, codebooks of step 200")
+    assert said[0].endswith(": rows to step 3,200, codebooks of step 200")
     for line, name in zip(
         said[1:5], ("line 10 of", "line 11 of", "step_400.npz", "step_300.npz"), strict=True
     ):
