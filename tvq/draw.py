@@ -60,7 +60,7 @@ def choose(
 ) -> jax.Array:
     """A token `[B]` int32 for each sequence; the draw is a function of key, position and sequence."""
     limits = jnp.finfo(log_probs_BC.dtype)
-    if temperature < limits.tiny:  # on some devices it would be zero
+    if temperature < float(limits.tiny):  # on some devices it would be zero
         return jnp.argmax(log_probs_BC, -1).astype(jnp.int32)
     # The likeliest token is at zero, so that no quotient of its own overflows, however cold.
     shifted_BC = log_probs_BC - jnp.max(log_probs_BC, -1, keepdims=True)
