@@ -76,7 +76,7 @@ def newest_look(
     """
     for step in reversed(health.steps(workdir / health.FOLDER)):
         try:
-            return runs.read_look(workdir, step, "norm_drift"), step
+            return runs.read_look(workdir, step), step
         except InputError as error:
             broken.append(str(error))
     try:
@@ -226,6 +226,8 @@ def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
         f"codewords move too much: {revival}raise config.model.c_gamma {m.c_gamma:g}, or lower"
         f" config.optimizer.lr_max {o.lr_max:g}",
     )
+    if "norm_drift" not in looked:
+        return
     yield from over(
         abs(looked["norm_drift"]),
         DRIFT,

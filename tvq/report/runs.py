@@ -128,16 +128,17 @@ def _row(line: bytes) -> Row | None:
     return numbers | {"step": step, "split": found["split"]}
 
 
-def read_look(workdir: epath.Path, step: int, *more: str) -> dict[str, np.ndarray]:
-    """A look at the codebooks, with `more` arrays than every run has. InputError: the file is damaged."""
+def read_look(workdir: epath.Path, step: int) -> dict[str, np.ndarray]:
+    """A look at the codebooks. InputError: the file is damaged."""
     path = health.path(workdir / health.FOLDER, step)
     try:
         found = health.load(workdir / health.FOLDER, step)
     except Exception as error:  # of zip, of NumPy, of the disk
         raise InputError(f"{path} cannot be read ({error or type(error).__name__})") from error
     shape = found["usage"].shape if "usage" in found else ()
-    shapes = {found[name].shape if name in found else None for name in (*LOOK, *more)}
-    if len(shape) != 3 or 0 in shape or shapes != {shape[:2]}:
+    missing = [name for name in LOOK if name not in found]
+    shapes = {x.shape for name, x in found.items() if name != "usage"}
+    if missing or len(shape) != 3 or 0 in shape or shapes != {shape[:2]}:
         raise InputError(f"{path} lacks arrays of a look, or has them in other shapes")
     return found
 
