@@ -204,3 +204,10 @@ def test_a_failure_of_its_own_is_no_finding(
     assert ended.value.code == doctor.FAILED
     assert doctor.FAILED not in (0, doctor.FOUND, cluster.EXIT_INPUT)
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("perplexity", [np.nan, 0.0, np.inf, 1e30])
+def test_codes_are_not_counted_by_what_is_no_number(perplexity):
+    found = looked(dead=0.5) | {"perplexity": np.full((N, H), perplexity)}
+    (finding,) = doctor.of_codebooks(C, found)
+    assert finding.remedy == "in a new run, set config.model.revive_codes=20"

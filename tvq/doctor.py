@@ -242,7 +242,8 @@ def more_even(c: Config, looked: dict[str, np.ndarray]) -> str:
     # In so many updates a code with a hundredth of an even share is chosen about once.
     n = max(20, t.sequence_len // t.update_len, 100 * m.n_code // (t.global_batch_size * t.update_len))
     n = min(n, m.revive_codes // 2) if m.revive_codes else n
-    enough = 2 ** round(np.log2(2 * np.median(looked["perplexity"])))
+    used = float(np.median(looked["perplexity"]))
+    enough = 2 ** round(math.log2(2 * used)) if 1 <= used < m.n_code else m.n_code
     fewer = f", or config.model.n_code={enough}" if enough < m.n_code else ""
     return f"in a new run, set config.model.revive_codes={n}{fewer}"
 
