@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "errors", "atomic", "schema", "config", "dims", "cluster", "mesh", "kernels", "model", "flops", "loss",
-    "optimizer", "state",
-    "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "prepare", "trace",
+    "errors", "atomic", "words", "paths", "schema", "config", "dims", "cluster", "mesh", "kernels", "model",
+    "flops", "loss", "optimizer", "state",
+    "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "workdir", "prepare",
+    "trace",
     "evaluate", "recall", "draw", "image_samples", "sample", "describe", "train", "bench", "report", "doctor",
     "plan", "profile", "interop", "__main__",
 )  # fmt: skip

@@ -25,6 +25,7 @@ from tvq import (
     end_at_interrupt,
     evaluate,
     interop,
+    paths,
     plan,
     prepare,
     profile,
@@ -32,6 +33,7 @@ from tvq import (
     report,
     sample,
     train,
+    words,
 )
 from tvq.checkpoint import SaveError
 from tvq.data.corpus import cache_folder
@@ -344,10 +346,12 @@ def open_log(workdir: str, place: cluster.Place) -> cluster.Log:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 3 diverged, 75 saved)."""
+    words.begin()
     arguments, overrides = parser().parse_known_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text that the terminal cannot show is no failure
-    with explained(lambda text: print(text, file=sys.stderr)):
+    with explained(words.tell):
+        paths.expand_options(vars(arguments))
         if arguments.quiet:
             os.environ["TERM"] = "dumb"  # a terminal without escape codes, to this program and all it calls
         if arguments.command == "prepare":
@@ -391,7 +395,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             for table in (OPTIONS, FLAGS)
             for name in table.get(arguments.command, {})
         }
-        return COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log, **asked)
+        code: int = COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log, **asked)
+        trouble = words.failed(sys.stdout)
+        if trouble and arguments.command != "train":
+            log.say(f"tvq: standard output: {trouble}; what it was to show is lost")
+            code = code or cluster.EXIT_FAILED
+        return code
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from tvq import atomic, cluster, config, evaluate, mesh, metrics, optimizer, state, tensors, train
+from tvq import atomic, cluster, config, evaluate, mesh, metrics, optimizer, state, tensors
 from tvq.checkpoint import Checkpoints
 from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
 from tvq.errors import InputError
 from tvq.model import attention, transformer
+from tvq.workdir import check_workdir, record
 
 # What `tvq export` writes beside config.json.
 WEIGHTS = "model.safetensors"
@@ -270,7 +271,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     one_process(place, "import")
     if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds a run already; use another folder")
-    train.check_workdir(workdir, c)
+    check_workdir(workdir, c)
     console = metrics.Console()
     params, codebooks, vocabulary, image_size = read_weights(epath.Path(input), c, console.say)
     tx = optimizer.make(c.optimizer)
@@ -287,7 +288,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
         checkpoints.save(0, now, data, config.to_dict(c))
-    train.record(workdir, c, log)  # last: without it the folder is no run
+    record(workdir, c, log)  # last: without it the folder is no run
     console.say(
         f"{state.n_param(now):,} parameters of {input} are checkpoint 0 of {workdir}; it has no optimizer"
         " state: training goes on from these weights with a fresh one and the schedule's warm-up"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from tvq import words
 from tvq.cluster.log import CLEAR, has_escape_codes
 
 Row = dict[str, Any]
@@ -221,10 +222,12 @@ class Console:
 
     Where the stream is no terminal, or one without escape codes (TERM=dumb), lines are simply printed. A
     context manager: leaving it ends the live line. `silent` prints nothing. Safe to use from several threads.
+    What the stream does not take is dropped, and raises nothing.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, silent: bool = False):
-        self._stream = sys.stdout if stream is None else stream
+    def __init__(self, stream: TextIO | None = None, *, silent: bool = False, patience: float | None = None):
+        """`patience`: seconds to wait for a reader that has stopped reading; None: for ever."""
+        self._stream = words.guarded(sys.stdout if stream is None else stream, patience)
         self._silent = silent
         self._live = has_escape_codes(self._stream)
         self._line = self._shown = ""  # the line that stays, and what is shown in its place
@@ -268,4 +271,3 @@ class Console:
     def _write(self, text: str) -> None:
         if not self._silent:
             self._stream.write(text)
-            self._stream.flush()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from tvq import (
     state,
     trace,
     train_step,
+    words,
 )
 from tvq.checkpoint import Checkpoints
 from tvq.config import Config
@@ -36,9 +36,7 @@ from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.errors import InputError
 from tvq.state import TrainState
-
-# What a start leaves in a workdir that was killed before it was a run.
-STARTED = ("logs", f"{config.FILE}.tmp")
+from tvq.workdir import CHECKPOINTS, Home, check_workdir, record
 
 # Metrics that end a run when they are not a number.
 WATCHED = {
@@ -70,6 +68,7 @@ class Run:
     checkpoints: Checkpoints
     clock: metrics.Clock
     records: records.Records | None  # on the main process
+    home: Home | None  # on the main process
     looks: health.Looks
 
     def write(self, row: metrics.Row) -> None:
@@ -99,11 +98,11 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
 
     with contextlib.ExitStack() as stack:
-        console = metrics.Console(silent=not processes.is_main)
+        console = metrics.Console(silent=not processes.is_main, patience=words.PATIENCE)
         watchdog = stack.enter_context(cluster.Watchdog(processes, c.cluster, log))
         watchdog.beat("restore", 0, c.cluster.compile_timeout)
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
+            Checkpoints(workdir / CHECKPOINTS, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
         )
         n_token = c.train.global_batch_size * c.train.update_len
         clock = metrics.Clock(n_token, describe.roof(c, devices), began)
@@ -111,8 +110,9 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         # Process 0 wrote the config before the restore: who does not see it has another folder of that name.
         shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
-        rows = None
+        rows = home = None
         if processes.is_main:
+            home = stack.enter_context(Home(workdir, c, console.say))
             rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), console.say)
             stack.callback(rows.close)
             clock.repeat(rows.dropped)
@@ -120,7 +120,9 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         # The stop that made this checkpoint may have left out the evaluation and the sample of its step.
         missed = processes.gather("missed", sorted(due(c, step) - rows.done if rows is not None else ()))[0]
         looks = health.Looks(devices, now.codebooks, c.model.c_gamma, workdir, step, console.say)
-        run = Run(c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, looks)
+        run = Run(
+            c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, home, looks
+        )
         console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), checkpoints.steps()))
         if step < c.train.steps or missed:
             try:
@@ -151,22 +153,6 @@ def open_data(c: Config) -> tuple[AnyCorpus, Sequences]:
     return corpus, sequences
 
 
-def check_workdir(workdir: epath.Path, c: Config) -> None:
-    """InputError if the folder holds another run, or something that is no run."""
-    path = workdir / config.FILE
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is not a folder; use another")
-    if path.exists():
-        differing = config.differences(config.recorded(path), config.to_dict(c))
-        if differing:
-            raise InputError(
-                f"--workdir={workdir} holds a run with another config; go on with that one's,"
-                " or use another workdir:\n  " + "\n  ".join(differing)
-            )
-    elif workdir.exists() and any(path.name not in STARTED for path in workdir.iterdir()):
-        raise InputError(f"--workdir={workdir} is not empty and holds no run; use another folder")
-
-
 def resume(
     c: Config,
     corpus: AnyCorpus,
@@ -194,19 +180,6 @@ def resume(
         )
     clock.add(restored.data["seconds"])
     return restored.state, restored.step
-
-
-def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
-    """Takes the workdir and writes the config of the run there, whole or not at all.
-
-    InputError: it cannot be written. ClusterError: a run is going on there.
-    """
-    with cluster.writing("--workdir", workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        log.claim()
-        temporary = workdir / f"{config.FILE}.tmp"
-        temporary.write_text(json.dumps(config.to_dict(c), indent=1) + "\n")
-        temporary.replace(workdir / config.FILE)
 
 
 def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
@@ -298,6 +271,7 @@ def next_batch(
 def save(run: Run, now: TrainState, step: int) -> None:
     """Begins to save: written in the background."""
     run.watchdog.beat("save", step)
+    look_for_workdir(run)
     data = {
         "next_batch": step // (run.config.train.sequence_len // run.config.train.update_len),
         "fingerprint": run.corpus.fingerprint,
@@ -307,6 +281,12 @@ def save(run: Run, now: TrainState, step: int) -> None:
     }
     with run.clock.spending("save"):
         run.checkpoints.save(step, now, data, config.to_dict(run.config))
+
+
+def look_for_workdir(run: Run) -> None:
+    """Asks for a stop if somebody has moved or removed it: what follows would be torn from its record."""
+    if run.home is not None and run.home.look():
+        run.processes.ask_to_stop()
 
 
 def due(c: Config, step: int) -> set[str]:
@@ -355,6 +335,7 @@ def log_metrics(run: Run, step: int, unread: list[tuple[int, dict]]) -> None:
     row = metrics.row(step, "train", numbers, pace, run.corpus.bytes_per_token)
     run.write(row)
     run.looks.save(step)
+    look_for_workdir(run)
     left, n_vocab = run.clock.left(step, steps), run.config.model.n_vocab
     run.console.progress(metrics.progress_line(row, steps, left, n_vocab))
 
@@ -392,7 +373,20 @@ def take_stock(
 
 
 def finish(run: Run, step: int, stopped: bool) -> None:
-    """The last words: where the time went, and how to go on."""
+    """The last words: where the time went, and how to go on.
+
+    InputError: it was stopped because somebody moved the workdir, and goes on there.
+    """
     run.console.say(describe.spent(run.clock.spent))
+    fate, is_here = "", True
+    if run.home is not None:
+        run.home.look()
+        if run.home.is_lost:
+            fate, is_here = run.home.settle(step)
+    fate, is_here = run.processes.gather("workdir", [fate, is_here])[0]
+    if stopped and not is_here:
+        raise InputError(f"stopped and saved at step {step}. {fate}")
+    if fate:
+        run.console.say(fate)
     if stopped:
         run.console.say(f"stopped and saved at step {step}; the same command goes on")

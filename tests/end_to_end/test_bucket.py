@@ -11,13 +11,14 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tvq import cluster, config, prepare, records, train
+from tvq import cluster, config, prepare, records
 from tvq.data import prepared
 from tvq.data.corpus import open_corpus
 from tvq.data.documents import SPLITS, Piece
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.data.vocabulary import ByteVocabulary
+from tvq.workdir import check_workdir, record
 
 
 class Bucket(MemoryFileSystem):
@@ -47,13 +48,13 @@ def workdir() -> epath.Path:
 
 def test_a_run_is_recorded_in_a_bucket(workdir: epath.Path, tmp_path: Path) -> None:
     c = config.Config()
-    train.check_workdir(workdir, c)
+    check_workdir(workdir, c)
     with contextlib.closing(cluster.Log(tmp_path, cluster.Place(how="alone"))) as log:
-        train.record(workdir, c, log)
-    train.check_workdir(workdir, c)
+        record(workdir, c, log)
+    check_workdir(workdir, c)
     other = config.Config(train=config.Train(seed=1))
     with pytest.raises(ValueError, match=r"another config.*\n.*train.seed"):
-        train.check_workdir(workdir, other)
+        check_workdir(workdir, other)
     assert config.build(config.recorded(workdir / config.FILE)) == c
 
 

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from tvq import words
 from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
 
 CLEAR = "\r\x1b[K"  # to the start of the line, and empty it
 
 
-def has_escape_codes(stream: TextIO) -> bool:
+def has_escape_codes(stream: TextIO | words.Words) -> bool:
     """Whether it is a terminal on which a line can be rewritten."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
@@ -51,11 +52,12 @@ class Log:
             self.say(str(place))
 
     @functools.cached_property
-    def file(self) -> TextIO:
-        """Open to append, line by line. OSError: the folder cannot be written."""
+    def file(self) -> words.Words:
+        """Open to append. OSError: the folder cannot be written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        opened = words.guarded(self.path.open("ab", buffering=0), patience=None)
         self._opened = True
-        return self.path.open("a", buffering=1)
+        return opened
 
     def claim(self) -> None:
         """Keeps other runs out of the workdir until this process ends, however it ends.
@@ -75,13 +77,14 @@ class Log:
             return
 
     def say(self, text: str) -> None:
-        """One or more lines, with the time, to the file and the terminal."""
+        """One or more lines, with the time, to the file and the terminal, as far as they take them."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        clear = CLEAR if has_escape_codes(sys.stderr) else ""  # a live line may stand there
+        terminal = words.guarded(sys.stderr)
+        clear = CLEAR if has_escape_codes(terminal) else ""  # a live line may stand there
         for line in text.splitlines():
             if self._opened or self.prefix:
                 self.file.write(f"{stamp} {line}\n")
-            print(f"{clear}{self.prefix}{line}", file=sys.stderr, flush=True)
+            terminal.write(f"{clear}{self.prefix}{line}\n")
 
     def close(self) -> None:
         if self._opened:

@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed  # jax's key-value store and barriers have no public name
 from jax.experimental import multihost_utils
 
-from tvq import config
+from tvq import config, words
 from tvq.cluster.errors import EXIT_FAILED, ClusterError
 from tvq.cluster.meeting import code_version, differences, meet, names, wait_for_others
 from tvq.cluster.place import Place
@@ -91,7 +91,7 @@ class Processes:
         self.barrier("batch", self.timeout + 30)  # the watchdog, which says more, is to end the wait
 
     def stop_requested(self) -> bool:
-        """True at the same call in all processes, once any of them got SIGTERM or SIGINT.
+        """True at the same call in all processes, once any of them got SIGTERM, SIGHUP or SIGINT.
 
         Call it at every step: one process answers at once, several need it to settle on a step.
         """
@@ -102,26 +102,35 @@ class Processes:
         self._n_asked += 1
         return multihost_utils.reached_preemption_sync_point(self._n_asked)
 
+    def ask_to_stop(self) -> None:
+        """What SIGTERM to this process does."""
+        if self.client is None:
+            self._stop.set()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)  # jax's own notice, which reaches all processes
+
     def finish(self) -> None:
         """The common end: waits for all at jax's own barrier."""
         if self.client is not None:
             jax.distributed.shutdown()
 
     def _catch_signals(self) -> None:
-        """SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C ends the process."""
+        """SIGTERM, SIGHUP and the first Ctrl-C ask for a stop; the second Ctrl-C ends the process.
+
+        A SIGHUP that is ignored at the start, as under nohup, stays ignored.
+        """
+        terminal = words.guarded(sys.stderr)
 
         def on_interrupt(number: int, frame: Any) -> None:
-            # Not print: a handler may have interrupted one.
-            os.write(2, b"\nstopping once this step is done and saved; Ctrl-C again ends at once\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if self.client is None:
-                self._stop.set()
-            else:
-                os.kill(os.getpid(), signal.SIGTERM)  # jax's own notice, which reaches all processes
+            self.ask_to_stop()
+            terminal.write_now("\nstopping once this step is done and saved; Ctrl-C again ends at once\n")
 
         signal.signal(signal.SIGINT, on_interrupt)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, lambda number, frame: self.ask_to_stop())
         if self.client is None:
-            signal.signal(signal.SIGTERM, lambda number, frame: self._stop.set())
+            signal.signal(signal.SIGTERM, lambda number, frame: self.ask_to_stop())
 
 
 def start(
@@ -234,8 +243,7 @@ def guard(place: Place, say: Callable[[str], None]) -> Iterator[None]:
         if not leaving:
             known = isinstance(error, ClusterError)
             say(str(error) if known else "".join(traceback.format_exception(error)).rstrip())
-        sys.stdout.flush()
-        sys.stderr.flush()
+        words.settle()
         if place.is_main:
             wait_for_others(place)
         os._exit(code if isinstance(code, int) else EXIT_FAILED)

@@ -76,6 +76,9 @@ class Watchdog:
     When this process stays in one phase for longer than allowed, or another process gives no sign of life
     for `silence_timeout`, it writes to the log who holds the run up, what every process was doing and the
     stacks of all threads, and exits with EXIT_STUCK.
+
+    One of several processes that was paused for `silence_timeout` (SIGSTOP, starved) ends too: the others
+    have given it up. A single one holds nobody up, and the pause does not count.
     """
 
     def __init__(self, processes: Processes, section: config.Cluster, log: Log):
@@ -96,6 +99,7 @@ class Watchdog:
         self.processes.barrier("watchdog", self.section.start_timeout)  # from here on all give signs of life
         self._exchanged = self._looked = time.monotonic()
         self._heard = [("", self._looked)] * self.processes.place.n_process
+        self.log.file  # noqa: B018  opened here, where an error has someone to hear it
         for thread in self._threads:
             thread.start()
         return self
@@ -155,17 +159,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self.tick):
-            # In C, and so also when some thread keeps the interpreter to itself.
-            faulthandler.dump_traceback_later(self._now[3] + 30, exit=True, file=self.log.file)
+            # In C, and so also when some thread keeps the interpreter to itself. It cannot tell a pause from
+            # that, so a process alone does without.
+            if self.processes.place.n_process > 1:
+                faulthandler.dump_traceback_later(self._now[3] + 30, exit=True, file=self.log.file)
             self._look()
 
     def _look(self) -> None:
         silence, many = self.section.silence_timeout, self.processes.place.n_process > 1
         now, before = time.monotonic(), self._looked
         self._looked = now
+        if not many and now - before > 5 * self.tick:
+            self._skip(now - before)
         phase, step, since, allow = self._now
         signs = self.signs()
-        if now - before > silence:
+        if many and now - before > silence:
             self._fire(f"this process itself stood still for {now - before:.0f} s: stopped or starved", [])
         if many and now - self._exchanged > silence:
             self._fire(f"process 0, the coordinator, has not answered for {silence:.0f} s", [])
@@ -182,20 +190,31 @@ class Watchdog:
         if now - since < 30:
             self._warned = 0.0
 
+    def _skip(self, pause: float) -> None:
+        """A pause of this process is no time in its phase."""
+        with self._lock:
+            phase, step, since, allow = self._now
+            self._now = (phase, step, min(since + pause, time.monotonic()), allow)
+
     def _fire(self, why: str, signs: Sequence[Sign]) -> None:
         """`signs` that are too old to blame anybody are left out."""
         with self._leaving:
             if self._end.is_set():  # the work has just ended by itself
                 return
-            hosts = self.processes.hosts
-            self.log.say(f"watchdog: {why}")
-            if signs:
-                self.log.say(blame(signs, hosts, self.section.silence_timeout))
-            self.log.say(table(signs or self.signs(), hosts))
-            faulthandler.dump_traceback(self.log.file, all_threads=True)
-            self.log.say(f"exit {EXIT_STUCK}, to be started again; the stacks are in {self.log.path}")
-            if len(hosts) > 1:
-                time.sleep(LINGER)
-            if self.processes.is_main:
-                wait_for_others(self.processes.place)
-            os._exit(EXIT_STUCK)
+            try:
+                self._last_words(why, signs)
+            finally:  # whatever became of the words
+                os._exit(EXIT_STUCK)
+
+    def _last_words(self, why: str, signs: Sequence[Sign]) -> None:
+        hosts = self.processes.hosts
+        self.log.say(f"watchdog: {why}")
+        if signs:
+            self.log.say(blame(signs, hosts, self.section.silence_timeout))
+        self.log.say(table(signs or self.signs(), hosts))
+        faulthandler.dump_traceback(self.log.file, all_threads=True)
+        self.log.say(f"exit {EXIT_STUCK}, to be started again; the stacks are in {self.log.path}")
+        if len(hosts) > 1:
+            time.sleep(LINGER)
+        if self.processes.is_main:
+            wait_for_others(self.processes.place)

@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 from etils import epath
 
-from tvq import config
+from tvq import config, paths
 from tvq.data import documents, prepared
 from tvq.data.documents import Document
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, describe
@@ -163,7 +163,9 @@ def open_mixture(text: str) -> Mixture:
             )
         folders.append(folder)
         weights.append(weight)
-    parts = tuple(_open(_folder(folder), "config.data.mix", "prepare it again") for folder in folders)
+    parts = tuple(
+        _open(_folder("config.data.mix", folder), "config.data.mix", "prepare it again") for folder in folders
+    )
     for part in parts:
         ours, theirs = describe(part.vocabulary), describe(parts[0].vocabulary)
         if (ours, part.image_size) != (theirs, parts[0].image_size):
@@ -174,8 +176,8 @@ def open_mixture(text: str) -> Mixture:
     return Mixture(parts=parts, weights=tuple(weight / sum(weights) for weight in weights))
 
 
-def _folder(name: str) -> epath.Path:
-    return epath.Path(name).expanduser()
+def _folder(field: str, name: str) -> epath.Path:
+    return epath.Path(paths.expand(field, name))
 
 
 def open_corpus(data: config.Data) -> AnyCorpus:
@@ -187,7 +189,7 @@ def open_corpus(data: config.Data) -> AnyCorpus:
         return open_mixture(data.mix)
     if data.source == "tokens":
         remedy = "prepare it again (tvq prepare), or use config.data.source=text for plain text"
-        return _open(_folder(data.path), "config.data.path", remedy)
+        return _open(_folder("config.data.path", data.path), "config.data.path", remedy)
     found = documents.find(data)
     source = {"name": data.source, "path": data.path, "n_file": len({document.path for document in found})}
     if data.source == "stdlib":
@@ -207,8 +209,8 @@ def open_corpus(data: config.Data) -> AnyCorpus:
 def cache_folder(data: config.Data) -> Path:
     """`data.cache`, or tvq's folder in the user's cache."""
     if data.cache:
-        return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvq"
+        return Path(paths.expand("config.data.cache", data.cache))
+    return paths.cache_folder()
 
 
 def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:

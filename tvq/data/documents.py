@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tvq import config
+from tvq import config, paths
 from tvq.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -86,7 +86,7 @@ def find(data: config.Data) -> list[Document]:
         skip = ("site-packages", "dist-packages", "__pycache__")
         documents = _of_folder(root, suffix=".py", skip=skip)
     else:
-        root = Path(data.path).expanduser().resolve()
+        root = Path(paths.expand("config.data.path", data.path)).resolve()
         try:
             mode = root.stat().st_mode
         except OSError as error:

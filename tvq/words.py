@@ -1,0 +1,148 @@
+"""Words for people, on the terminal and in logs. Writing them never fails: no run ends for want of one.
+
+A pipe without a reader, a full disk, a terminal that is gone or closed: what cannot be written is dropped,
+and the next words are tried again. What a command was asked to print is more than words: `failed`
+tells whether it arrived.
+"""
+
+import atexit
+import io
+import os
+import select
+import sys
+from typing import IO, Any, TextIO
+
+PATIENCE = 10.0  # seconds that a run waits for a reader who has stopped reading (less, Ctrl-S)
+_FAILED: dict[int, OSError] = {}  # by descriptor: why words were dropped last
+
+
+class Words(io.TextIOBase):
+    """A stream of text over another one, or over None where there is none. Its methods raise nothing.
+
+    It has no buffer of its own, so that nothing is left over to fail at exit, and a signal handler may use it
+    in the midst of another write.
+    """
+
+    def __init__(self, stream: IO[Any] | None, patience: float | None):
+        """`patience`: seconds to wait for a reader, None for ever. Then words are dropped until it reads."""
+        self._stream, self._patience = stream, patience
+        self._is_stuck = False
+        try:
+            self._fd = None if stream is None else stream.fileno()
+        except (OSError, ValueError):  # not a file of the operating system, or closed
+            self._fd = None
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        self.flush()
+        self.write_now(text)
+        return len(text)
+
+    def write_now(self, text: str) -> None:
+        """Past what the stream itself may hold: for a signal handler, which may interrupt its flush."""
+        try:
+            if self._fd is not None:
+                self._put(self._fd, text.encode(self.encoding, "backslashreplace"))
+            elif self._stream is not None:
+                self._stream.write(text)
+                self._stream.flush()
+        except OSError as error:
+            _FAILED[-1 if self._fd is None else self._fd] = error
+        except ValueError:  # the stream was closed
+            pass
+
+    def _put(self, fd: int, data: bytes) -> None:
+        while data and self._is_ready(fd):
+            data = data[os.write(fd, data[: select.PIPE_BUF]) :]  # more might wait, though it is ready
+
+    def _is_ready(self, fd: int) -> bool:
+        if self._patience is None:
+            return True
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        self._is_stuck = not poll.poll(0 if self._is_stuck else 1000 * self._patience)
+        return not self._is_stuck
+
+    def flush(self) -> None:
+        """What was written to the stream itself, before."""
+        try:
+            if self._stream is not None:
+                self._stream.flush()
+        except OSError as error:
+            _FAILED[-1 if self._fd is None else self._fd] = error
+        except ValueError:
+            pass
+
+    def fileno(self) -> int:
+        if self._fd is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._fd
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except ValueError:
+            return False
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Closes the stream, which may be the moment at which a disk refuses what it took."""
+        try:
+            if self._stream is not None:
+                self._stream.close()
+        except OSError as error:
+            _FAILED[-1 if self._fd is None else self._fd] = error
+
+    def __del__(self) -> None:
+        """Leaves the stream open: it is not this one's."""
+
+
+def guarded(stream: IO[Any] | None, patience: float | None = PATIENCE) -> Words:
+    """The stream, for words that never fail."""
+    return stream if isinstance(stream, Words) else Words(stream, patience)
+
+
+def tell(text: str) -> None:
+    """A line to standard error."""
+    guarded(sys.stderr).write(f"{text}\n")
+
+
+def failed(stream: TextIO | None) -> str:
+    """Why words to the stream were dropped last; empty if none were, or if the reader has left."""
+    try:
+        error = None if stream is None else _FAILED.get(stream.fileno())
+    except (OSError, ValueError):
+        return ""
+    return "" if error is None or isinstance(error, BrokenPipeError) else str(error.strerror)
+
+
+def begin() -> None:
+    """Once, at the start of the program: guards standard error, and what is left over at exit."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes `number`: or the next file opened would get words for it
+    sys.stderr = guarded(sys.stderr)
+    atexit.unregister(settle)
+    atexit.register(settle)
+
+
+def settle() -> None:
+    """Flushes the standard streams. What they cannot write is dropped, or Python would exit with 120."""
+    for stream in filter(None, (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__)):
+        try:
+            stream.flush()
+        except OSError as error:
+            _FAILED[stream.fileno()] = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            stream.flush()
+        except ValueError:  # closed
+            continue
