@@ -6,7 +6,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 script=launch/$(basename "$0")
 dry=no
 
-say() { printf '%s: %s\n' "$script" "$*" >&2; }
+# In a shell of its own: if the reader of our words is gone (| tee, and Ctrl-C), SIGPIPE ends that one alone.
+say() { (printf '%s: %s\n' "$script" "$*" >&2) || true; }
 
 die() { # die CODE MESSAGE...
   local code=$1

@@ -30,8 +30,14 @@ def worker(workdir: Path, *options: str) -> list[str]:
 def script(
     name: str, *arguments: str, root: Path = ROOT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
+    return script_through([str(root / "launch" / name), *arguments], root, **variables)
+
+
+def script_through(
+    command: list[str], root: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(root / "launch" / name), *arguments],
+        command,
         env=environment(**variables),
         cwd=root,
         capture_output=True,
@@ -132,6 +138,24 @@ def test_help_shows_how_to_call_it(path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert f"launch/{path.name} " in shown.stdout
     assert os.access(path, os.X_OK)
+
+
+ONE_GIVES_UP = "[ $TVQ_PROCESS_ID = 0 ] && { sleep 0.3; exit 2; }; exec sleep 600"
+
+
+@pytest.mark.parametrize("where", ["2>&1 | true", ">/dev/full 2>&1", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("supervise.sh", "--backoff", "0", "--restarts", "2", "--", "bash", "-c", "sleep 0.3; exit 4"), 4),
+        (("local.sh", "2", "--", "bash", "-c", ONE_GIVES_UP), 2),
+    ],
+    ids=["supervise", "local"],
+)
+def test_words_that_nobody_reads_change_nothing(command: tuple[str, ...], code: int, where: str) -> None:
+    shell = f'"$@" {where}; exit ${{PIPESTATUS[0]}}'
+    done = script_through(["bash", "-c", shell, "bash", str(ROOT / "launch" / command[0]), *command[1:]])
+    assert done.returncode == code
 
 
 @pytest.mark.parametrize("name", ["supervise.sh", "local.sh", "tpu.sh", "slurm.sh", "gke.sh"])

@@ -128,6 +128,7 @@ def begin() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes `number`: or the next file opened would get words for it
+    _FAILED.clear()
     sys.stderr = guarded(sys.stderr)
     atexit.unregister(settle)
     atexit.register(settle)

@@ -1,9 +1,10 @@
 """A run that stands still ends within its deadline, and the log names who held it up."""
 
+import contextlib
 import re
 import signal
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ class Clock(types.SimpleNamespace):
     def monotonic(self) -> float:
         return self.now
 
+    def run(self, seconds: float, watching: cluster.Watchdog) -> None:
+        """Time passes while the watchdog looks at each tick."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + watching.tick)
+            watching._look()
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -60,32 +68,32 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[cluster.Watchdog, set]]:
-    """`watched(step_timeout=...)`: a watchdog of one process, and what it fires for."""
+def watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[cluster.Watchdog, set]]]:
+    """`watched(n_process, step_timeout=...)`: a watchdog of process 0, and what it fires for."""
 
-    def make(**timeouts: float) -> tuple[cluster.Watchdog, set]:
-        place, fired = cluster.Place(how="alone"), set()
-        log = cluster.Log(tmp_path, place)
+    def make(n_process: int = 1, **timeouts: float) -> tuple[cluster.Watchdog, set]:
+        place, fired = cluster.Place(how="as told", n_process=n_process), set()
+        log = logs.enter_context(contextlib.closing(cluster.Log(tmp_path, place)))
         made = cluster.Watchdog(cluster.Processes(place, ("",), 1.0), config.Cluster(**timeouts), log)
         monkeypatch.setattr(made, "_fire", lambda why, signs: fired.add(why))
+        monkeypatch.setattr(made, "_threads", [])
         return made, fired
 
-    return make
+    with contextlib.ExitStack() as logs:
+        yield make
 
 
 def test_a_first_step_may_take_longer_than_the_others(clock: Clock, watched: Callable) -> None:
     watching, fired = watched(step_timeout=20.0, silence_timeout=60.0)
     with watching:
         watching.beat("step", 0, allow=100.0)
-        for _ in range(2):
-            clock.now += 50
-            watching._look()
+        clock.run(100, watching)
         assert fired == set()
-        clock.now += 1
-        watching._look()
+        clock.run(1, watching)
         watching.beat("step", 1)
-        clock.now += 21
-        watching._look()
+        clock.run(21, watching)
     assert fired == {
         "no progress: in 'step' of step 0 for 101 s", "no progress: in 'step' of step 1 for 21 s",
     }  # fmt: skip
@@ -94,7 +102,7 @@ def test_a_first_step_may_take_longer_than_the_others(clock: Clock, watched: Cal
 def test_a_long_wait_for_the_others_to_start_is_no_standing_still(
     clock: Clock, watched: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watching, fired = watched(silence_timeout=60.0)
+    watching, fired = watched(2, silence_timeout=60.0)
 
     def wait(*_: object) -> None:
         clock.now += 200
@@ -105,16 +113,33 @@ def test_a_long_wait_for_the_others_to_start_is_no_standing_still(
         assert fired == set()
         clock.now += 61
         watching._look()
-        assert fired == {"this process itself stood still for 61 s: stopped or starved"}
+        assert "this process itself stood still for 61 s: stopped or starved" in fired
+
+
+@pytest.mark.parametrize("pause", [25, 70, 100_000])
+def test_a_pause_of_a_process_alone_is_no_standing_still(
+    clock: Clock, watched: Callable, pause: float
+) -> None:
+    """SIGSTOP, or a laptop's sleep: it holds nobody up."""
+    watching, fired = watched(step_timeout=20.0, silence_timeout=60.0)
+    with watching:
+        watching.beat("step", 1)
+        clock.run(15, watching)
+        clock.now += pause
+        watching._look()
+        assert fired == set()
+        clock.run(6, watching)  # and now it really stands still
+    assert {re.sub(r"\d+ s$", "21 s", why) for why in fired} == {"no progress: in 'step' of step 1 for 21 s"}
 
 
 def test_who_is_lost_comes_before_the_error_that_this_led_to(clock: Clock, watched: Callable) -> None:
     watching, fired = watched(step_timeout=20.0)
     with pytest.raises(ConnectionError), watching:  # noqa: PT012
         watching.beat("step", 7)
-        clock.now += 21
+        clock.run(19, watching)
+        clock.now += 1.5
         raise ConnectionError("reset by peer")
-    assert fired == {"no progress: in 'step' of step 7 for 21 s"}
+    assert fired == {"no progress: in 'step' of step 7 for 20 s"}
 
 
 @pytest.mark.slow

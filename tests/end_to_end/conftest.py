@@ -39,7 +39,7 @@ def run(unbroken: Path, tmp_path: Path) -> Path:
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     """`here(command, ..., exit_code=0)` runs it in this process: `(stdout, stderr)`."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")  # or it would be set for all tests that follow
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments: str, exit_code: int = 0) -> tuple[str, str]:
         try:

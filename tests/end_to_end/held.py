@@ -18,14 +18,14 @@ from tvq import __main__, metrics, records, train
 
 
 def wait_for_signal() -> None:
-    """Returns when SIGTERM or SIGINT has come and its handler has run."""
+    """Returns when SIGTERM, SIGINT or SIGHUP has come and its handler has run."""
     handled = []
 
     def handle(number: int, frame: Any) -> None:
         handlers[number](number, frame)
         handled.append(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     handlers: dict[int, Any] = {number: signal.signal(number, handle) for number in numbers}
     print("held", flush=True)
     while not handled:

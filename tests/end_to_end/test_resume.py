@@ -3,15 +3,18 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.program import Program, assert_same_run, end, newest, rows
+from tests.end_to_end.conftest import Here
+from tests.end_to_end.program import Program, assert_same_run, end, newest, rows, tree
+from tvq import metrics, records
 
 pytestmark = pytest.mark.slow
 COMMITTED = ("6", "12", "18", "20")
@@ -96,6 +99,78 @@ def test_stopped(
     stdout, _ = tvq.train(tmp_path)
     assert f"going on from step {saved}" in stdout
     assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_stopped_though_nobody_hears(tvq: Program, tmp_path: Path, number: signal.Signals) -> None:
+    """`tvq train 2>&1 | tee log` and Ctrl-C, which ends tee first; a terminal that was closed."""
+    with held(tvq, "row:4", tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=250) == 75
+    assert newest(tmp_path).step == 6
+
+
+Act = Callable[[Path], object]
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Act], None]:
+    """`meanwhile(workdir, act)`: somebody does something to it while the row of step 8 is written."""
+
+    def at_step_8(workdir: Path, act: Act) -> None:
+        write = records.JsonlWriter.write
+
+        def write_and_act(self: records.JsonlWriter, row: metrics.Row) -> None:
+            write(self, row)
+            if (row["step"], row["split"]) == (8, "train"):
+                act(workdir)
+
+        monkeypatch.setattr(records.JsonlWriter, "write", write_and_act)
+
+    return at_step_8
+
+
+def test_a_workdir_that_is_moved_under_a_run(
+    tvq: Program, unbroken: Path, tmp_path: Path, here: Here, meanwhile: Callable
+) -> None:
+    workdir, moved = tmp_path / "run", tmp_path / "moved"
+    meanwhile(workdir, lambda path: path.rename(moved))
+    stdout, stderr = here("train", *tvq.options(workdir), exit_code=2)
+    assert f"{workdir} was moved to {moved} under the run" in stdout
+    assert f"stopped and saved at step 10. --workdir={workdir} was moved" in stderr
+    assert f"go on with --workdir={moved}" in stderr
+    assert not workdir.exists()
+    here("train", *tvq.options(moved))
+    assert_same_run(moved, unbroken)
+
+
+def test_a_workdir_that_is_removed_under_a_run(
+    tvq: Program, tmp_path: Path, here: Here, meanwhile: Callable
+) -> None:
+    workdir = tmp_path / "run"
+    meanwhile(workdir, shutil.rmtree)
+    stdout, _ = here("train", *tvq.options(workdir), exit_code=75)
+    assert f"{workdir} was removed under the run" in stdout
+    assert "stopped and saved at step 10; the same command goes on" in stdout
+    stdout, _ = here("train", *tvq.options(workdir))
+    assert "going on from step 10" in stdout
+
+
+def test_a_record_whose_checkpoints_are_gone_is_left_alone(tvq: Program, run: Path, here: Here) -> None:
+    """The details are in tests/test_workdir.py."""
+    (run / "checkpoints" / "18").rename(run / "18")
+    for step in (6, 12):
+        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
+    before = tree(run)
+    _, stderr = here("train", *tvq.options(run), exit_code=2)
+    assert "holds the record of a run (to step 20), but no checkpoint to go on from" in stderr
+    assert {name: file for name, file in tree(run).items() if not name.startswith("logs")} == {
+        name: file for name, file in before.items() if not name.startswith("logs")
+    }
 
 
 def test_killed_with_worker_processes(tvq: Program, unbroken: Path, tmp_path: Path) -> None:
