@@ -123,12 +123,15 @@ def test_a_workdir_that_was_moved_gets_the_last_checkpoint(run: Path, tmp_path: 
         assert made.look()
         assert not made.look(), "it is said once"
         save(run, 10)
+        (run / "codebook").mkdir()
+        (run / "codebook" / "step_8.npz").touch()
         words, is_here = made.settle(10)
     assert [f"--workdir={run} was moved to {moved} under the run, which saves and stops"] == SAID
     assert f"checkpoint 10 is there: go on with --workdir={moved}" in words
     assert not is_here, "the same command would begin a new run"
     assert not run.exists()
     assert {path.name for path in (moved / "checkpoints").iterdir()} == {"6", "10"}
+    assert (moved / "codebook" / "step_8.npz").exists()
     check(moved)
 
 
@@ -141,6 +144,17 @@ def test_a_workdir_that_was_removed_is_made_again_for_the_checkpoint(run: Path) 
     assert "was removed under the run: what it held is lost" in words
     assert is_here
     check(run)  # goes on from step 10
+
+
+def test_a_workdir_that_goes_after_the_last_save(run: Path, tmp_path: Path) -> None:
+    with home(run) as made:
+        moved = run.rename(tmp_path / "moved")
+        made.look()
+        assert made.settle(6)[0].endswith(f"checkpoint 6 is there: go on with --workdir={moved}")
+    with home(moved) as made:
+        shutil.rmtree(moved)
+        made.look()
+        assert made.settle(6) == (f"--workdir={moved} was removed under the run: all of it is lost", False)
 
 
 def test_another_folder_in_the_place_of_the_workdir(run: Path, tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ def finish(run: Run, step: int, stopped: bool) -> None:
             fate, is_here = run.home.settle(step)
     fate, is_here = run.processes.gather("workdir", [fate, is_here])[0]
     if stopped and not is_here:
-        raise InputError(f"stopped and saved at step {step}. {fate}")
+        raise InputError(f"stopped at step {step}: {fate}")
     if fate:
         run.console.say(fate)
     if stopped:

@@ -193,19 +193,26 @@ class Home:
         A folder that was moved gets the checkpoint. Without it the same command would begin a new run.
         """
         place = self._moved_to()
-        if place is None:
-            return f"--workdir={self.workdir} was removed under the run: what it held is lost", True
         ours = self.workdir / CHECKPOINTS
+        is_here = step in steps(self.workdir)  # if not, the save came before the loss
+        if place is None:
+            lost = "what it held" if is_here else "all of it"
+            return f"--workdir={self.workdir} was removed under the run: {lost} is lost", is_here
         try:
-            os.rename(ours / str(step), place / CHECKPOINTS / str(step))
+            if is_here:
+                os.rename(ours / str(step), place / CHECKPOINTS / str(step))
+            for name in (health.FOLDER, records.SAMPLES):  # of the time until it was seen
+                if (self.workdir / name).is_dir():
+                    shutil.copytree(self.workdir / name, place / name, dirs_exist_ok=True)
         except OSError as error:
             return (
                 f"--workdir={self.workdir} was moved to {place} under the run, and {ours / str(step)} could"
                 f" not be moved there ({error.strerror}): move it into {place / CHECKPOINTS}, and go on with"
                 f" --workdir={place}"
             ), False
-        shutil.rmtree(ours, ignore_errors=True)  # older than what was moved
-        with contextlib.suppress(OSError):  # samples may have been written there meanwhile
+        for name in (CHECKPOINTS, health.FOLDER, records.SAMPLES):
+            shutil.rmtree(self.workdir / name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds what is not ours
             (self.workdir / config.FILE).unlink()
             self.workdir.rmdir()
         return (

@@ -141,7 +141,7 @@ def test_a_workdir_that_is_moved_under_a_run(
     meanwhile(workdir, lambda path: path.rename(moved))
     stdout, stderr = here("train", *tvq.options(workdir), exit_code=2)
     assert f"{workdir} was moved to {moved} under the run" in stdout
-    assert f"stopped and saved at step 10. --workdir={workdir} was moved" in stderr
+    assert f"stopped at step 8: --workdir={workdir} was moved" in stderr
     assert f"go on with --workdir={moved}" in stderr
     assert not workdir.exists()
     here("train", *tvq.options(moved))
@@ -155,9 +155,9 @@ def test_a_workdir_that_is_removed_under_a_run(
     meanwhile(workdir, shutil.rmtree)
     stdout, _ = here("train", *tvq.options(workdir), exit_code=75)
     assert f"{workdir} was removed under the run" in stdout
-    assert "stopped and saved at step 10; the same command goes on" in stdout
+    assert "stopped and saved at step 8; the same command goes on" in stdout
     stdout, _ = here("train", *tvq.options(workdir))
-    assert "going on from step 10" in stdout
+    assert "going on from step 8" in stdout
 
 
 def test_a_record_whose_checkpoints_are_gone_is_left_alone(tvq: Program, run: Path, here: Here) -> None:
