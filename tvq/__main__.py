@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import io
 import os
 import signal
 import sys
@@ -348,8 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code, or exits with it (0 done, 2 bad input, 3 diverged, 75 saved)."""
     words.begin()
     arguments, overrides = parser().parse_known_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a text that the terminal cannot show is no failure
+    if arguments.command == "train":
+        sys.stdout = words.guarded(sys.stdout)  # nothing but words: the record has all of it
     with explained(words.tell):
         paths.expand_options(vars(arguments))
         if arguments.quiet:
@@ -396,10 +395,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in table.get(arguments.command, {})
         }
         code: int = COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log, **asked)
-        trouble = words.failed(sys.stdout)
-        if trouble and arguments.command != "train":
+        if arguments.command != "train" and (trouble := words.failed(sys.stdout)):
             log.say(f"tvq: standard output: {trouble}; what it was to show is lost")
-            code = code or cluster.EXIT_FAILED
+            return code or cluster.EXIT_FAILED
         return code
 
 

@@ -225,9 +225,8 @@ class Console:
     What the stream does not take is dropped, and raises nothing.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, silent: bool = False, patience: float | None = None):
-        """`patience`: seconds to wait for a reader that has stopped reading; None: for ever."""
-        self._stream = words.guarded(sys.stdout if stream is None else stream, patience)
+    def __init__(self, stream: TextIO | None = None, *, silent: bool = False):
+        self._stream = words.guarded(sys.stdout if stream is None else stream, patience=None)
         self._silent = silent
         self._live = has_escape_codes(self._stream)
         self._line = self._shown = ""  # the line that stays, and what is shown in its place

@@ -26,9 +26,8 @@ from tvq import (
     state,
     trace,
     train_step,
-    words,
 )
-from tvq.checkpoint import Checkpoints
+from tvq.checkpoint import Checkpoints, SaveError
 from tvq.config import Config
 from tvq.data import vocabulary
 from tvq.data.corpus import AnyCorpus, open_corpus
@@ -98,7 +97,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
 
     with contextlib.ExitStack() as stack:
-        console = metrics.Console(silent=not processes.is_main, patience=words.PATIENCE)
+        console = metrics.Console(silent=not processes.is_main)
         watchdog = stack.enter_context(cluster.Watchdog(processes, c.cluster, log))
         watchdog.beat("restore", 0, c.cluster.compile_timeout)
         checkpoints = stack.enter_context(
@@ -280,7 +279,13 @@ def save(run: Run, now: TrainState, step: int) -> None:
         "seconds": run.clock.spent,
     }
     with run.clock.spending("save"):
-        run.checkpoints.save(step, now, data, config.to_dict(run.config))
+        try:
+            run.checkpoints.save(step, now, data, config.to_dict(run.config))
+        except SaveError:
+            if run.home is None or not run.home.is_lost:
+                raise
+            # The save before went with the folder, which is there again.
+            run.checkpoints.save(step, now, data, config.to_dict(run.config))
 
 
 def look_for_workdir(run: Run) -> None:

@@ -45,7 +45,7 @@ class Words(io.TextIOBase):
         """Past what the stream itself may hold: for a signal handler, which may interrupt its flush."""
         try:
             if self._fd is not None:
-                self._put(self._fd, text.encode(self.encoding, "backslashreplace"))
+                self._put(self._fd, text.encode(self.encoding, "replace"))
             elif self._stream is not None:
                 self._stream.write(text)
                 self._stream.flush()
@@ -122,7 +122,7 @@ def failed(stream: TextIO | None) -> str:
 
 
 def begin() -> None:
-    """Once, at the start of the program: guards standard error, and what is left over at exit."""
+    """At the start of the program: guards standard error, and what is left over at exit."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -130,6 +130,8 @@ def begin() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes `number`: or the next file opened would get words for it
     _FAILED.clear()
     sys.stderr = guarded(sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text that the terminal cannot show is no failure
     atexit.unregister(settle)
     atexit.register(settle)
 
