@@ -135,9 +135,14 @@ def test_a_workdir_that_was_moved_gets_the_last_checkpoint(run: Path, tmp_path: 
     check(moved)
 
 
-def test_a_workdir_that_was_removed_is_made_again_for_the_checkpoint(run: Path) -> None:
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_a_workdir_that_was_removed_is_made_again_for_the_checkpoint(run: Path, how: str) -> None:
     with home(run) as made:
-        shutil.rmtree(run)
+        if how == "removed":
+            shutil.rmtree(run)
+        else:
+            for path in run.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         assert made.look()
         save(run, 10)
         words, is_here = made.settle(10)

@@ -281,7 +281,7 @@ def save(run: Run, now: TrainState, step: int) -> None:
     with run.clock.spending("save"):
         try:
             run.checkpoints.save(step, now, data, config.to_dict(run.config))
-        except SaveError:
+        except (SaveError, ValueError):  # Orbax has several words for what is not there
             if run.home is None or not run.home.is_lost:
                 raise
             # The save before went with the folder, which is there again.

@@ -168,7 +168,8 @@ class Home:
         if self._fd is None:  # a bucket
             return True
         try:
-            return os.path.samestat(os.stat(self.workdir), os.fstat(self._fd))
+            is_same = os.path.samestat(os.stat(self.workdir), os.fstat(self._fd))
+            return is_same and (self.workdir / config.FILE).exists()  # or it was emptied
         except FileNotFoundError:
             return False
         except OSError:  # a disk that does not answer says nothing about the folder
@@ -179,7 +180,9 @@ class Home:
         assert self._fd is not None
         try:
             place = Path(os.readlink(f"/proc/self/fd/{self._fd}"))
-            return place if os.path.samestat(os.stat(place), os.fstat(self._fd)) else None
+            is_it = os.path.samestat(os.stat(place), os.fstat(self._fd))
+            is_elsewhere = place != Path(os.path.realpath(self.workdir))
+            return place if is_it and is_elsewhere else None
         except OSError:
             return None
 
