@@ -3,6 +3,7 @@ import pwd
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from tvq import paths
 from tvq.errors import InputError
@@ -60,6 +61,17 @@ def test_the_cache_of_a_user_without_a_home(
     assert folder == paths.cache_folder() == home / "temporary" / f"tvq-cache-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert capsys.readouterr().err.count(f"the cache is in {folder}") == 1
+
+
+def test_the_size_of_a_file_whose_owner_has_no_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(number: int) -> None:
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    (home / "file").write_text("four")
+    with pytest.raises(KeyError):
+        epath.Path(home / "file").stat()
+    assert paths.size(epath.Path(home / "file")) == 4
 
 
 def test_a_cache_that_others_may_write_is_not_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

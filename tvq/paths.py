@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from tvq import words
 from tvq.errors import InputError
 
@@ -35,6 +37,11 @@ def expand_options(options: dict[str, Any]) -> None:
             options[name] = [expand(name, path) for path in value]
         elif value:
             options[name] = expand(f"--{name}", value)
+
+
+def size(path: epath.Path) -> int:
+    """The bytes of a file. epath's own `stat` fails where the owner of a local one has no name."""
+    return int(path.stat().length) if "://" in str(path) else os.stat(path).st_size
 
 
 def cache_folder() -> Path:

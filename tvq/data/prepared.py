@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from tvq import paths
 from tvq.data.documents import SPLITS, Piece
 from tvq.data.vocabulary import END, VOCABULARIES, ByteVocabulary, Vocabulary, describe
 from tvq.errors import InputError
@@ -248,7 +249,7 @@ def _check_files(folder: epath.Path, split: str, info: Split, damaged: str, reme
         index: info.n_document * 3 * INDEX_DTYPE.itemsize,
     }
     for path, n_byte in wanted.items():
-        size = path.stat().length if path.exists() else 0
+        size = paths.size(path) if path.exists() else 0
         if size != n_byte:
             raise InputError(f"{damaged}: {path.name} has {size} bytes, its manifest says {n_byte}; {remedy}")
     if info.n_document:
