@@ -44,15 +44,15 @@ def check_workdir(workdir: epath.Path, c: Config) -> None:
 def _check_checkpoints(workdir: epath.Path, c: Config) -> None:
     """InputError if the checkpoints of a record are gone: a new run would erase what the old one recorded."""
     folder = workdir / CHECKPOINTS
-    what = ""
-    if folder.is_dir():
+    what, is_bucket = "", "://" in str(workdir)
+    if folder.is_dir() or is_bucket:  # which has no empty folders
         if steps(workdir):
             return
-        if any(path.name.startswith("damaged_") for path in folder.iterdir()):
+        if any(name.startswith("damaged_") for name in _names(folder)):
             what = "holds only damaged ones"
         elif (workdir / SAVED).exists() or _last_row(workdir) > _surely_saved(workdir, c):
             what = "is empty: not mounted, perhaps"
-    elif "://" not in str(workdir) and os.path.islink(folder):
+    elif os.path.islink(folder):
         target = os.readlink(folder)
         if not _has_record(workdir):
             raise InputError(
@@ -73,15 +73,18 @@ def _check_checkpoints(workdir: epath.Path, c: Config) -> None:
 
 def steps(workdir: epath.Path) -> list[int]:
     """The steps of the checkpoints that are committed."""
-    folder = workdir / CHECKPOINTS
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(name) for name in _names(workdir / CHECKPOINTS) if name.isdecimal())
+
+
+def _names(folder: epath.Path) -> list[str]:
+    """What a folder holds; nothing where there is none."""
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def _has_record(workdir: epath.Path) -> bool:
     """Whether there is something that a new run would erase."""
     looks, samples = workdir / health.FOLDER, workdir / records.SAMPLES
-    return _last_row(workdir) >= 0 or any(f.is_dir() and any(f.iterdir()) for f in (looks, samples))
+    return _last_row(workdir) >= 0 or any(_names(f) for f in (looks, samples))
 
 
 def _last_row(workdir: epath.Path) -> int:

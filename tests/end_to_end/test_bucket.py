@@ -18,7 +18,8 @@ from tvq.data.documents import SPLITS, Piece
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.data.vocabulary import ByteVocabulary
-from tvq.workdir import check_workdir, record
+from tvq.errors import InputError
+from tvq.workdir import SAVED, check_workdir, record
 
 
 class Bucket(MemoryFileSystem):
@@ -55,6 +56,11 @@ def test_a_run_is_recorded_in_a_bucket(workdir: epath.Path, tmp_path: Path) -> N
     other = config.Config(train=config.Train(seed=1))
     with pytest.raises(ValueError, match=r"another config.*\n.*train.seed"):
         check_workdir(workdir, other)
+    (workdir / records.FILE).write_text('{"step": 2, "split": "train"}\n')  # and there is no checkpoint yet
+    check_workdir(workdir, c)
+    (workdir / SAVED).write_text("{}")
+    with pytest.raises(InputError, match=r"holds the record of a run \(to step 2\), but no checkpoint"):
+        check_workdir(workdir, c)
     assert config.build(config.recorded(workdir / config.FILE)) == c
 
 
