@@ -10,8 +10,10 @@ EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def end_at_interrupt(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"tvq: interrupted\n")
-    os._exit(EXIT_INTERRUPTED)
+    try:
+        os.write(2, b"tvq: interrupted\n")
+    finally:  # whether anybody hears it or not
+        os._exit(EXIT_INTERRUPTED)
 
 
 # The imports of the command line take seconds. Until it can say itself that it was interrupted (`explained`),

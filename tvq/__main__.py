@@ -389,16 +389,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = open_log(arguments.workdir, place)
     # The guard is outside: with several processes it must see the exit, to leave at once.
     with contextlib.closing(log), cluster.guard(place, log.say), explained(log.say):
-        asked = {
-            name: getattr(arguments, name)
-            for table in (OPTIONS, FLAGS)
-            for name in table.get(arguments.command, {})
-        }
+        names = [*OPTIONS.get(arguments.command, {}), *FLAGS.get(arguments.command, {})]
+        asked = {name: getattr(arguments, name) for name in names}
         code: int = COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log, **asked)
-        if arguments.command != "train" and (trouble := words.failed(sys.stdout)):
-            log.say(f"tvq: standard output: {trouble}; what it was to show is lost")
-            return code or cluster.EXIT_FAILED
-        return code
+        return code if arguments.command == "train" else words.arrived(code, log.say)
 
 
 if __name__ == "__main__":

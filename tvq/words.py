@@ -10,6 +10,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Callable
 from typing import IO, Any, TextIO
 
 PATIENCE = 10.0  # seconds that a run waits for a reader who has stopped reading (less, Ctrl-S)
@@ -119,6 +120,14 @@ def failed(stream: TextIO | None) -> str:
     except (OSError, ValueError):
         return ""
     return "" if error is None or isinstance(error, BrokenPipeError) else str(error.strerror)
+
+
+def arrived(code: int, say: Callable[[str], None]) -> int:
+    """The exit code of a command whose standard output was asked for: it fails if that is lost."""
+    trouble = failed(sys.stdout)
+    if trouble:
+        say(f"tvq: standard output: {trouble}; what it was to show is lost")
+    return code or int(bool(trouble))
 
 
 def begin() -> None:
