@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tvq.checkpoint import Checkpoints, SaveError, kept
+from tvq.checkpoint import SEAL, Checkpoints, SaveError, _seal, kept, read_weights
+from tvq.errors import InputError
 
 DATA, CONFIG = {"batch": 7}, {"model": {"d_model": 8, "dtype": "float32"}}
 
@@ -356,6 +359,114 @@ def test_waiting_for_a_save_says_nothing(tmp_path: Path, caplog: pytest.LogCaptu
         checkpoints.save(2, {"x": jnp.zeros(3)}, {}, {})
         patch.undo()
     assert caplog.text == ""
+
+
+def weights(state: dict) -> dict:
+    return {name: state[name] for name in ("params", "codebooks")}
+
+
+def test_weights_are_read_alone(tmp_path: Path) -> None:
+    """Whatever the rest of the state is called: its arrays are neither compared nor read."""
+    save_all(tmp_path, 1)
+    wanted = weights(make_state(seed=1))
+    restored = read_weights(tmp_path, abstract(wanted), silent)
+    assert restored is not None
+    assert (restored.step, restored.data, restored.config) == (1, {"batch": 1}, CONFIG)
+    assert_same(restored.state, wanted)
+    other = abstract(wanted)
+    other["params"]["b"] = other["params"]["b"].update(dtype=jnp.float32)
+    del other["params"]["w"]
+    with pytest.raises(ValueError, match="2 arrays differ") as error:
+        read_weights(tmp_path, other, silent)
+    assert "params.w: float32[64, 48] saved, absent wanted" in str(error.value)
+
+
+def test_an_optional_array_may_be_missing(tmp_path: Path) -> None:
+    state = {"params": {"w": jnp.ones(3), "n": jnp.zeros(2)}}
+    with open_(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {}, {})
+    less, more = {"params": {"w": state["params"]["w"]}}, {"params": state["params"] | {"o": jnp.ones(4)}}
+    for wanted, optional in ((less, {"params.n"}), (more, {"params.o"})):
+        with pytest.raises(ValueError, match="1 arrays differ"):
+            read_weights(tmp_path, abstract(wanted), silent)
+        restored = read_weights(tmp_path, abstract(wanted), silent, optional)
+        assert restored is not None
+        assert restored.state["params"].get("o") is None
+        np.testing.assert_array_equal(restored.state["params"]["w"], np.ones(3))
+
+
+@pytest.mark.parametrize("gone", ["2", "2/state", "2/meta", "2/state/d", "2/state/manifest.ocdbt"])
+@pytest.mark.parametrize("when", ["__init__", "_newest", "_read_meta"])
+def test_a_checkpoint_that_is_removed_under_its_reader(
+    tmp_path: Path, gone: str, when: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run has saved the next by then, and that is read."""
+    save_all(tmp_path, 2, 3)
+    (tmp_path / "3").rename(tmp_path / "next")
+    real = getattr(Checkpoints, when)
+
+    def and_then_it_goes(*arguments: Any, **options: Any) -> Any:
+        found = real(*arguments, **options)
+        if (tmp_path / "next").exists():
+            (tmp_path / "next").rename(tmp_path / "3")
+            (tmp_path / gone).rename(tmp_path / "removed")
+        return found
+
+    monkeypatch.setattr(Checkpoints, when, and_then_it_goes)
+    restored = read_weights(tmp_path, abstract(weights(make_state())), silent)
+    assert restored is not None
+    if (gone, when) != ("2/meta", "_read_meta"):  # which was read by then
+        assert restored.step == 3
+        assert_same(restored.state, weights(make_state(seed=3)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_reader_gives_up_after_some_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_all(tmp_path, 1)
+    real, newest = Checkpoints._read_meta, [1]
+
+    def and_then_it_goes(self: Checkpoints, step: int) -> dict:
+        found = real(self, step)
+        newest[0] += 1
+        (tmp_path / str(step)).rename(tmp_path / str(newest[0]))
+        return found
+
+    monkeypatch.setattr(Checkpoints, "_read_meta", and_then_it_goes)
+    with pytest.raises(
+        InputError, match=r"10 checkpoints in .* were removed .*raise its config.checkpoint.k"
+    ):
+        read_weights(tmp_path, abstract(weights(make_state())), silent)
+    monkeypatch.undo()
+    (tmp_path / "11" / "meta" / "metadata").unlink()  # damaged, and no newer one is on its way
+    with pytest.raises(InputError, match="all 1 checkpoints"):
+        read_weights(tmp_path, abstract(weights(make_state())), silent)
+
+
+def test_other_settings_of_jax_are_refused(tmp_path: Path) -> None:
+    save_all(tmp_path, 1)
+    with jax.threefry_partitionable(False), open_(tmp_path) as checkpoints:
+        with pytest.raises(InputError, match="checkpoint 1 was saved with other settings of jax") as error:
+            checkpoints.restore(abstract(make_state()), silent)
+        assert "\n  JAX_THREEFRY_PARTITIONABLE: true when it was saved, false now\n" in str(error.value)
+        assert read_weights(tmp_path, abstract(weights(make_state())), silent), (
+            "a program that does not train"
+        )
+    path = tmp_path / "1" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["settings"]  # of a run of an older version
+    path.write_text(json.dumps(meta))
+    (path.parent / SEAL).unlink()
+    _seal(epath.Path(path.parent))
+    with jax.threefry_partitionable(False), open_(tmp_path) as checkpoints:
+        assert checkpoints.restore(abstract(make_state()), silent)
+
+
+def test_weights_that_are_not_finite_do_not_go_on(tmp_path: Path) -> None:
+    state = {"params": {"w": jnp.asarray([1.0, jnp.nan])}, "codebooks": {"sum": jnp.ones(2)}, "n": jnp.inf}
+    with open_(tmp_path) as checkpoints:
+        checkpoints.save(1, jax.tree.map(jnp.asarray, state), {}, {})
+        with pytest.raises(InputError, match=r"checkpoint 1 holds weights .* in params\.w: no run can go on"):
+            checkpoints.restore(abstract(jax.tree.map(jnp.asarray, state)), silent)
 
 
 SAVER = """

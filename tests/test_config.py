@@ -6,17 +6,19 @@
 import dataclasses
 import difflib
 import json
+import math
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from tvq import config
+from tvq import config, rules
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 GOLDEN = Path(__file__).parent / "golden_configs"
@@ -250,7 +252,8 @@ RULES = [
     ),
     (
         {"mesh__devices": 8, "mesh__shard_params": True, "model__d_model": 100},
-        "config.model.d_model 100 (shard_params) cannot be cut by config.mesh.devices 8; use devices 4",
+        "config.model.d_model 100 (shard_params) cannot be cut by config.mesh.devices 8;"
+        " use config.mesh.replica=2 config.mesh.devices=4",
     ),
 ]
 # Refused with the numbers that would do: each is put into the field that the message begins with.
@@ -417,3 +420,52 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for preset in PRESETS:
         (GOLDEN / f"{preset.stem}.txt").write_text(text(preset))
+
+
+@pytest.mark.parametrize("n_device", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mesh__shard_params": True, "model__d_model": 100},
+        {"mesh__shard_params": True, "mesh__devices": 2, "train__global_batch_size": 6},
+        {"mesh__sequence": 3, "model__d_v": 100, "train__accumulate": 2},
+        {"mesh__tensor": 5, "evaluate__batch_size": 7},
+    ],
+    ids=str,
+)
+def test_the_advice_for_so_many_devices_obeys_all_rules(values, n_device):
+    found = changed(**values)
+    built = config.Config(**{name: cls(**found[name]) for name, cls in get_type_hints(config.Config).items()})
+    advice = rules.fitting(built, n_device)
+    for option in advice.split():
+        name, _, value = option.removeprefix("config.").partition("=")
+        config.override(found, name, value)
+    c = config.build(found)
+    sizes = {axis: getattr(c.mesh, axis) for axis in rules.MESH_AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: n_device // known if size == -1 else size for axis, size in sizes.items()}
+    assert math.prod(sizes.values()) == n_device
+    assert rules.misfits(c, sizes) == []
+    assert rules.batch_misfit("train", c.train.global_batch_size, sizes, c.train.accumulate) == []
+    assert rules.batch_misfit("evaluate", c.evaluate.batch_size, sizes) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("readme.txt", "./readme.txt", True),
+        ("readme.txt", f"{os.getcwd()}/readme.txt", True),
+        ("data", "data/", True),
+        ("~/data", os.path.expanduser("~/data"), True),
+        ("readme.txt", "other.txt", False),
+        ("gs://bucket/data", "gs://bucket/other", False),
+    ],
+)
+def test_paths_are_compared_by_where_they_lead(old, new, same):
+    differing = config.differences({"data": {"path": old}}, {"data": {"path": new}})
+    assert (differing == []) is same
+    commons = [config.common(config.Config(data=config.Data(path=path))) for path in ("a/b", "./a//b/")]
+    assert commons[0] == commons[1]
+    mixed = [{"data": {"mix": f"{path}:0.5, b:0.5"}} for path in (old, new)]
+    assert (config.differences(*mixed) == []) is same
+    assert config.differences({"data": {"mix": "a:1,b:2"}}, {"data": {"mix": "a:2,b:1"}})

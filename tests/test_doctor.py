@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import cluster, config, doctor, health
+from tvq import cluster, config, describe, doctor, health
 
 C = config.Config(
     model=config.Model(n_code=64),
@@ -211,3 +211,37 @@ def test_codes_are_not_counted_by_what_is_no_number(perplexity):
     found = looked(dead=0.5) | {"perplexity": np.full((N, H), perplexity)}
     (finding,) = doctor.of_codebooks(C, found)
     assert finding.remedy == "in a new run, set config.model.revive_codes=20"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "words"),
+    [
+        ({"n_warmup_step": 50, "n_max_step": 560}, 560, None),
+        ({"n_warmup_step": 50, "n_max_step": 500}, 560, None),
+        ({"n_warmup_step": 50, "n_max_step": 100_000}, 560, None),
+        (
+            {"n_warmup_step": 50, "n_max_step": 100},
+            1000,
+            ("it ends at update 100 of 1,000: for 90 % of the run", "n_max_step=1000"),
+        ),
+        (
+            {"n_warmup_step": 50, "n_max_step": 100, "schedule": "inv_sqrt"},
+            1000,
+            None,
+        ),
+        ({"n_warmup_step": 1000}, 400, ("is not over at the end of the run, at 400", "comes to 0.4 of")),
+    ],
+)
+def test_a_schedule_that_does_not_suit_the_run(optimizer, steps, words):
+    c = dataclasses.replace(
+        C,
+        optimizer=dataclasses.replace(C.optimizer, **optimizer),
+        train=dataclasses.replace(C.train, steps=steps),
+    )
+    found = [finding for finding in doctor.of_rows(c, rows()) if "schedule" in finding.what]
+    assert describe.of_schedule(c) == [
+        (finding.what.removeprefix("the schedule: "), finding.remedy) for finding in found
+    ]
+    assert len(found) == (words is not None)
+    for word in words or ():
+        assert word in found[0].what + found[0].remedy

@@ -252,13 +252,3 @@ def test_no_token():
     assert evaluate.total(score, *small.parameters(MODEL), []) == (0.0, 0)
     with pytest.raises(ValueError, match="no token"):
         evaluate.result(0.0, 0, info())
-
-
-def test_a_result_that_cannot_be_kept():
-    devices = mesh.make(config.Mesh(), jax.devices()[:1])
-    said = []
-    evaluate.record(epath.Path("/dev/null"), config.Config(), "step_1_test", {}, devices, said.append)
-    assert said == [
-        "warning: /dev/null/evaluations/step_1_test.json cannot be written (Not a directory): the result is"
-        " printed, and not kept"
-    ]

@@ -12,17 +12,17 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "errors", "atomic", "words", "paths", "schema", "config", "dims", "cluster", "mesh", "kernels", "model",
-    "flops", "loss", "optimizer", "state",
-    "train_step", "data", "tensors", "checkpoint", "metrics", "records", "health", "workdir", "prepare",
-    "trace",
+    "errors", "atomic", "words", "paths", "schema", "rules", "config", "dims", "numerics", "cluster", "mesh",
+    "kernels", "model", "flops", "loss", "optimizer", "state",
+    "train_step", "data", "tensors", "checkpoint", "metrics", "curves", "records", "results", "health",
+    "workdir", "prepare", "trace",
     "evaluate", "recall", "draw", "image_samples", "sample", "describe", "train", "bench", "report", "doctor",
     "plan", "profile", "interop", "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60
 # Longer, with the reason.
 LONG = {
-    "config.py: validate": "one rule after the other",
+    "rules.py: validate": "one rule after the other",
     "train_step.py: make": "the step on one page, to be compared with the paper",
 }
 # Functions that catch everything, with the reason.

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.model import small
 from tests.test_parity import GOLDEN, check_forward, load, model_config, under
-from tvq import cluster, config, evaluate, interop, mesh, tensors
+from tvq import cluster, config, evaluate, interop, mesh, optimizer, state, tensors
+from tvq.checkpoint import Checkpoints
 from tvq.data.vocabulary import ByteVocabulary, to_json
 
 FORWARD = sorted(path for path in GOLDEN.glob("fwd_*.npz") if "bf16" not in path.name)
@@ -42,7 +43,10 @@ def original_file(path: Path, arrays: dict[str, np.ndarray], *, train_state: boo
 
 
 def newest(workdir: Path, c: config.Config) -> Any:
-    return evaluate.restore(c, epath.Path(workdir), mesh.make(config.Mesh(), jax.devices()[:1]), print)
+    """The whole state of the newest checkpoint."""
+    placed = state.place(c, optimizer.make(c.optimizer), mesh.make(config.Mesh(), jax.devices()[:1]))
+    with Checkpoints(workdir / "checkpoints", keep=1, keep_every=0, read_only=True) as checkpoints:
+        return checkpoints.restore(placed, print)
 
 
 @pytest.mark.parametrize("path", FORWARD, ids=lambda path: path.stem)
@@ -97,6 +101,22 @@ def test_export_and_import_are_bitwise(tmp_path, capsys):
     for program, workdir, other in ((send_out, first, NOWHERE), (bring_in, NOWHERE, folder)):
         with pytest.raises(ValueError, match=r"--(output|workdir)=/dev/null/x: cannot write there \("):
             program(RUN, workdir, other)
+
+
+def test_a_run_of_other_optimizer_or_revival_is_exported(tmp_path, capsys):
+    """Weights are all that is read: the optimizer of the command's config need not be the run's."""
+    bring_in(RUN, tmp_path / "run", original_file(tmp_path / "given", original_arrays(RUN)))
+    other = dataclasses.replace(
+        RUN,
+        model=dataclasses.replace(RUN.model, revive_codes=100),
+        optimizer=dataclasses.replace(RUN.optimizer, name="lion", grad_clip=0.0),
+    )
+    devices = mesh.make(config.Mesh(), jax.devices()[:1])
+    ours, theirs = (evaluate.restore(c, epath.Path(tmp_path / "run"), devices, print) for c in (RUN, other))
+    assert tensors.fingerprint(ours.state) == tensors.fingerprint(
+        theirs.state._replace(codebooks={n: theirs.state.codebooks[n] for n in ours.state.codebooks})
+    )
+    assert not np.asarray(theirs.state.codebooks["idle"]).any()
 
 
 def test_the_original_attends_across_documents(tmp_path, capsys):

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -205,6 +207,26 @@ def test_tensorboard_has_each_row_once(tmp_path: Path) -> None:
     assert found[0].file_version == "brain.Event:2"
 
 
+def test_tensorboard_reads_resumed_rows_last_though_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [2_000_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for resume_step in (0, 2):
+        made = records(tmp_path, resume_step, [])
+        for step in (1, 2):
+            made.write({"step": resume_step + step, "split": "train", "loss": 1.0})
+            now[0] += 60 if resume_step == 0 else -60
+        made.close()
+        for path in (tmp_path / "tensorboard").iterdir():
+            os.utime(path, (now[0], now[0]))
+        now[0] -= 3600
+    found = events(tmp_path / "tensorboard")
+    assert [event.step for event in found] == [0, 1, 1, 2, 0, 3, 3, 4]
+    times = [event.wall_time for event in found]
+    assert times == sorted(times)
+
+
 def test_curves_are_in_groups() -> None:
     names = ("loss", "c_dead", "vec_norm_mean", "seconds_step")
     assert [tag("train", name) for name in names] == [
@@ -326,6 +348,81 @@ def test_wandb_continues_one_run(tmp_path: Path, wandb: Wandb) -> None:
         2: {"train/loss": 1.0}, 4: {"train/loss": 2.0}, 6: {"train/loss": 3.0, "validation/loss": 1.0},
     }  # fmt: skip
     assert said == []
+
+
+class Service(Wandb):
+    """The same with several runs, which take nothing back: `runs` has the rows of each, by its id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: dict[str, dict[int, dict[str, float]]] = {}
+
+    def init(self, **asked: Any) -> "Wandb":
+        self.rows = self.runs.setdefault(asked["id"], {})
+        return super().init(**asked)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    fake = Service()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def train(folder: Path, resume_step: int, losses: dict[int, float], steps: int = 9) -> list[str]:
+    """A start that writes these rows; returns what was said."""
+    said: list[str] = []
+    c = config.Config(log=config.Log(wandb="tvq"), train=config.Train(steps=steps))
+    made = Records(c, epath.Path(folder), resume_step, folder, said.append)
+    for step, loss in losses.items():
+        made.write({"step": step, "split": "train", "loss": loss})
+    made.close()
+    return said
+
+
+def shown(service: Service, folder: Path) -> dict[int, float]:
+    """The curve of the workdir's run at the service."""
+    found = service.runs[(folder / "wandb_id").read_text()]
+    return {step: numbers["train/loss"] for step, numbers in found.items()}
+
+
+def test_a_branch_is_a_new_run_at_wandb(tmp_path: Path, service: Service) -> None:
+    assert train(tmp_path, 0, {2: 5.0, 4: 4.0, 6: 3.0}) == []
+    (first,) = service.runs
+    (said,) = train(tmp_path, 2, {4: 4.0001, 6: 2.0, 8: 1.0})  # rounding, then another learning rate
+    assert said.startswith(
+        "Weights & Biases: the rows from step 6 on are others than were sent; all rows are in"
+    )
+    assert shown(service, tmp_path) == {2: 5.0, 4: 4.0001, 6: 2.0, 8: 1.0}
+    assert {step: row["train/loss"] for step, row in service.runs[first].items()} == {2: 5.0, 4: 4.0, 6: 3.0}
+    assert train(tmp_path, 8, {9: 0.5}) == []
+    assert shown(service, tmp_path) == {2: 5.0, 4: 4.0001, 6: 2.0, 8: 1.0, 9: 0.5}
+
+
+def test_rows_that_will_not_be_repeated_are_not_kept_at_wandb(tmp_path: Path, service: Service) -> None:
+    train(tmp_path, 0, {2: 5.0, 4: 4.0, 6: 3.0})
+    assert len(train(tmp_path, 2, {4: 4.0}, steps=4)) == 1
+    assert shown(service, tmp_path) == {2: 5.0, 4: 4.0}
+    train(tmp_path, 4, {6: 3.0})
+    train(tmp_path, 2, {})  # stopped at once: its rows of 4 and 6 are dropped, unknown to the next start
+    assert len(train(tmp_path, 2, {4: 1.0})) == 1
+    assert shown(service, tmp_path) == {2: 5.0, 4: 1.0}
+
+
+def test_a_copied_workdir_is_a_new_run_at_wandb(tmp_path: Path, service: Service) -> None:
+    first, copy, moved = tmp_path / "first", tmp_path / "copy", tmp_path / "moved"
+    first.mkdir()
+    train(first, 0, {2: 5.0, 4: 4.0})
+    shutil.copytree(first, copy)
+    (said,) = train(copy, 4, {6: 1.0})
+    assert "this workdir is a copy of another run's" in said
+    assert train(copy, 6, {8: 0.5}) == []
+    assert shown(service, first) == {2: 5.0, 4: 4.0}
+    assert shown(service, copy) == {2: 5.0, 4: 4.0, 6: 1.0, 8: 0.5}
+    first.rename(moved)
+    assert train(moved, 4, {6: 3.0}) == []
+    assert shown(service, moved) == {2: 5.0, 4: 4.0, 6: 3.0}
+    assert len(service.runs) == 2
 
 
 @pytest.mark.parametrize("is_there", [True, False])

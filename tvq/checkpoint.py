@@ -1,7 +1,7 @@
 """Checkpoints: one commit holds the train state, the data position and the config.
 
     directory/STEP/state/      the arrays, by name, whatever mesh they lay on
-    directory/STEP/meta/       JSON: data position, config, and shape and dtype of each array
+    directory/STEP/meta/       JSON: data position, config, settings of jax, and shape and dtype of each array
     directory/STEP/*/SEAL.json size and checksum of each file
     directory/damaged_STEP/    a checkpoint whose files no longer match their seal, out of the way
 
@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -26,13 +26,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 
-from tvq import tensors
+from tvq import numerics, tensors
 from tvq.errors import InputError
 
 SEAL = "SEAL.json"
 ITEMS = ("meta", "state")
 MAX_LISTED = 20  # differing arrays that an error lists
 CHUNK = 1 << 24  # bytes read at a time
+WEIGHTS = ("params.", "codebooks.")  # how the names of their arrays begin
+NOT_FINITE = "weights that are not numbers (NaN or infinite)"
+TRIES = 10  # checkpoints that may be removed under a reader, one after the other, until it gives up
 # What Orbax warns of in the normal course of things, across the line that shows progress: that a save waits
 # for the one before, and that the removal of an old checkpoint was killed half-way (the next save ends it).
 SILENCED = ("Waiting for previous save to complete", "Metadata file does not exist")
@@ -71,9 +74,10 @@ class Checkpoints:
         """
         logging.getLogger("absl").addFilter(_worth_saying)
         handlers = DefaultCheckpointHandlerRegistry()
-        arrays, values = _SealedArrays(), _SealedJson()
+        arrays, values, some = _SealedArrays(), _SealedJson(), ocp.PyTreeCheckpointHandler()
         handlers.add("state", ocp.args.StandardSave, arrays)
         handlers.add("state", ocp.args.StandardRestore, arrays)
+        handlers.add("state", ocp.args.PyTreeRestore, some)
         handlers.add("meta", ocp.args.JsonSave, values)
         handlers.add("meta", ocp.args.JsonRestore, values)
         path = epath.Path(directory)
@@ -132,6 +136,7 @@ class Checkpoints:
         meta = {
             "data": data,
             "config": config,
+            "settings": numerics.deciding(),
             "arrays": {name: tensors.kind(x) for name, x in arrays.items()},
         }
         with self._saving():
@@ -157,13 +162,48 @@ class Checkpoints:
         if step is None:
             return None
         meta = self._read_meta(step)
+        if "settings" in meta:  # older checkpoints do not record them
+            numerics.check(step, meta["settings"])
         wanted = tensors.named(abstract_state)
         _check_arrays(step, meta["arrays"], {name: tensors.kind(x) for name, x in wanted.items()})
-        restored = self._manager.restore(
+        arrays = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        )
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored.state[n] for n in wanted])
-        return Restored(step, state, meta["data"], meta["config"])
+        ).state
+        weights = {name: x for name, x in arrays.items() if name.startswith(WEIGHTS)}
+        if broken := tensors.not_finite(weights):
+            raise InputError(
+                f"checkpoint {step} holds {NOT_FINITE} in {', '.join(broken)}: no run can go on;"
+                " move its folder away to go on from the one before, or import weights that are finite"
+            )
+        return Restored(step, _like(abstract_state, arrays), meta["data"], meta["config"])
+
+    def restore_weights(
+        self, abstract: Any, say: Callable[[str], None], optional: Collection[str] = ()
+    ) -> Restored | None:
+        """The same of a part of the state alone, such as params and codebooks; the rest is not read.
+
+        `abstract` is a tree whose fields are some of the state's. An array whose name is in `optional` may
+        be missing on either side: `state` then has None in its place.
+        """
+        step, self._damaged = self._newest(ITEMS, say)
+        if step is None:
+            return None
+        meta = self._read_meta(step)
+        wanted = tensors.named(abstract)
+        parts = {name.partition(".")[0] for name in wanted}
+        saved = {name: x for name, x in meta["arrays"].items() if name.partition(".")[0] in parts}
+        one_sided = {name for name in optional if (name in saved) != (name in wanted)}
+        kinds = {name: tensors.kind(x) for name, x in wanted.items()}
+        _check_arrays(step, _without(saved, one_sided), _without(kinds, one_sided))
+        here = _without(wanted, one_sided)
+        how = ocp.checkpoint_utils.construct_restore_args(here)
+        arrays = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(item=here, restore_args=how, partial_restore=True)
+            ),
+        ).state
+        return Restored(step, _like(abstract, arrays), meta["data"], meta["config"])
 
     def read_config(self) -> dict | None:
         """The config of the newest checkpoint in which it is whole, without a look at the arrays; or None."""
@@ -207,6 +247,55 @@ class Checkpoints:
         multihost_utils.sync_global_devices("checkpoint: damaged ones set aside")
         self._damaged = []
         self._manager.reload()
+
+
+def read_weights(
+    directory: epath.PathLike, abstract: Any, say: Callable[[str], None], optional: Collection[str] = ()
+) -> Restored | None:
+    """`Checkpoints.restore_weights` beside a run that saves, and that removes old checkpoints meanwhile.
+
+    A checkpoint that is removed while it is read has a newer one in its place: that is taken then.
+    """
+    for _ in range(TRIES):
+        newest, said, failure, restored = _newest_step(directory), list[str](), None, None
+        try:
+            with Checkpoints(directory, keep=1, keep_every=0, read_only=True) as checkpoints:
+                restored = checkpoints.restore_weights(abstract, said.append, optional)
+        except (OSError, ValueError, KeyError) as error:  # what Orbax and TensorStore say of missing files
+            failure = error
+        has_newer = _newest_step(directory) != newest
+        if not _on_any((failure is not None or bool(said)) and has_newer):
+            break
+    else:
+        raise InputError(
+            f"{TRIES} checkpoints in {directory} were removed while they were read: the run saves faster than"
+            " they can be read; raise its config.checkpoint.keep or config.checkpoint.every"
+        )
+    if failure is not None:
+        raise failure
+    for line in said:
+        say(line)
+    return restored
+
+
+def _newest_step(directory: epath.PathLike) -> int:
+    folder = epath.Path(directory)
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return max((int(name) for name in names if name.isdecimal()), default=-1)
+
+
+def _on_any(flag: bool) -> bool:
+    """Whether it is so on any process."""
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+
+
+def _like(tree: Any, arrays: Mapping[str, Any]) -> Any:
+    """The tree with `arrays` as its leaves; None where there is none of a name."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays.get(name) for name in tensors.named(tree)])
+
+
+def _without(named: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: x for name, x in named.items() if name not in names}
 
 
 class _Manager(ocp.CheckpointManager):

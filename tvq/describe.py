@@ -20,6 +20,7 @@ SLOW = {
     "sample": (0.1, "raise config.sample.every"),
     "save": (0.1, "raise config.checkpoint.every"),
 }
+AT_FLOOR = 0.2  # of the run with the learning rate at its floor is worth a word
 LEAST_SECONDS = 60.0  # shares of less say little
 
 
@@ -40,12 +41,39 @@ def start(
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
         "workdir": f"{workdir}: " + (f"going on from step {saved[-1]:,}" if saved else "a new run"),
     }
+    for what, remedy in of_schedule(c):
+        lines["schedule"] = f"{what}: {remedy}"
     if t.reproducible:
         lines["repeats"] = (
             "bitwise on equal meshes, and on others by docs/mesh.md; on GPUs without their fastest kernels:"
             " tvq bench train tells"
         )
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
+
+
+def of_schedule(c: Config) -> list[tuple[str, str]]:
+    """What is odd about a schedule beside the length of the run, and what to change."""
+    o, steps = c.optimizer, c.train.steps
+    highest = f"config.optimizer.lr_max {o.lr_max:g}"
+    if o.n_warmup_step >= steps:
+        return [
+            (
+                f"the warm-up of {o.n_warmup_step:,} updates is not over at the end of the run, at {steps:,}:"
+                f" the learning rate comes to {steps / o.n_warmup_step:.2g} of {highest}",
+                "lower config.optimizer.n_warmup_step, or raise config.train.steps",
+            )
+        ]
+    at_floor = steps - o.n_max_step
+    if o.schedule != "inv_sqrt" and at_floor > AT_FLOOR * steps:
+        share = f"{at_floor / steps:.0%}".replace("%", " %")
+        return [
+            (
+                f"it ends at update {o.n_max_step:,} of {steps:,}: for {share} of the run the learning rate"
+                f" is a tenth of {highest}",
+                f"in a new run, set config.optimizer.n_max_step={steps}",
+            )
+        ]
+    return []
 
 
 @contextlib.contextmanager

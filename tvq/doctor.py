@@ -115,6 +115,7 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
             is_lost=True,
         )
         return
+    yield from (Finding(f"the schedule: {what}", remedy) for what, remedy in describe.of_schedule(c))
     settled = [row for row in trained if row["step"] > c.optimizer.n_warmup_step]
     yield from of_spikes(c, trained)
     if len(settled) >= LEAST_ROWS:

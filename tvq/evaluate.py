@@ -7,7 +7,6 @@ order, so that the result does not depend on batch size or devices.
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,8 +17,8 @@ from etils import epath
 from jax import lax
 from jax.sharding import Mesh
 
-from tvq import atomic, cluster, config, loss, mesh, metrics, optimizer, state
-from tvq.checkpoint import Checkpoints, Restored
+from tvq import cluster, config, loss, mesh, metrics, records, results, state, tensors
+from tvq.checkpoint import NOT_FINITE, Restored, read_weights
 from tvq.config import Config, Model
 from tvq.data import prepared, vocabulary
 from tvq.data.corpus import AnyCorpus, open_corpus
@@ -298,16 +297,24 @@ def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
 
 
 def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], None]) -> Restored:
-    """The newest whole checkpoint of a run, on any mesh. InputError: there is none."""
-    abstract = state.place(c, optimizer.make(c.optimizer), devices)
+    """The weights of the newest whole checkpoint of a run, on any mesh, as `state.Weights`. InputError: none.
+
+    Says which arrays are not finite, where some are not.
+    """
     if not (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
-    with Checkpoints(
-        workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every, read_only=True
-    ) as checkpoints:
-        restored = checkpoints.restore(abstract, say)
+    wanted = state.place_weights(c, devices)
+    restored = read_weights(workdir / "checkpoints", wanted, say, state.OPTIONAL)
     if restored is None:
         raise InputError(f"--workdir={workdir} holds no checkpoint yet")
+    codebooks = restored.state.codebooks
+    if codebooks.get("idle", ...) is None:
+        codebooks["idle"] = jax.device_put(
+            np.zeros(wanted.codebooks["idle"].shape, np.int32), wanted.codebooks["idle"].sharding
+        )
+    broken = tensors.not_finite(restored.state)
+    if broken:
+        say(f"warning: checkpoint {restored.step} holds {NOT_FINITE} in {', '.join(broken)}")
     return restored
 
 
@@ -320,24 +327,23 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     check_vocabulary(corpus, c.model)
     corpus.info(c.evaluate.split)
     processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
-    devices = mesh.make(c.mesh, jax.devices())
+    devices = mesh.make(c.mesh, jax.devices(), c)
     mesh.check(devices, c)
     mesh.check_batch(devices, "evaluate.batch_size", batch_size(c))
     with metrics.Console(silent=not processes.is_main) as console:
         restored = restore(c, workdir, devices, console.say)
         check_same_vocabulary(corpus, restored)
-        now = restored.state
+        weights = restored.state
         so_far = metrics.Progress("evaluating", "batches")
         found, table = scorer(c, corpus, devices)(
-            now.params,
-            now.codebooks,
+            *weights,
             lambda done, of: console.progress(so_far.line(done, of), brief=True),
         )
-        row = {"step": int(now.step), "split": c.evaluate.split, **found}
+        row = {"step": restored.step, "split": c.evaluate.split, **found}
         if table:
             console.say(show(table))
         console.say(line(c.evaluate.split, found, corpus))
-        console.say(json.dumps(row))
+        console.say(records.to_json(row))
         if processes.is_main:
             data = {
                 "folder": str(corpus.folder),
@@ -345,25 +351,12 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
                 "vocabulary": vocabulary.describe(corpus.vocabulary),
             }
             name = f"step_{row['step']}_{row['split']}{'_carried' if c.evaluate.carry else ''}"
-            record(workdir, c, name, row | {"by_context": table, "data": data}, devices, log.say)
+            chosen = {
+                "data": corpus.fingerprint,
+                "sequence_len": 0 if c.evaluate.carry else c.train.sequence_len,
+            }
+            results.record(
+                workdir, c, name, chosen, row | {"by_context": table, "data": data}, devices, log.say
+            )
     processes.finish()
     return 0
-
-
-def record(
-    workdir: epath.Path, c: Config, name: str, found: dict, devices: Mesh, say: Callable[[str], None]
-) -> None:
-    """Writes what was found, and all that is needed to repeat it, to `workdir/evaluations/NAME.json`.
-
-    Where that cannot be written, as in a run of somebody else, it says so: the result has been printed.
-    """
-    found = found | {
-        "code": cluster.code_version(),
-        "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
-        "config": config.to_dict(c),
-    }
-    path = workdir / "evaluations" / f"{name}.json"
-    try:
-        atomic.write(path, json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        say(f"warning: {path} cannot be written ({error.strerror}): the result is printed, and not kept")

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tvq import config
+from tvq import config, rules
 from tvq.errors import InputError
 
 AXES = ("replica", "devices", "sequence", "tensor")
@@ -70,8 +70,11 @@ DIMS = {
 }
 
 
-def make(shape: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh over all `devices`. InputError if its shape does not take exactly these."""
+def make(shape: config.Mesh, devices: Sequence[jax.Device], for_config: config.Config | None = None) -> Mesh:
+    """The mesh over all `devices`. InputError if its shape does not take exactly these.
+
+    What it advises then obeys the other rules of `for_config` too, where that is given.
+    """
     n_device, kind = len(devices), devices[0].platform
     sizes = {axis: getattr(shape, axis) for axis in AXES}
     rest = math.prod(size for size in sizes.values() if size != -1)
@@ -84,6 +87,9 @@ def make(shape: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
             ways = [f"use config.mesh.{free}={n_device // others}"]
         elif others > 1:
             ways = [f"use {_fitting(sizes, free, n_device)}"]
+        best = "" if for_config is None else rules.fitting(for_config, n_device)
+        if best not in ("", f"config.mesh.{free}={n_device // others}"):
+            ways = [f"use {best}"]
         if kind == "cpu":
             ways.append(f"pass --cpu_devices={rest}")
         raise InputError(f"{wanted} but there are {n_device} {kind} devices; {', or '.join(ways)}")
@@ -139,12 +145,12 @@ def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
 
 def check(mesh: Mesh, c: config.Config) -> None:
     """InputError if the model or an update cannot be cut over the mesh."""
-    _refuse(config.misfits(c, dict(mesh.shape)))
+    _refuse(rules.misfits(c, dict(mesh.shape)))
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, accumulate: int = 1) -> None:
     """InputError if a batch of this size cannot be cut over the mesh."""
-    _refuse(config.batch_misfit(name, batch_size, dict(mesh.shape), accumulate))
+    _refuse(rules.batch_misfit(name, batch_size, dict(mesh.shape), accumulate))
 
 
 def _refuse(errors: list[str]) -> None:

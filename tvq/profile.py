@@ -41,7 +41,7 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     console = metrics.Console()
     with cluster.writing("--output", output):
         output.mkdir(parents=True, exist_ok=True)
-    devices = mesh.make(c.mesh, jax.devices())
+    devices = mesh.make(c.mesh, jax.devices(), c)
     B, T = c.train.global_batch_size, c.train.sequence_len
     mesh.check(devices, c)
     mesh.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)

@@ -5,7 +5,6 @@ model is asked for the value that came with it. Keys differ, and none is asked f
 place to look is as far back as the table says: in the window of the query's block, or in the cache alone.
 """
 
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq import cluster, config, evaluate, mesh, metrics
+from tvq import cluster, config, evaluate, mesh, metrics, records, results
 from tvq.config import Config
 from tvq.errors import InputError
 from tvq.schema import END, UNKNOWN
@@ -118,11 +117,12 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     length, n_row = -(-c.recall.length // piece) * piece, c.recall.n_sequence
     made = probe(n_row, length, c.model.n_vocab, c.recall.seed)
     processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
-    devices = mesh.make(c.mesh, jax.devices())
+    devices = mesh.make(c.mesh, jax.devices(), c)
     mesh.check_batch(devices, "recall.n_sequence", n_row)
     rows = mesh.local_rows(devices, n_row)
     with metrics.Console(silent=not processes.is_main) as console:
-        now = evaluate.restore(c, workdir, devices, console.say).state
+        restored = evaluate.restore(c, workdir, devices, console.say)
+        now = restored.state
         empty, read = evaluate.make_carried(c.model, devices, c.mesh.shard_params)
         state, found, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
         for start in range(0, length, piece):
@@ -134,10 +134,11 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
             console.progress(so_far.line(start + piece, length), brief=True)
         window_BT = in_window(made.distance_BT, c.model.block_len, c.model.mem_len)
         table = answers(np.concatenate(found, 1), made.distance_BT, window_BT)
-        row = {"step": int(now.step), "split": "recall", "length": length, "answers": table}
+        row = {"step": restored.step, "split": "recall", "length": length, "answers": table}
         console.say(show(table, math.log(c.model.n_vocab - FIRST)))
-        console.say(json.dumps(row))
+        console.say(records.to_json(row))
         if processes.is_main:
-            evaluate.record(workdir, c, f"step_{row['step']}_recall", row, devices, log.say)
+            chosen = {"length": length, "n_sequence": n_row, "seed": c.recall.seed}
+            results.record(workdir, c, f"step_{row['step']}_recall", chosen, row, devices, log.say)
     processes.finish()
     return 0

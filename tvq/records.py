@@ -5,57 +5,26 @@ Training goes on in any case, and says so once.
 """
 
 import contextlib
-import html
-import importlib
 import importlib.util
-import io
 import json
 import math
-import os
 import re
-import secrets
-import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epath
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboardX.proto.tensor_pb2 import TensorProto
-from tensorboardX.record_writer import RecordWriter
 
 from tvq import atomic, config
-from tvq.data import optional
+from tvq.curves import Sample, TensorBoardWriter, WandbWriter, Writer, tag
 from tvq.errors import InputError
 from tvq.metrics import Row
 
+__all__ = ["JsonlWriter", "Records", "Sample", "SampleWriter", "check", "samples", "tag", "to_json"]
+
 Say = Callable[[str], None]
-Sample = str | bytes  # a text, or a picture as PNG
 FILE, SAMPLES = "metrics.jsonl", "samples"
 NEWLINE = b"\n"
-# Columns whose curves stand apart from the others of their split, by how their names begin.
-GROUPS = {"c_": "_codebook", "relative_err": "_codebook", "vec_": "_codebook", "seconds_": "_time"}
-
-
-def tag(split: str, name: str) -> str:
-    """The name of a curve, SPLIT/NAME or SPLIT_GROUP/NAME: groups are shown in alphabetical order."""
-    group = next((group for start, group in GROUPS.items() if name.startswith(start)), "")
-    return f"{split}{group}/{name}"
-
-
-class Writer:
-    """What a writer has no use for it leaves out."""
-
-    def write(self, row: Row) -> None:
-        """Takes a row."""
-
-    def show(self, step: int, sample: Sample) -> None:
-        """Takes what the model of a step drew."""
-
-    def close(self) -> None:
-        """Nothing follows."""
 
 
 class Records(Writer):
@@ -75,7 +44,10 @@ class Records(Writer):
         self._add(SAMPLES, lambda: SampleWriter(workdir / SAMPLES, resume_step))
         self._add("TensorBoard", lambda: TensorBoardWriter(local / "tensorboard", resume_step))
         if c.log.wandb:
-            self._add("Weights & Biases", lambda: WandbWriter(c, workdir, local))
+            self._add(
+                "Weights & Biases",
+                lambda: WandbWriter(c, workdir, resume_step, rows.dropped, rows.read, local, say),
+            )
 
     def write(self, row: Row) -> None:
         """A row, at once, to every writer."""
@@ -128,8 +100,7 @@ class JsonlWriter(Writer):
         self._has_failed = False
 
     def write(self, row: Row) -> None:
-        finite = {name: None if _is_not_finite(value) else value for name, value in row.items()}
-        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self._waiting += to_json(row).encode() + b"\n"
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._raw.write(self._waiting) :]
@@ -142,14 +113,28 @@ class JsonlWriter(Writer):
                 )
             self._has_failed = True
 
+    def read(self) -> list[Row]:
+        """The rows that are written."""
+        lines = self._path.read_bytes().split(NEWLINE)[:-1] if self._path.exists() else []
+        return [_row(self._path, i + 1, line) for i, line in enumerate(lines)]
+
     def close(self) -> None:
         if self._waiting:
             self._say(f"{self._path}: {self._waiting.count(NEWLINE)} rows were never written and are lost")
         self._file.close()
 
 
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON of plain values, valid for every reader: NaN and infinity are null."""
+    return json.dumps(_finite(value), allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_after(path: epath.Path, last_step: int) -> tuple[list[Row], list[Row]]:
@@ -197,103 +182,6 @@ def samples(folder: epath.Path) -> dict[int, epath.Path]:
     paths = list(folder.iterdir()) if folder.is_dir() else []
     named = [(re.fullmatch(r"step_(\d+)\.(txt|png)", path.name), path) for path in paths]
     return dict(sorted((int(found[1]), path) for found, path in named if found))
-
-
-class TensorBoardWriter(Writer):
-    """Appends to `folder/events.out.tfevents.*`, a file of its own for each start.
-
-    TensorBoard forgets what earlier starts wrote after `resume_step`. OSError: it cannot be written.
-    """
-
-    def __init__(self, folder: Path, resume_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"))
-        self._add(file_version="brain.Event:2")
-        self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, row: Row) -> None:
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        values = [
-            Summary.Value(tag=tag(row["split"], name), simple_value=value)
-            for name, value in numbers.items()
-            if name != "step"
-        ]
-        self._add(step=row["step"], summary=Summary(value=values))
-
-    def show(self, step: int, sample: Sample) -> None:
-        if isinstance(sample, str):
-            as_is = "\n".join(f"    {line}" for line in sample.split("\n"))  # or it is read as Markdown
-            kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-            text = TensorProto(dtype="DT_STRING", string_val=[as_is.encode()])
-            value = Summary.Value(tag="sample", metadata=kind, tensor=text)
-        else:
-            width, height = struct.unpack(">II", sample[16:24])
-            image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=sample)
-            value = Summary.Value(tag="sample", image=image)
-        self._add(step=step, summary=Summary(value=[value]))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _add(self, **fields: Any) -> None:
-        try:
-            self._file.write(Event(wall_time=time.time(), **fields).SerializeToString())
-            self._file.flush()
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            raise
-
-
-class WandbWriter(Writer):
-    """Sends to one Weights & Biases run, whose id is kept in the workdir. OSError: it cannot be reached.
-
-    What a resumed run repeats, bitwise, is there already and is not sent again.
-    """
-
-    def __init__(self, c: config.Config, workdir: epath.Path, local: Path):
-        self._wandb = importlib.import_module("wandb")
-        path = workdir / "wandb_id"
-        if not path.exists():
-            atomic.write(path, secrets.token_hex(4))
-        with self._as_os_error():
-            self._run = self._wandb.init(
-                project=c.log.wandb,
-                id=path.read_text(),
-                resume="allow",
-                name=workdir.name,
-                dir=str(local),
-                config=config.flatten(c),
-            )
-
-    def write(self, row: Row) -> None:
-        step, split = row["step"], row["split"]
-        self._log(step, {tag(split, k): v for k, v in row.items() if k not in ("step", "split")})
-
-    def show(self, step: int, sample: Sample) -> None:
-        if isinstance(sample, str):
-            # In ASCII: the page is shown without a word on its encoding.
-            text = html.escape(sample).encode("ascii", "xmlcharrefreplace").decode()
-            shown = self._wandb.Html(f"<pre>{text}</pre>")
-        else:
-            shown = self._wandb.Image(optional.load("PIL.Image").open(io.BytesIO(sample)))
-        self._log(step, {"sample": shown})
-
-    def _log(self, step: int, values: dict[str, Any]) -> None:
-        if step >= self._run.step:
-            with self._as_os_error():
-                self._run.log(values, step=step)
-
-    def close(self) -> None:
-        with self._as_os_error():
-            self._run.finish()
-
-    @contextlib.contextmanager
-    def _as_os_error(self) -> Iterator[None]:
-        try:
-            yield
-        except self._wandb.errors.Error as error:
-            raise OSError(str(error)) from error
 
 
 def check(c: config.Log) -> None:

@@ -21,6 +21,17 @@ class TrainState(NamedTuple):
     key: jax.Array  # never changes: random numbers are functions of it and the step
 
 
+class Weights(NamedTuple):
+    """What evaluates and draws: the part of a TrainState without what trains it."""
+
+    params: dict
+    codebooks: dict
+
+
+# Only training reads it, and only where codes are revived.
+OPTIONAL = frozenset({"codebooks.idle"})
+
+
 def init(config: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first update."""
     params_key, key = jax.random.split(jax.random.key(seed))
@@ -40,8 +51,15 @@ def place(config: Config, optimizer: optax.GradientTransformation, devices: Mesh
     return mesh.with_sharding(devices, like, specs(like, config.model, axes))
 
 
-def specs(like: TrainState, config: Model, axes: mesh.Axes) -> TrainState:
-    """How each array of the state lies on the mesh: moments as their parameters."""
+def place_weights(config: Config, devices: Mesh) -> Weights:
+    """The same of the weights alone."""
+    like = Weights(*jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
+    axes = mesh.axes(devices, config.model, config.mesh.shard_params)
+    return mesh.with_sharding(devices, like, specs(like, config.model, axes))
+
+
+def specs(like: Any, config: Model, axes: mesh.Axes) -> Any:
+    """How each array of a state, or of weights, lies on the mesh: moments as their parameters."""
 
     def spec(path: tuple, x: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
         # A moment stands under its parameter's names, with fields and numbers of the optimizer's between.
@@ -58,7 +76,7 @@ def specs(like: TrainState, config: Model, axes: mesh.Axes) -> TrainState:
     return jax.tree.map_with_path(spec, like)
 
 
-def n_param(state: TrainState) -> int:
+def n_param(state: TrainState | Weights) -> int:
     """Parameters and codebook entries."""
     codebooks = {name: state.codebooks[name] for name in ("sum", "count")}
     return sum(x.size for x in jax.tree.leaves((state.params, codebooks)))

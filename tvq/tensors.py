@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors import safe_open
@@ -44,6 +45,13 @@ def fingerprint(tree: Any) -> str:
         found.update(f"{name} {kind(x)} ".encode())
         found.update(np.asarray(x, order="C").reshape(-1).view(np.uint8).data)
     return found.hexdigest()
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The names of the arrays of floats, on the host or on devices, that hold a NaN or an infinity."""
+    floats = {name: x for name, x in named(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    finite = jax.jit(lambda floats: {name: jnp.isfinite(x).all() for name, x in floats.items()})(floats)
+    return [name for name, is_finite in finite.items() if not np.asarray(is_finite)]
 
 
 def write(path: epath.Path, arrays: Mapping[str, Any], facts: dict[str, str]) -> int:

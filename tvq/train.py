@@ -86,7 +86,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     corpus, sequences = open_data(c)
     check_workdir(workdir, c)
     processes = cluster.start(place, c.cluster, config.common(c), log.say)
-    devices = mesh.make(c.mesh, jax.devices())
+    devices = mesh.make(c.mesh, jax.devices(), c)
     mesh.check(devices, c)
     mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
     mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))

@@ -111,13 +111,15 @@ def test_two_counts_of_processes(tmp_path: Path) -> None:
 
 def test_another_version_commit_or_config_stops_all(tmp_path: Path) -> None:
     items = ("jax version", "tvq commit", "tvq code", "config.train.seed")
-    other = {"TVQ_TEST_ITEMS": json.dumps(dict.fromkeys(items, "other"))}
+    other = {"TVQ_TEST_ITEMS": json.dumps(dict.fromkeys(items, "other")), "JAX_THREEFRY_PARTITIONABLE": "0"}
     with Pod(tmp_path, 2, one={1: other}) as pod:
         assert pod.codes() == [2, 2]
     for i in (0, 1):
         assert "differ:\n" in pod.said(i)
         for item in items:
             assert re.search(rf'{item}: .*"other" on process 1', pod.said(i))
+        name = r"JAX_THREEFRY_PARTITIONABLE \(set it alike on all processes\)"
+        assert re.search(rf'{name}: "true" on process 0 .*; "false" on process 1', pod.said(i))
 
 
 def test_what_differs_only_after_the_start_stops_all(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from etils import epath
 
 from tests.fakes.pod import QUICK_TO_COMPILE, environment
-from tvq import config, evaluate, health, mesh
-from tvq.checkpoint import Restored
+from tvq import config, health, mesh, optimizer, state
+from tvq.checkpoint import Checkpoints, Restored
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.py")
@@ -104,7 +104,11 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 def newest(workdir: Path) -> Restored:
     """The newest checkpoint of a run."""
     c = config.build(config.recorded(epath.Path(workdir) / config.FILE))
-    return evaluate.restore(c, epath.Path(workdir), mesh.make(config.Mesh(), jax.devices()[:1]), print)
+    placed = state.place(c, optimizer.make(c.optimizer), mesh.make(config.Mesh(), jax.devices()[:1]))
+    with Checkpoints(workdir / "checkpoints", keep=1, keep_every=0, read_only=True) as checkpoints:
+        restored = checkpoints.restore(placed, print)
+    assert restored is not None
+    return restored
 
 
 def arrays(restored: Restored) -> dict[str, np.ndarray]:

@@ -215,6 +215,12 @@ def test_eval_finds_what_training_found(tvq: Program, unbroken: Path) -> None:
     assert found["loss"] == pytest.approx(json.loads(row)["loss"], rel=0.2)
 
 
+def result(run: Path, name: str) -> dict:
+    """What was written, under the name and a digest of the settings."""
+    (path,) = (run / "evaluations").glob(f"{name}_????????.json")
+    return json.loads(path.read_text())
+
+
 @pytest.mark.slow
 def test_recall(tvq: Program, run: Path) -> None:
     command = ("recall", f"--workdir={run}", "--length=250", "--n_sequence=2")
@@ -222,7 +228,7 @@ def test_recall(tvq: Program, run: Path) -> None:
     *table, row = stdout.splitlines()
     assert table[1].split()[0] == "window"
     assert table[-1].split() == ["chance", "5.5452"]
-    found = json.loads((run / "evaluations" / "step_18_recall.json").read_text())
+    found = result(run, "step_18_recall")
     assert json.loads(row).items() <= found.items()
     assert found["length"] == 256  # whole pieces of 32
     assert [row["recalled"] for row in found["answers"][:2]] == [0.0, 0.0], "it has learnt nothing yet"
@@ -237,7 +243,7 @@ def test_eval_of_whole_documents(tvq: Program, run: Path) -> None:
     assert table[1].split()[-1] == "1"
     assert table[-1].startswith("              128 to 255  ")
     assert line.startswith("test loss ")
-    found = json.loads((run / "evaluations" / "step_18_test_carried.json").read_text())
+    found = result(run, "step_18_test_carried")
     assert json.loads(row).items() <= found.items()
     assert sum(row["n_token"] for row in found["by_context"]) == found["n_token"] == 201
     assert found["config"]["evaluate"]["carry"] is True

@@ -7,7 +7,6 @@ drawn anew each round, so that what disturbs the machine disturbs all alike.
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import platform
 import shlex
 import sys
@@ -16,7 +15,7 @@ import time
 import jax
 from etils import epath
 
-from tvq import atomic, cluster, config, mesh, metrics
+from tvq import atomic, cluster, config, mesh, metrics, records
 from tvq.bench import report
 from tvq.bench.cases import PREPARE
 from tvq.bench.session import DisagreementError, Row, Session, measure
@@ -39,7 +38,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     if c.bench.kind not in PREPARE:
         raise InputError(f"config.bench.kind must be one of {', '.join(KINDS)}, not {c.bench.kind!r}")
     console = metrics.Console()
-    s = Session(c, mesh.make(c.mesh, jax.devices()), log.say, time.monotonic())
+    s = Session(c, mesh.make(c.mesh, jax.devices(), c), log.say, time.monotonic())
     PREPARE[c.bench.kind](s)
     with cluster.writing("--output", output):  # now, not once all is measured
         atomic.check(output)
@@ -49,7 +48,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     facts = conditions(s)
     console.say(report.table(found))
     text = {**facts, "notes": s.notes, "rows": found, "config": config.to_dict(c)}
-    atomic.write(output / "bench.json", json.dumps(text, indent=1) + "\n")
+    atomic.write(output / "bench.json", records.to_json(text, indent=1) + "\n")
     atomic.write(output / "bench.md", document(facts, s.notes, found))
     written = "bench.json, bench.md"
     if "T" in found[0] or "context" in found[0]:

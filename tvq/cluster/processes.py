@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed  # jax's key-value store and barriers have no public name
 from jax.experimental import multihost_utils
 
-from tvq import config, words
+from tvq import config, numerics, words
 from tvq.cluster.errors import EXIT_FAILED, ClusterError
 from tvq.cluster.meeting import code_version, differences, meet, names, wait_for_others
 from tvq.cluster.place import Place
@@ -145,7 +145,7 @@ def start(
     Args:
         place: from `find`.
         section: config.cluster.
-        items: what must be equal on all processes besides the code: `config.common(...)`.
+        items: what must be equal on all processes besides the code and jax's settings: `config.common(...)`.
         say: takes a line for people.
         stoppable: SIGTERM and Ctrl-C ask for a stop, which the caller polls with `stop_requested`; else they
             end the process.
@@ -158,7 +158,7 @@ def start(
     hosts = place.hosts
     if place.n_process > 1:
         began = time.monotonic()
-        hosts = meet(place, {**code_version(), **items}, section.start_timeout, say)
+        hosts = meet(place, {**code_version(), **numerics.common(), **items}, section.start_timeout, say)
         jax.config.update("jax_enable_preemption_service", stoppable)
         jax.distributed.initialize(
             place.coordinator,

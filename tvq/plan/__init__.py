@@ -24,7 +24,7 @@ def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) 
     devices = targets.devices(c.plan.topology)
     if not c.plan.sweep:
         try:
-            found = step.estimate(c, mesh.make(c.mesh, devices))
+            found = step.estimate(c, mesh.make(c.mesh, devices, c))
         except TooLargeError as error:
             console.say(report.too_large(error))
             return DOES_NOT_FIT

@@ -1,6 +1,7 @@
 """The pictures of a report: each takes runs and returns a figure, or None where they have nothing of it."""
 
 import importlib
+import itertools
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,7 +126,7 @@ def lengths(runs: Sequence[Run]) -> Any:
     """Loss against the number of tokens before, from the last evaluation that carried whole documents."""
     figure, axes = panels(1, 3.6)
     for i, run in enumerate(runs):
-        for (split, table), mark in zip(run.contexts.items(), "osD^v", strict=False):
+        for (split, table), mark in zip(run.contexts.items(), itertools.cycle("osD^v"), strict=False):
             middle = [(row["context_from"] + row["context_to"]) / 2 + 1 for row in table]
             label = f"{run.name}, {split}"
             axes[0].plot(middle, [row["loss"] for row in table], mark + "-", color=f"C{i}", label=label)

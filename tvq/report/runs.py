@@ -27,7 +27,7 @@ class Run(NamedTuple):
     config: dict[str, Any]  # {"section.field": value}
     looks: dict[int, dict[str, np.ndarray]]  # at the codebooks, by step: the arrays of tvq/health.py
     samples: dict[int, Sample]
-    contexts: dict[str, list[Row]]  # {split: the newest table by context, of tvq eval --carry}
+    contexts: dict[str, list[Row]]  # {split, and settings if there are several: newest table by context}
     broken: list[str]  # what cannot be read, and is left out
 
     def column(self, name: str, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +182,10 @@ def _contexts(folder: epath.Path, broken: list[str]) -> dict[str, list[Row]]:
         except InputError as error:
             broken.append(str(error))
     by_step = sorted((f for f in found if f["by_context"]), key=lambda f: f["step"])
-    return {f["split"]: f["by_context"] for f in by_step}
+    tables = {(f["split"], str(f.get("settings", ""))): f["by_context"] for f in by_step}
+    splits = [split for split, _ in tables]
+    label = lambda split, settings: split if splits.count(split) == 1 else f"{split} {settings}".strip()
+    return {label(*key): table for key, table in tables.items()}
 
 
 def _evaluation(path: epath.Path) -> dict[str, Any]:
