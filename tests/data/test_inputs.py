@@ -114,7 +114,7 @@ def test_a_zip_of_rows(tmp_path):
         ("a.lz4", b"\x04\x22\x4d\x18" + bytes(99), "is packed with lz4"),
         ("a.txt.br", b"some text that is none", "is packed with Brotli"),
         ("a.docx", zipped({"a": b"x", "b": b"x"}), "holds 2 files, not one; unpack it"),
-        ("a.txt", b"PAR1" + bytes(99), "is a Parquet table"),
+        ("a.txt", b"PAR1\x15" + bytes(99), "is a Parquet table"),
         ("a.gz", b"no such format", "is damaged or not all there"),
     ],
 )
