@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from tvq import flops, mesh, metrics
 from tvq.config import Config
+from tvq.data import prepared
 from tvq.data.corpus import AnyCorpus
 from tvq.model import transformer
 
@@ -34,6 +35,8 @@ def start(
     ]
     left_out = [name for part in corpus.parts for name in part.source.get("left_out", ())]
     without = f"; left out, as tvq made it: {', '.join(left_out)}" if left_out else ""
+    if unknown := prepared.unknown(info):
+        without += f"; {unknown}"
     lines = {
         "model": f"{n_param:,} parameters, {m.dtype}; {transformer.n_unit(m)} gated units of {m.n_head} x"
         f" {m.n_code} codes, exact in a window of {m.mem_len} + {m.block_len} tokens",

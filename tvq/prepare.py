@@ -324,7 +324,7 @@ def summary(output: epath.Path, source: Source, seconds: float) -> str:
     n_byte = sum(info.n_byte for info in manifest.splits.values())
     rows = [
         f"{split:10} {info.n_token:,} tokens of {info.n_byte:,} bytes in {info.n_document:,} documents"
-        + ("; it is EMPTY, and cannot be evaluated" if not info.n_byte else "")
+        + ("; it is EMPTY, and cannot be evaluated" if info.is_empty else "")
         for split, info in manifest.splits.items()
     ]
     rows.append(f"split      {manifest.source['split']}")

@@ -208,6 +208,12 @@ def test_letters_stay_whole_whatever_the_chunks(tmp_path, monkeypatch, letter, s
     assert [split for split, _ in cut] == list(SPLITS)
 
 
+def test_utf16_is_told(tmp_path):
+    (tmp_path / "a").write_bytes("text".encode("utf-16") * 99)
+    with pytest.raises(ValueError, match=r"a is not UTF-8 \(it begins as UTF-16 does\): "):
+        list(texts.sentences(texts.text(epath.Path(tmp_path / "a"), "text", 0).pieces(Meter()), 999))
+
+
 def test_text_that_is_not_utf8_is_still_told(tmp_path):
     (tmp_path / "a").write_bytes(b"\x80" * 1000)
     with pytest.raises(ValueError, match="is not UTF-8"):

@@ -56,7 +56,7 @@ class Corpus:
     def info(self, split: str) -> prepared.Split:
         """Counts of a split. InputError: it is empty."""
         info = self.splits[split]
-        if not info.n_byte:  # end ids alone are nothing either
+        if info.is_empty:
             way_out = (
                 "config.data.path needs more files (a file's name decides its split) or a longer file"
                 if self.source.get("name") == "text"
@@ -130,7 +130,7 @@ class Mixture:
     def info(self, split: str) -> prepared.Split:
         """Counts of a split of all folders together. InputError: it is empty in all."""
         found = [part.splits[split] for part in self.parts]
-        if not any(info.n_byte for info in found):
+        if all(info.is_empty for info in found):
             raise InputError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
         zipped = [info.gzip_bytes for info in found if info.gzip_bytes is not None]
         return prepared.Split(
@@ -232,7 +232,7 @@ def cache_folder(data: config.Data) -> Path:
 def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
     where = f"{field}: {folder}"
     manifest = prepared.read(folder, where, remedy)
-    if not manifest.splits["train"].n_byte:
+    if manifest.splits["train"].is_empty:
         raise InputError(f"{where} has an empty train split; {remedy}")
     return Corpus(
         folder=folder,

@@ -58,6 +58,11 @@ class Split:
     index_sha256: str | None = None
     blocks_sha256: str | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """End ids alone are nothing, and neither is text of which no token is left."""
+        return not (self.n_byte and self.n_token)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -94,8 +99,9 @@ def encode_text(vocabulary: Vocabulary, piece: Piece) -> np.ndarray:
 
 def not_utf8(piece: Piece, error: UnicodeDecodeError) -> InputError:
     n_wrong = piece.raw.decode(errors="replace").count("\ufffd") - piece.raw.count("\ufffd".encode())
+    utf16 = " (it begins as UTF-16 does)" if piece.raw.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
     return InputError(
-        f"{shown(piece.document)} is not UTF-8: {n_wrong} wrong places, the first after"
+        f"{shown(piece.document)} is not UTF-8{utf16}: {n_wrong} wrong places, the first after"
         f" {piece.raw[: error.start][-20:]!r}; mend it, or use --vocabulary=bytes"
     )
 
@@ -235,7 +241,7 @@ def write(
 
 def check_train(splits: dict[str, Split]) -> None:
     """InputError: there is nothing to train on."""
-    if not splits["train"].n_byte:
+    if splits["train"].is_empty:
         counts = ", ".join(f"{split} {info.n_byte}" for split, info in splits.items())
         n_document = sum(info.n_document for info in splits.values())
         raise InputError(
