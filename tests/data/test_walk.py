@@ -112,3 +112,10 @@ def test_the_root_itself_may_be_of_tvq(tmp_path):
     put(tmp_path, ["config.json", "metrics.jsonl", "samples/1.txt"])
     assert len(names(tmp_path)) == 3
     assert config.FILE == "config.json", "known to walk.is_own"
+
+
+def test_what_is_left_out_may_be_the_root(tmp_path):
+    put(tmp_path, ["a.txt", "cache/b.txt"])
+    left = lambda folder: [f.name for f in walk.walk(epath.Path(tmp_path), leave_out=[folder]).files]
+    assert left(tmp_path) == ["a.txt", "cache/b.txt"]
+    assert left(tmp_path / "cache") == ["a.txt"]

@@ -5,7 +5,7 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from etils import epath
@@ -43,7 +43,9 @@ def walk(root: epath.Path, *, skip: Collection[str] = (), leave_out: Collection[
         if is_bucket(root):
             if not root.exists():
                 raise InputError(f"there is no {root}")
-            found = Walk(list(_in_bucket(root, "")) if root.is_dir() else [File(root, root.name)], [])
+            found = Walk([] if root.is_dir() else [File(root, root.name)], [])
+            if root.is_dir():
+                _in_bucket(root, "", found)
         else:
             found = _local(Path(root), skip, leave_out)
     if not found.files:
@@ -59,13 +61,17 @@ def one(path: epath.Path) -> File:
     return walk(path).files[0]
 
 
-def _in_bucket(folder: epath.Path, prefix: str) -> Iterator[File]:
-    for path in folder.iterdir():
+def _in_bucket(folder: epath.Path, prefix: str, found: Walk) -> None:
+    inside = list(folder.iterdir())
+    if prefix and is_own(folder, {path.name for path in inside}):
+        found.left_out.append(prefix)
+        return
+    for path in inside:
         if not path.name.startswith("."):
             if path.is_dir():
-                yield from _in_bucket(path, f"{prefix}{path.name}/")
+                _in_bucket(path, f"{prefix}{path.name}/", found)
             else:
-                yield File(path, prefix + path.name)
+                found.files.append(File(path, prefix + path.name))
 
 
 def _local(root: Path, skip: Collection[str], leave_out: Collection[Path]) -> Walk:
@@ -79,7 +85,8 @@ def _local(root: Path, skip: Collection[str], leave_out: Collection[Path]) -> Wa
             + (", it can be read only once" if once else "")
             + "; write it to a file first and give that"
         )
-    files, own, seen = list[File](), list[str](), {_identity(path) for path in leave_out if path.exists()}
+    files, own = list[File](), list[str]()
+    seen = {_identity(path) for path in leave_out if path.exists()} - {_identity(root)}
     waiting, linked = deque([("", root)]), deque[tuple[str, Path]]()
     while waiting or linked:
         # Linked folders last: one that lies below the root too has its name there.
@@ -103,7 +110,7 @@ def _local(root: Path, skip: Collection[str], leave_out: Collection[Path]) -> Wa
     return Walk(files, own)
 
 
-def is_own(folder: Path, names: Collection[str]) -> bool:
+def is_own(folder: Path | epath.Path, names: Collection[str]) -> bool:
     """Whether a folder that holds these names is a run of tvq, or data that it prepared or is preparing."""
     if PREPARING in names or {"manifest.json", "train.tokens"} <= set(names):
         return True
