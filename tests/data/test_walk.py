@@ -119,3 +119,14 @@ def test_what_is_left_out_may_be_the_root(tmp_path):
     left = lambda folder: [f.name for f in walk.walk(epath.Path(tmp_path), leave_out=[folder]).files]
     assert left(tmp_path) == ["a.txt", "cache/b.txt"]
     assert left(tmp_path / "cache") == ["a.txt"]
+
+
+def test_a_bucket_is_walked_by_the_same_rules(tmp_path, monkeypatch):
+    put(
+        tmp_path,
+        ["n10", "n9", ".hidden", "a/b.txt", "run/config.json", "run/metrics.jsonl", "run/samples/1.txt"],
+    )
+    monkeypatch.setattr(walk, "is_bucket", lambda path: True)
+    found = walk.walk(epath.Path(tmp_path))
+    assert [file.name for file in found.files] == ["a/b.txt", "n9", "n10"]
+    assert found.left_out == ["run/"]
