@@ -183,7 +183,7 @@ def _folder(field: str, name: str) -> epath.Path:
 
 
 def open_corpus(data: config.Data) -> AnyCorpus:
-    """Opens what `data` names, in constant time; a source of text is prepared into the cache first.
+    """Opens and checks what `data` names, by its hashes; a source of text is prepared into the cache first.
 
     InputError: nothing is there, it is unreadable, damaged, of a newer format, or has nothing to train on.
     """
@@ -192,8 +192,7 @@ def open_corpus(data: config.Data) -> AnyCorpus:
     if data.source == "tokens":
         remedy = "prepare it again (tvq prepare), or use config.data.source=text for plain text"
         return _open(_folder("config.data.path", data.path), "config.data.path", remedy)
-    with files.naming("config.data.path"):
-        found, is_file = _listed(data)
+    found, is_file = _listed(data)
     vocabulary = ByteVocabulary()
     folder = cache_folder(data) / _key(found, is_file, vocabulary)
     if not folder.exists():
@@ -215,11 +214,12 @@ def _listed(data: config.Data) -> tuple[walk.Walk, bool]:
     if data.source == "stdlib":
         return texts.stdlib(), False
     root = Path(paths.expand("config.data.path", data.path))
-    with files.reading(root):
+    cache = cache_folder(data)
+    with files.naming("config.data.path"), files.reading(root):
         is_file = root.is_file()
         # The cache goes by the path; that of a pipe leads nowhere.
         root = root.resolve() if is_file or root.is_dir() else root
-    return walk.walk(epath.Path(root), leave_out=[cache_folder(data)]), is_file
+        return walk.walk(epath.Path(root), leave_out=[cache]), is_file
 
 
 def cache_folder(data: config.Data) -> Path:
