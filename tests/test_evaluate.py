@@ -247,6 +247,18 @@ def test_data_of_another_vocabulary(tmp_path):
         evaluate.check_same_vocabulary(corpus, restored(other))
 
 
+def test_what_is_unknown_is_said():
+    got = evaluate.result(nats=300.0, n_token=200, info=dataclasses.replace(info(), n_unknown=50))
+    assert got["n_unknown"] == 50
+    pieces = Described(0, info(n_token=200, n_unknown=50), ByteVocabulary("pieces"))
+    assert "; 50 tokens, 25 %, are the unknown piece" in evaluate.line("test", got, pieces)
+
+
+def test_no_byte():
+    with pytest.raises(ValueError, match="end ids alone"):
+        evaluate.result(1.0, 3, info(n_byte=0))
+
+
 def test_no_token():
     _, score = compiled(1, 2, 8)
     assert evaluate.total(score, *small.parameters(MODEL), []) == (0.0, 0)

@@ -193,9 +193,9 @@ def test_parquet_that_is_wrong(refused, tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [3]}), path)
     assert f"{path} has no column 'text', it has ['body', 'n']; use --column" in refused("text", path)
-    assert f"{path} is no table with text in 'n'" in refused("text", path, column="n")
+    assert f"row 1 of {path} has no text in 'n', but a value of type int" in refused("text", path, column="n")
     path.write_bytes(path.read_bytes()[:-9])
-    assert f"{path} is no table with text in 'body'" in refused("text", path, column="body")
+    assert f"cannot read {path} (ArrowInvalid: " in refused("text", path, column="body")
 
 
 def test_text_folder_and_file(made, tmp_path):
@@ -217,10 +217,10 @@ def test_text_that_is_not_utf8(refused, made, tmp_path):
     model = tmp_path / "books.model"
     model.write_bytes(books.vocabulary().model)
     message = refused("pg19", root, model=str(model))
-    wanted = "test/1.txt is not UTF-8: 2 wrong places, the first after b'kalo '; mend it, or use"
+    wanted = "--input: test/1.txt is not UTF-8: 2 wrong places, the first after b'kalo '; mend it, or use"
     assert message == f"{wanted} --vocabulary=bytes"
     (root / "train" / "1.txt").write_bytes(b"kalo \xff")
-    assert refused("pg19", root).startswith("train/1.txt is not UTF-8: 1 wrong places")
+    assert refused("pg19", root).startswith("--input: train/1.txt is not UTF-8: 1 wrong places")
     assert made("pg19", root, vocabulary="bytes").info("test").n_document == 2
 
 
@@ -299,11 +299,11 @@ def test_images_of_any_size(made, tmp_path):
 def test_an_image_that_is_not_one(refused, tmp_path, content):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.png").write_bytes(content)
-    assert refused("images", tmp_path / "raw").startswith("a.png is no image that can be read (")
+    assert refused("images", tmp_path / "raw").startswith("--input: a.png is no image that can be read (")
     whole = io.BytesIO()
     Image.fromarray(picture(0)).save(whole, "PNG")
     (tmp_path / "raw" / "a.png").write_bytes(whole.getvalue()[:-900])
-    assert refused("images", tmp_path / "raw").startswith("a.png is no image that can be read (")
+    assert refused("images", tmp_path / "raw").startswith("--input: a.png is no image that can be read (")
 
 
 def test_a_png_of_another_size():
@@ -335,7 +335,10 @@ MANIFEST = """{
       "n_byte": 5000,
       "n_word": 699,
       "sha256": "b2d71c4a4cb93d40afbf6801821b1a585d4de6dd023447e400e565515f45d8be",
-      "gzip_bytes": null
+      "gzip_bytes": null,
+      "n_unknown": 0,
+      "index_sha256": "539a444218e8ed7f441cd5f3732add7e4d70040831306ad1477d80fd8c895ed3",
+      "blocks_sha256": null
     },
     "validation": {
       "n_token": 511,
@@ -343,7 +346,10 @@ MANIFEST = """{
       "n_byte": 511,
       "n_word": 71,
       "sha256": "4cad9b52bd27af362bc6b84b5e0fda8015f6b58534626036841c47a9ed488ec5",
-      "gzip_bytes": 0
+      "gzip_bytes": 0,
+      "n_unknown": 0,
+      "index_sha256": "a8a89ac5df4ce829585b8d305e82a47e697387c525d3f35cfecdcc043df211a4",
+      "blocks_sha256": null
     },
     "test": {
       "n_token": 511,
@@ -351,7 +357,10 @@ MANIFEST = """{
       "n_byte": 511,
       "n_word": 71,
       "sha256": "918b66e7a68b678557c8dcb1a611cc84e48076c548c6f0e5a49e4268b9fcbd55",
-      "gzip_bytes": 0
+      "gzip_bytes": 0,
+      "n_unknown": 0,
+      "index_sha256": "a8a89ac5df4ce829585b8d305e82a47e697387c525d3f35cfecdcc043df211a4",
+      "blocks_sha256": null
     }
   }
 }
@@ -384,18 +393,32 @@ def test_a_killed_start_is_started_clean(tmp_path):
     path, output = packed(tmp_path, "enwik8", XML), tmp_path / "out"
     making = tmp_path / "out.preparing"
     making.mkdir()
+    (making / ".tvq-preparing").touch()
     (making / "train.tokens").write_bytes(b"torn" * 10**4)
     (making / "vocabulary.model").touch()
     options = prepare.Options(kind="enwik8", input=str(path), output=str(output), n_train=5000)
     with prepare.whole_or_not(epath.Path(output)), pytest.raises(ValueError, match="another process is"):
         prepare.prepare(options)
     making.mkdir()
-    (making / "vocabulary.model").touch()
+    for name in (".tvq-preparing", "vocabulary.model"):
+        (making / name).touch()
     shutil.rmtree(output)
     prepare.prepare(options)
     assert not making.exists()
-    assert "vocabulary.model" not in os.listdir(output)
+    assert not {"vocabulary.model", ".tvq-preparing"} & set(os.listdir(output))
     assert open_corpus(config.Data(source="tokens", path=str(output))).info("train").n_token == 5000
+
+
+@pytest.mark.parametrize("content", [[], ["train.tokens", "notes.txt"]])
+def test_a_folder_of_the_users_with_the_temporary_name(tmp_path, content):
+    path, making = packed(tmp_path, "enwik8", XML), tmp_path / "out.preparing"
+    making.mkdir()
+    for name in content:
+        (making / name).touch()
+    options = prepare.Options(kind="enwik8", input=str(path), output=str(tmp_path / "out"), n_train=5000)
+    with pytest.raises(ValueError, match=r"out\.preparing is in the way, and tvq did not make it; move it"):
+        prepare.prepare(options)
+    assert sorted(os.listdir(making)) == sorted(content)
 
 
 def test_what_is_there_stays(tmp_path):
@@ -413,14 +436,30 @@ def test_what_is_there_stays(tmp_path):
         ({"vocabulary": "bytes", "model": "x"}, "--model is for --vocabulary=sentencepiece, not for bytes"),
         ({"size": 0}, "--size must be at least 1, not 0"),
         ({"input": "gone"}, "--input: cannot read gone"),
-        ({"kind": "pg19", "input": "gone"}, "--input: there is no gone"),
+        (
+            {"kind": "pg19", "input": "gone"},
+            "--input: cannot read gone (No such file or directory); there is nothing",
+        ),
         ({"kind": "enwik8", "input": "/dev"}, "--input: cannot read /dev (Is a directory)"),
-        ({"model": "gone"}, "--input: cannot read gone (No such file or directory)"),
+        ({"model": "gone"}, "--model: cannot read gone (No such file or directory)"),
         ({"n_train": 10**9}, "--n_train=1000000000 must be between 0 and the "),
         (
             {"input": "tests", "n_train": 3},
             "--n_train=3 counts bytes of one file, but tests is",
         ),
+        ({"model": "Makefile"}, "--model: the vocabulary of "),
+        ({"pieces": 70_000, "vocabulary": "sentencepiece"}, "--pieces must be at most 65536, for tokens of"),
+        ({"pieces": 150}, "--pieces has no effect here: the vocabulary is bytes; it is for --vocabulary=sen"),
+        ({"sample": 9, "model": "x"}, "--sample has no effect here: a model is given with --model"),
+        ({"kind": "images", "n_train": 5}, "--n_train has no effect here: images is split by names"),
+        ({"kind": "enwik8", "column": "x"}, "--column has no effect here: enwik8 has no tables"),
+        ({"column": "body"}, "--column=body has no effect here: no file of README.md is a table"),
+        ({"size": 32}, "--size has no effect here"),
+        ({"url": "http://localhost"}, "--url has no effect here: nothing is fetched without --download"),
+        ({"kind": "pg19", "split": "hash"}, "--split has no effect here: pg19 is split as published"),
+        ({"split": "hash"}, "--split=hash is for a folder, but README.md is a file"),
+        ({"split": "other"}, "--split must be names or hash, not 'other'"),
+        ({"input": "/dev/null"}, "--input: /dev/null is neither a file nor a folder"),
         ({"kind": "images", "input": "configs"}, "--input: configs holds no images (.png, "),
     ],
 )

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from tvq import flops, mesh, metrics
 from tvq.config import Config
+from tvq.data import prepared
 from tvq.data.corpus import AnyCorpus
 from tvq.model import transformer
 
@@ -33,11 +34,15 @@ def start(
     axes = [
         f"{axis}={n} ({mesh.ROLES[axis]})" for axis, n in devices.shape.items() if n > 1 or axis == "devices"
     ]
+    left_out = [name for part in corpus.parts for name in part.source.get("left_out", ())]
+    without = f"; left out, as tvq made it: {', '.join(left_out)}" if left_out else ""
+    if unknown := prepared.unknown(info):
+        without += f"; {unknown}"
     lines = {
         "model": f"{n_param:,} parameters, {m.dtype}; {transformer.n_unit(m)} gated units of {m.n_head} x"
         f" {m.n_code} codes, exact in a window of {m.mem_len} + {m.block_len} tokens",
         "mesh": f"{devices.size} x {devices.devices.flat[0].device_kind}: {', '.join(axes)}",
-        "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents",
+        "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents{without}",
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
         "workdir": f"{workdir}: " + (f"going on from step {saved[-1]:,}" if saved else "a new run"),
     }

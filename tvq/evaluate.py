@@ -195,8 +195,8 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
 
     Where the text has words, perplexity is that of a word: `exp(nats / words)`, whatever the tokens are.
     """
-    if n_token == 0:
-        raise InputError("there is no token to evaluate")
+    if n_token == 0 or info.n_byte == 0:
+        raise InputError("there is no token to evaluate, or end ids alone")
     found = {
         "loss": nats / n_token,
         "bits_per_token": nats / n_token / math.log(2),
@@ -204,6 +204,8 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
         "n_token": n_token,
         "n_byte": info.n_byte,
     }
+    if info.n_unknown:
+        found["n_unknown"] = info.n_unknown
     if info.n_word and nats / info.n_word < MAX_NATS:
         found |= {"word_perplexity": math.exp(nats / info.n_word), "n_word": info.n_word}
     return found
@@ -227,6 +229,8 @@ def line(name: str, result: dict[str, float], corpus: AnyCorpus) -> str:
         text += f" (gzip -9: {8 * info.gzip_bytes / info.n_byte:.3f})"
     if "word_perplexity" in result and corpus.vocabulary.name != "bytes":
         text += f", word perplexity {result['word_perplexity']:.4g}"
+    if unknown := prepared.unknown(info):
+        text += f"; {unknown}"
     return text
 
 

@@ -19,8 +19,7 @@ GAP = 2  # pixels between the images of a sheet
 
 def upper_halves(path: epath.Path, size: int) -> list[np.ndarray]:
     """The ids of the upper half of an image file, or of each in a folder, scaled and cut to `size`."""
-    is_image = lambda x: x.suffix.lower() in images.SUFFIXES
-    found = sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
+    found = sorted(x for x in path.iterdir() if images.is_image(x.name)) if path.is_dir() else [path]
     if not found or not all(x.is_file() for x in found):
         raise InputError(f"--prompts={path}: there is no image; give one, or a folder of them")
     n_byte = size // 2 * size * 3

@@ -13,7 +13,7 @@ from pathlib import Path
 from etils import epath
 
 from tvq import metrics
-from tvq.data import download, files, images, prepared, texts
+from tvq.data import documents, download, files, images, prepared, texts, walk
 from tvq.data.documents import Piece
 from tvq.data.files import Meter
 from tvq.data.prepared import Form
@@ -36,6 +36,7 @@ KINDS = {
 }
 IMAGES = ("imagenet64", "images")
 Source = texts.Texts | texts.OneText | images.Images | images.ImageNet64
+MAX_PIECES = 1 << 16
 EVERY = 0.25  # seconds between looks at the progress
 
 
@@ -55,6 +56,9 @@ class Options:
         1_000_000_000, "bytes of the training split to train it on, which must fit memory", at_least=1
     )
     column: str = field("text", "column or key of the text in tables")
+    split: str = field(
+        "", "of a folder: names, as its names tell; hash, of each name; empty: names where they tell"
+    )
     size: int = field(64, "pixels on a side that images are scaled and cut to", at_least=1)
     n_train: int = field(
         0,
@@ -62,6 +66,12 @@ class Options:
         at_least=0,
     )
     threads: int = field(0, "threads that encode; 0: one a core", at_least=0)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the vocabulary is SentencePiece."""
+        default = "sentencepiece" if self.kind == "pg19" or self.model else "bytes"
+        return (self.vocabulary or default) == "sentencepiece"
 
 
 def prepare(options: Options) -> int:
@@ -72,59 +82,95 @@ def prepare(options: Options) -> int:
     check(options)
     output, raw = epath.Path(options.output).expanduser(), epath.Path(options.input).expanduser()
     n_thread = options.threads or os.cpu_count() or 1
+    given = given_model(options)
     with metrics.Console() as console:
         if options.download:
             fetch(options, raw, console)
-        source = find(options, raw)
-        console.progress("hashing the input", brief=True)
-        hashes, n_raw = files.hashes(source.files, raw, n_thread)
-        facts = {
-            "name": options.kind,
-            "split": source.rule,
-            "n_file": len(source.files),
-            "n_byte": n_raw,
-            "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
-        }
-        form = form_of(options, source, vocabulary_of(options, source, console))
-        meter = Meter()
-        pieces = cut(source.pieces(meter), form.vocabulary)
-        began = time.monotonic()
-        with whole_or_not(output) as folder:
-            (folder / prepared.SOURCES).write_text(hashes)
+        with files.naming("--input"):
+            source = find(options, raw)
+        check_column(options, source)
+        with whole_or_not(output) as folder, files.naming("--input"):
+            console.progress("hashing the input", brief=True)
+            hashes, n_raw = files.hashes(source.files, n_thread)
+            facts = {
+                "name": options.kind,
+                "split": source.rule,
+                "n_file": len(source.files),
+                "n_byte": n_raw,
+                "sha256": hashlib.sha256(hashes).hexdigest(),
+            }
+            form = form_of(options, source, given or vocabulary_of(options, source, console))
+            meter = Meter()
+            pieces = cut(source.pieces(meter), form.vocabulary)
+            began = time.monotonic()
+            (folder / prepared.SOURCES).write_bytes(hashes)
             show = progress(console, meter, n_raw)
-            prepared.write(folder, pieces, form, facts, n_thread=n_thread, progress=show)
+            splits = prepared.write(folder, pieces, form, facts, n_thread=n_thread, progress=show)
+            prepared.check_train(splits)
         seconds = time.monotonic() - began
         console.progress("", brief=True)
-        console.say(summary(output, seconds))
+        console.say(summary(output, source, seconds))
     return 0
 
 
 def check(options: Options) -> None:
-    """InputError: an option is impossible, or the output is there."""
+    """InputError: an option is impossible or has no effect, or the output is there."""
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
         if isinstance(value, int) and value < f.metadata["at_least"]:
             raise InputError(f"--{f.name} must be at least {f.metadata['at_least']}, not {value}")
+    if options.pieces > MAX_PIECES:
+        raise InputError(
+            f"--pieces must be at most {MAX_PIECES}, for tokens of 16 bits, not {options.pieces}"
+        )
     if options.download and options.kind not in download.FETCH:
         raise InputError(f"--download can fetch {' and '.join(download.FETCH)}, not {options.kind}")
     if options.vocabulary not in ("", *VOCABULARIES):
         raise InputError(f"--vocabulary must be {' or '.join(VOCABULARIES)}, not {options.vocabulary!r}")
+    if options.split not in ("", "names", "hash"):
+        raise InputError(f"--split must be names or hash, not {options.split!r}")
     if options.kind in IMAGES and (options.vocabulary == "sentencepiece" or options.model):
         raise InputError(f"--vocabulary of {options.kind} is bytes; leave --vocabulary and --model out")
     if options.model and options.vocabulary == "bytes":
         raise InputError("--model is for --vocabulary=sentencepiece, not for bytes; leave one of them out")
+    check_effect(options)
     output = epath.Path(options.output).expanduser()
-    if (output / prepared.MANIFEST).exists() or (output.exists() and not is_bucket(output)):
+    if (output / prepared.MANIFEST).exists() or (output.exists() and not files.is_bucket(output)):
         raise InputError(f"--output={output} is there already; use another folder, or remove it")
 
 
-def is_bucket(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
+def check_effect(options: Options) -> None:
+    """InputError: an option was set that changes nothing."""
+    kind, trains = options.kind, options.in_pieces and not options.model
+    pieces = "a model is given with --model" if options.model else "the vocabulary is bytes"
+    useless = {
+        "url": not options.download and "nothing is fetched without --download",
+        "pieces": not trains and f"{pieces}; it is for --vocabulary=sentencepiece without --model",
+        "sample": not trains and f"{pieces}; it is for --vocabulary=sentencepiece without --model",
+        "column": kind not in ("text", "pg19") and f"{kind} has no tables",
+        "split": kind not in ("text", "images") and f"{kind} is split as published",
+        "size": kind != "images" and "it is for images of any size (tvq prepare images)",
+        "n_train": kind in ("pg19", "images") and f"{kind} is split by names",
+    }
+    for f in dataclasses.fields(options):
+        reason = getattr(options, f.name) != f.default and useless.get(f.name)
+        if reason:
+            raise InputError(f"--{f.name} has no effect here: {reason}; leave it out")
+
+
+def check_column(options: Options, source: Source) -> None:
+    """InputError: a column was named, but there is no table."""
+    default = next(f.default for f in dataclasses.fields(options) if f.name == "column")
+    if options.column != default and not any(texts.is_table(file.name) for file in source.files):
+        raise InputError(
+            f"--column={options.column} has no effect here: no file of {options.input} is a table"
+            f" ({', '.join(files.JSON_LINES)}, packed or not, or .parquet)"
+        )
 
 
 def fetch(options: Options, raw: epath.Path, console: metrics.Console) -> None:
     """Downloads the input. InputError: it cannot be fetched."""
-    if is_bucket(raw):
+    if files.is_bucket(raw):
         raise InputError(f"--download needs a local --input, not {raw}")
     rate = Rate()
 
@@ -144,25 +190,29 @@ def find(options: Options, raw: epath.Path) -> Source:
     """The documents of the input. InputError: it is something else."""
     match options.kind:
         case "enwik8":
-            return texts.enwik8(raw, options.n_train)
+            return texts.enwik8(raw, options.n_train, whole_letters=options.in_pieces)
         case "pg19":
-            return texts.Texts(raw, options.column, named=True)
+            return texts.pg19(raw, options.column)
         case "imagenet64":
             return images.ImageNet64(raw, options.n_train)
         case "images":
-            return images.Images(raw)
-    return texts.text(raw, options.column, options.n_train)
+            return images.Images(raw, options.split)
+    return texts.text(raw, options.column, options.n_train, options.split, whole_letters=options.in_pieces)
+
+
+def given_model(options: Options) -> Vocabulary | None:
+    """That of --model. InputError: it is not there, or is no such model."""
+    if not options.model:
+        return None
+    path = epath.Path(options.model).expanduser()
+    with files.naming("--model"), files.reading(path):
+        return SentencePieceVocabulary(path.read_bytes())
 
 
 def vocabulary_of(options: Options, source: Source, console: metrics.Console) -> Vocabulary:
-    """Bytes, a given model, or one that is trained. InputError: there is no such model."""
-    default = "sentencepiece" if options.kind == "pg19" or options.model else "bytes"
-    if (options.vocabulary or default) == "bytes":
+    """Bytes, or pieces that are trained."""
+    if not options.in_pieces:
         return ByteVocabulary()
-    if options.model:
-        path = epath.Path(options.model).expanduser()
-        with files.explained(path):
-            return SentencePieceVocabulary(path.read_bytes())
     console.progress(f"training {options.pieces:,} pieces", brief=True)
     return train_sentencepiece(texts.sentences(source.pieces(Meter()), options.sample), options.pieces)
 
@@ -192,20 +242,32 @@ def whole_or_not(output: epath.Path) -> Iterator[epath.Path]:
     """A folder to fill, which is `output` at the end or not at all. What a killed start left is removed.
 
     In a bucket it is `output` itself, which counts as nothing until it has a manifest. InputError: it
-    cannot be written, or another process is at it.
+    cannot be written, another process is at it, or a folder that tvq did not make has its temporary name.
     """
-    making = output if is_bucket(output) else output.with_name(f"{output.name}.preparing")
+    is_bucket = files.is_bucket(output)
+    making = output if is_bucket else output.with_name(f"{output.name}.preparing")
     try:
-        making.mkdir(parents=True, exist_ok=True)
+        if is_bucket:
+            making.mkdir(parents=True, exist_ok=True)
+            yield making
+            return
+        mark = making / walk.PREPARING
+        if not making.exists():
+            making.mkdir(parents=True)
+            mark.touch()
+        elif not mark.exists():
+            raise InputError(
+                f"--output: {making} is in the way, and tvq did not make it; move it, or use another --output"
+            )
         with contextlib.ExitStack() as stack:
-            if not is_bucket(output):
-                locked(making, stack)
-                stack.callback(shutil.rmtree, making, ignore_errors=True)
-                for path in making.iterdir():
+            locked(making, stack)
+            stack.callback(shutil.rmtree, making, ignore_errors=True)
+            for path in making.iterdir():
+                if path != mark:
                     path.unlink()
             yield making
-            if not is_bucket(output):
-                making.rename(output)
+            making.rename(output)
+            (output / walk.PREPARING).unlink()
     except OSError as error:
         raise InputError(
             f"--output: cannot write {output} ({error.strerror or error}); make room, or use another folder"
@@ -256,15 +318,23 @@ def progress(console: metrics.Console, meter: Meter, n_raw: int) -> Callable[[in
     return show
 
 
-def summary(output: epath.Path, seconds: float) -> str:
-    """What a folder holds, for the console."""
+def summary(output: epath.Path, source: Source, seconds: float) -> str:
+    """What a folder holds, and what is strange about it, for the console."""
     manifest = prepared.read(output, f"--output: {output}", "prepare it again")
     n_byte = sum(info.n_byte for info in manifest.splits.values())
     rows = [
         f"{split:10} {info.n_token:,} tokens of {info.n_byte:,} bytes in {info.n_document:,} documents"
+        + ("; it is EMPTY, and cannot be evaluated" if info.is_empty else "")
         for split, info in manifest.splits.items()
     ]
     rows.append(f"split      {manifest.source['split']}")
+    for reason, names in documents.by_reason(source.left_out).items():
+        rows.append(f"left out   {len(names):,} {reason}: {documents.listed(names)}")
     rows.append(f"vocabulary {manifest.vocabulary.name}, {manifest.vocabulary.size:,} ids")
+    rows += [
+        f"UNKNOWN    {prepared.unknown(info)} of {split}"
+        for split, info in manifest.splits.items()
+        if prepared.unknown(info)
+    ]
     rows.append(f"prepared   {output}, at {n_byte / 1e6 / seconds:,.1f} MB/s")
     return "\n".join(rows)

@@ -1,10 +1,10 @@
-import builtins
 import gzip
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from tvq import config
-from tvq.data import documents, prepared
+from tvq.data import files, prepared, walk
 from tvq.data.corpus import cache_folder, open_corpus
 from tvq.data.documents import SPLITS
 from tvq.data.vocabulary import END, ByteVocabulary
@@ -70,7 +70,7 @@ def test_folder_of_documents(tmp_path):
 
 def test_reading_in_small_chunks_changes_nothing(text, tmp_path, monkeypatch):
     whole = open_corpus(text)
-    monkeypatch.setattr(documents, "CHUNK", 13)
+    monkeypatch.setattr(files, "CHUNK", 13)
     pieces = open_corpus(config.Data(source="text", path=text.path, cache=str(tmp_path / "other")))
     assert pieces.fingerprint == whole.fingerprint
     assert pieces.splits == whole.splits
@@ -111,10 +111,11 @@ def test_default_cache(monkeypatch):
 def test_another_process_was_first(text, monkeypatch):
     write = prepared.write
 
-    def slow_write(folder: epath.Path, *rest: object) -> None:
-        write(folder, *rest)
+    def slow_write(folder: epath.Path, *rest: object) -> dict[str, prepared.Split]:
+        written = write(folder, *rest)
         monkeypatch.setattr(prepared, "write", write)
         open_corpus(text)
+        return written
 
     monkeypatch.setattr(prepared, "write", slow_write)
     corpus = open_corpus(text)
@@ -230,14 +231,72 @@ def test_empty_train_split(corpus_of):
         corpus_of(validation=[b"text"])
 
 
-def test_opening_reads_no_tokens(tokens, monkeypatch):
-    monkeypatch.setattr(np, "memmap", None)
-    opened, real = [], open
-    monkeypatch.setattr(
-        builtins, "open", lambda path, *rest, **kw: opened.append(path) or real(path, *rest, **kw)
-    )
-    open_corpus(tokens)
-    assert [Path(path).suffix for path in opened] == [".json", *[".documents"] * 3]
+@pytest.mark.parametrize("name", ["train.tokens", "test.tokens", "validation.documents"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_contents_that_changed_at_equal_size(corpus_of, tmp_path, monkeypatch, name, whole):
+    if not whole:  # a large file: some blocks of it
+        monkeypatch.setattr(prepared, "HASHED_WHOLE", 100)
+        monkeypatch.setattr(prepared, "BLOCK", 2)
+    rng = np.random.default_rng(0)
+    corpus = corpus_of(**{split: [rng.bytes(3000), rng.bytes(10)] for split in SPLITS})
+    data = config.Data(source="tokens", path=str(corpus.folder))
+    assert (corpus.info("train").blocks_sha256 is None) == whole
+    path = Path(corpus.folder, name)
+    content = bytearray(path.read_bytes())
+    content[: len(content) // 2 - 20] = content[: len(content) // 2 - 20][::-1]
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"is damaged: {name} is of sha256 .* says .*: its contents changed"
+    ):
+        open_corpus(data)
+
+
+def test_a_folder_from_before_these_hashes(tokens):
+    manifest = json.loads(Path(tokens.path, "manifest.json").read_text())
+    for info in manifest["splits"].values():
+        del info["index_sha256"], info["blocks_sha256"], info["n_unknown"]
+    edit_manifest(tokens, splits=manifest["splits"])
+    assert open_corpus(tokens).info("train").n_unknown is None
+
+
+def test_emptiness_is_bytes(corpus_of):
+    corpus = corpus_of(train=[b"text"], validation=[b"", b""])
+    assert corpus.splits["validation"].n_token == 2
+    with pytest.raises(ValueError, match=r"the validation split of .* is empty"):
+        corpus.info("validation")
+
+
+def test_training_text_that_is_empty(corpus_of):
+    with pytest.raises(ValueError, match="has an empty train split"):
+        corpus_of(train=[b"", b""], test=[b"text"])
+
+
+def test_a_folder_and_its_only_file_are_not_the_same(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(bytes(1000))
+    found = [
+        open_corpus(config.Data(source="text", path=str(path), cache=str(tmp_path / "cache")))
+        for path in (tmp_path / "in", tmp_path / "in" / "a.txt")
+    ]
+    assert [corpus.splits["train"].n_byte for corpus in found] == [1000, 900]
+
+
+def test_what_tvq_makes_inside_the_data_is_no_data(tmp_path):
+    """Or no run could be resumed whose workdir, cache or prepared data lie there."""
+    (tmp_path / "a.txt").write_text("text" * 100)
+    data = config.Data(source="text", path=str(tmp_path), cache=str(tmp_path / "cache"))
+    first = open_corpus(data)
+    for name in ("runs/a/config.json", "runs/a/metrics.jsonl", "runs/b/logs/process_1.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    shutil.copytree(first.folder, tmp_path / "prepared")
+    (tmp_path / "half.preparing").mkdir()
+    (tmp_path / "half.preparing" / walk.PREPARING).touch()
+    again = open_corpus(data)
+    assert again.fingerprint == first.fingerprint
+    assert again.source["left_out"] == ["half.preparing/", "prepared/", "runs/a/", "runs/b/"]
+    (tmp_path / "runs" / "note.txt").write_text("text")
+    assert open_corpus(data).fingerprint != first.fingerprint
 
 
 def test_an_index_that_does_not_match_its_tokens(tokens):

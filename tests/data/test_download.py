@@ -153,6 +153,18 @@ def put_library(server: Server) -> None:
     server.files[f"{root}/metadata.csv"] = b"0,a,1,b\n"
 
 
+@pytest.mark.parametrize("kind", download.FETCH)
+def test_what_is_no_address(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"cannot (fetch|list) nowhere.*unknown url type.*right --url"):
+        download.FETCH[kind]("nowhere", tmp_path / "raw", lambda *_: None)
+
+
+def test_a_list_that_is_none(server, monkeypatch):
+    monkeypatch.setattr(Handler, "listing", lambda *_: b'{"kind": "storage#objects"}')
+    with pytest.raises(ValueError, match=r"cannot list .*KeyError\('items'\)"):
+        list(download.listed(server.url, download.PG19_BUCKET, "train/"))
+
+
 def test_pg19(server, tmp_path):
     put_library(server)
     raw = tmp_path / "raw"

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tvq.data import pipeline
 from tvq.data.packing import Example, Sequences
 from tvq.data.pipeline import evaluation_batches, training_batches
+from tvq.errors import InputError
 
 NAMES = ["inputs", "targets", "doc_ids", "loss_mask"]
 N = 43
@@ -239,3 +241,25 @@ def test_arguments_out_of_range(sequences):
         training_batches(sequences, batch_size=4, seed=0, start=-1)
     with pytest.raises(ValueError, match=r"slice\(4, 8, None\) takes none of the 4 rows"):
         evaluation_batches(sequences, batch_size=4, rows=slice(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        (7, r"workers=2: one was ended by signal 7 \(SIGBUS\): /dev/shm, .* is too small.*--shm-size"),
+        (9, r"workers=2: one was ended by signal 9 \(SIGKILL\), most likely for lack of memory"),
+        (11, "ended by signal 11; config.data.workers=0 reads in threads"),
+    ],
+)
+def test_a_worker_that_a_signal_ends(random_corpus, monkeypatch, code, wanted):
+    def ended(*_: object) -> None:
+        raise RuntimeError(f"Worker process was terminated unexpectedly with exit code -{code}.")
+
+    monkeypatch.setattr(pipeline.grain.IterDataset, "mp_prefetch", lambda self, *_: self)
+    monkeypatch.setattr(Sequences, "batch", ended)
+    sequences = Sequences(random_corpus, "train", 8)
+    with pytest.raises(InputError, match=wanted):
+        next(training_batches(sequences, batch_size=2, seed=0, workers=2))
+    monkeypatch.setattr(Sequences, "batch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(training_batches(sequences, batch_size=2, seed=0, workers=2))

@@ -1,6 +1,7 @@
 """Wrong input ends with exit code 2 and one message that names it; nothing is written."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -121,12 +122,15 @@ def test_other_tokens_than_the_vocabulary(tvq: Program, refuse: Refuse, tmp_path
     tokens = np.fromfile(folder / "train.tokens", "<u2")
     tokens[5] = 50256
     tokens.tofile(folder / "train.tokens")
+    assert "train.tokens is of sha256" in refuse("train", *command)
+    manifest = folder / "manifest.json"
+    found = json.loads(manifest.read_text())
+    found["splits"]["train"]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    manifest.write_text(json.dumps(found))
     message = refuse("train", *command)
     assert "token 5 of" in message
     assert "is id 50256, outside the vocabulary 'bytes' of 259 ids" in message
 
-    manifest = folder / "manifest.json"
-    found = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(found | {"vocabulary": found["vocabulary"] | {"size": 300}}))
     assert "was made with 300 ids of 'bytes', which has 259" in refuse("train", *command)
     manifest.write_text(json.dumps(found | {"vocabulary": found["vocabulary"] | {"name": "words"}}))

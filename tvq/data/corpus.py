@@ -16,8 +16,9 @@ import numpy as np
 from etils import epath
 
 from tvq import config, paths
-from tvq.data import documents, prepared
-from tvq.data.documents import Document
+from tvq.data import files, prepared, texts, walk
+from tvq.data.documents import HASHED
+from tvq.data.files import Meter
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, describe
 from tvq.errors import InputError
 
@@ -55,7 +56,7 @@ class Corpus:
     def info(self, split: str) -> prepared.Split:
         """Counts of a split. InputError: it is empty."""
         info = self.splits[split]
-        if not info.n_token:
+        if info.is_empty:
             way_out = (
                 "config.data.path needs more files (a file's name decides its split) or a longer file"
                 if self.source.get("name") == "text"
@@ -80,15 +81,15 @@ class Corpus:
     def reader(self, split: str) -> Callable[[Sequence[Span]], list[np.ndarray]]:
         """Reads spans `(start, stop)` of the tokens: from a memory map; of a bucket those ranges alone."""
         self.info(split)
-        if "://" not in os.fspath(self.folder):
+        if not files.is_bucket(self.folder):
             tokens = self.tokens(split)
             return lambda spans: [tokens[start:stop] for start, stop in spans]
-        files, name = fsspec.core.url_to_fs(os.fspath(self.tokens_path(split)))
+        bucket, name = fsspec.core.url_to_fs(os.fspath(self.tokens_path(split)))
         size = prepared.DTYPE.itemsize
 
         def read(spans: Sequence[Span]) -> list[np.ndarray]:
             starts, stops = ([size * span[i] for span in spans] for i in (0, 1))
-            found = files.cat_ranges([name] * len(spans), starts, stops, on_error="raise")
+            found = bucket.cat_ranges([name] * len(spans), starts, stops, on_error="raise")
             return [np.frombuffer(raw, prepared.DTYPE) for raw in found]
 
         return read
@@ -129,7 +130,7 @@ class Mixture:
     def info(self, split: str) -> prepared.Split:
         """Counts of a split of all folders together. InputError: it is empty in all."""
         found = [part.splits[split] for part in self.parts]
-        if not any(info.n_token for info in found):
+        if all(info.is_empty for info in found):
             raise InputError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
         zipped = [info.gzip_bytes for info in found if info.gzip_bytes is not None]
         return prepared.Split(
@@ -139,6 +140,7 @@ class Mixture:
             n_word=sum(info.n_word for info in found),
             sha256=hashlib.sha256("".join(info.sha256 for info in found).encode()).hexdigest(),
             gzip_bytes=sum(zipped) if len(zipped) == len(found) else None,
+            n_unknown=sum(info.n_unknown or 0 for info in found),
         )
 
 
@@ -181,7 +183,7 @@ def _folder(field: str, name: str) -> epath.Path:
 
 
 def open_corpus(data: config.Data) -> AnyCorpus:
-    """Opens what `data` names, in constant time; a source of text is prepared into the cache first.
+    """Opens and checks what `data` names, by its hashes; a source of text is prepared into the cache first.
 
     InputError: nothing is there, it is unreadable, damaged, of a newer format, or has nothing to train on.
     """
@@ -190,20 +192,34 @@ def open_corpus(data: config.Data) -> AnyCorpus:
     if data.source == "tokens":
         remedy = "prepare it again (tvq prepare), or use config.data.source=text for plain text"
         return _open(_folder("config.data.path", data.path), "config.data.path", remedy)
-    found = documents.find(data)
-    source = {"name": data.source, "path": data.path, "n_file": len({document.path for document in found})}
-    if data.source == "stdlib":
-        source["python"] = sys.version.split()[0]
+    found, is_file = _listed(data)
     vocabulary = ByteVocabulary()
-    folder = cache_folder(data) / _key(found, vocabulary)
+    folder = cache_folder(data) / _key(found, is_file, vocabulary)
     if not folder.exists():
         try:
-            _prepare(folder, found, vocabulary, source)
+            with files.naming("config.data.path"):
+                source = texts.cut(found.files[0]) if is_file else texts.Texts(found.files, column="")
+                _prepare(folder, source, data, vocabulary)
         except OSError as error:
             raise InputError(
                 f"config.data.cache: cannot write {folder} ({error.strerror}); choose another folder"
             ) from error
-    return _open(epath.Path(folder), "config.data.cache", "delete this folder and it is made again")
+    corpus = _open(epath.Path(folder), "config.data.cache", "delete this folder and it is made again")
+    left_out = {"left_out": found.left_out} if found.left_out else {}
+    return dataclasses.replace(corpus, source=corpus.source | left_out)
+
+
+def _listed(data: config.Data) -> tuple[walk.Walk, bool]:
+    """The files of source stdlib or text, and whether it is one file. InputError: there are none."""
+    if data.source == "stdlib":
+        return texts.stdlib(), False
+    root = Path(paths.expand("config.data.path", data.path))
+    cache = cache_folder(data)
+    with files.naming("config.data.path"), files.reading(root):
+        is_file = root.is_file()
+        # The cache goes by the path; that of a pipe leads nowhere.
+        root = root.resolve() if is_file or root.is_dir() else root
+        return walk.walk(epath.Path(root), leave_out=[cache]), is_file
 
 
 def cache_folder(data: config.Data) -> Path:
@@ -216,7 +232,7 @@ def cache_folder(data: config.Data) -> Path:
 def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
     where = f"{field}: {folder}"
     manifest = prepared.read(folder, where, remedy)
-    if not manifest.splits["train"].n_token:
+    if manifest.splits["train"].is_empty:
         raise InputError(f"{where} has an empty train split; {remedy}")
     return Corpus(
         folder=folder,
@@ -227,25 +243,28 @@ def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
     )
 
 
-def _key(found: list[Document], vocabulary: Vocabulary) -> str:
+def _key(found: walk.Walk, is_file: bool, vocabulary: Vocabulary) -> str:
     """Names the prepared folder after all that decides its contents."""
-    key = hashlib.sha256(
-        json.dumps([prepared.VERSION, documents.SPLIT_RULE, vocabulary.name, vocabulary.size]).encode()
-    )
-    for document in found:
-        span = json.dumps([document.split, document.start, document.stop, document.mtime_ns])
-        key.update(os.fsencode(document.path) + b"\0" + span.encode() + b"\0")
+    rule = texts.CUT if is_file else HASHED
+    key = hashlib.sha256(json.dumps([prepared.VERSION, rule, vocabulary.name, vocabulary.size]).encode())
+    for file in found.files:
+        key.update(os.fsencode(file.path) + b"\0" + json.dumps([file.size, file.mtime_ns]).encode() + b"\0")
     return key.hexdigest()[:32]
 
 
-def _prepare(folder: Path, found: list[Document], vocabulary: Vocabulary, source: dict[str, Any]) -> None:
+def _prepare(
+    folder: Path, made_of: texts.Texts | texts.OneText, data: config.Data, vocabulary: Vocabulary
+) -> None:
     """Makes `folder` whole or not at all. Of processes that make it at once the first to finish wins."""
+    source = {"name": data.source, "path": data.path, "n_file": len(made_of.files)}
+    if data.source == "stdlib":
+        source["python"] = sys.version.split()[0]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="preparing-", dir=folder.parent) as temporary:
         made = Path(temporary, folder.name)
         made.mkdir()
-        pieces = documents.pieces(found)
-        prepared.write(epath.Path(made), pieces, prepared.text_form(vocabulary), source)
+        pieces = made_of.pieces(Meter())
+        prepared.check_train(prepared.write(epath.Path(made), pieces, prepared.text_form(vocabulary), source))
         try:
             made.rename(folder)
         except OSError:

@@ -55,6 +55,8 @@ def fetch(url: str, path: Path, *, progress: Callable[[int, int], Any], md5: str
             failures, reason = (failures + 1 if now == before else 1), str(error)
             time.sleep(PAUSE * failures)
             continue
+        except ValueError as error:  # no URL at all
+            raise InputError(f"cannot fetch {url} ({error}); give the right --url, or --input") from error
         _check(url, part, total, md5)
         part.replace(path)
         return
@@ -109,9 +111,12 @@ def listed(url: str, bucket: str, prefix: str) -> Iterator[Item]:
         try:
             with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
                 found = json.load(response)
-        except (*BROKEN, json.JSONDecodeError) as error:
-            raise InputError(f"cannot list {address} ({error}); give the right --url, or --input") from error
-        yield from (Item(o["name"], int(o["size"]), o["md5Hash"]) for o in found["items"])
+            items = [Item(o["name"], int(o["size"]), o["md5Hash"]) for o in found["items"]]
+        except (*BROKEN, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"cannot list {address} ({error!r}); give the right --url, or --input"
+            ) from error
+        yield from items
         if "nextPageToken" not in found:
             return
         page = found["nextPageToken"]

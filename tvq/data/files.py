@@ -1,15 +1,19 @@
-"""Raw files as users download them: found, hashed, unpacked while they are read, here or in a bucket."""
+"""Files as users have them, here or in a bucket: opened, unpacked, hashed."""
 
+import bz2
 import contextlib
 import gzip
 import hashlib
 import io
+import lzma
+import os
 import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, cast
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from etils import epath
 
@@ -17,7 +21,47 @@ from tvq.data import optional
 from tvq.errors import InputError
 
 CHUNK = 1 << 20
-DAMAGED = (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile)
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
+# What a file is packed with: by its suffix, or else by its first bytes.
+PACKED = {
+    ".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".lzma": "xz", ".zst": "zst", ".zstd": "zst", ".zip": "zip",
+}  # fmt: skip
+FIRST_BYTES = {
+    b"\x1f\x8b": "gz",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zst",
+    b"PK\3\4": "zip",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\7": "a RAR archive",
+    b"\x04\x22\x4d\x18": "packed with lz4",
+    b"\xff\6\0\0sNaPpY": "packed with Snappy",
+    b"\x1f\x9d": "packed with compress",
+    b"LZIP\1": "packed with lzip",
+    b"PAR1\x15": "a Parquet table",
+    b"ARROW1\0\0": "an Arrow table",
+    b"\x93NUMPY": "an array of NumPy",
+    b"SQLite format 3\0": "an SQLite database",
+    b"%PDF-": "a PDF document",
+}
+BZ2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
+# Suffixes of what is not read.
+REFUSED = {
+    ".tar": "a tar archive", ".tgz": "a tar archive", ".tbz2": "a tar archive", ".tbz": "a tar archive",
+    ".txz": "a tar archive", ".tzst": "a tar archive", ".7z": "a 7z archive", ".rar": "a RAR archive",
+    ".lz4": "packed with lz4", ".br": "packed with Brotli", ".z": "packed with compress",
+    ".sz": "packed with Snappy", ".snappy": "packed with Snappy", ".lz": "packed with lzip",
+    ".lzo": "packed with lzop", ".arrow": "an Arrow table", ".feather": "an Arrow table",
+}  # fmt: skip
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+
+
+class File(NamedTuple):
+    """`name` is the path below the root, with forward slashes; in a bucket size and time are 0."""
+
+    path: epath.Path
+    name: str
+    size: int = 0
+    mtime_ns: int = 0
 
 
 class Meter:
@@ -26,8 +70,8 @@ class Meter:
     def __init__(self) -> None:
         self.n_byte = 0
 
-    def open(self, path: epath.Path) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(_Counted(path.open("rb"), self), CHUNK))
+    def open(self, path: epath.Path) -> io.BufferedReader:
+        return io.BufferedReader(_Counted(path.open("rb"), self), CHUNK)
 
 
 class _Counted(io.RawIOBase):
@@ -57,50 +101,146 @@ class _Counted(io.RawIOBase):
         super().close()
 
 
+def is_bucket(path: os.PathLike | str) -> bool:
+    return "://" in os.fspath(path)
+
+
+def shown(name: os.PathLike | str) -> str:
+    """A name in one line, also one with line ends or with bytes that are not UTF-8."""
+    text = os.fspath(name)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 @contextlib.contextmanager
-def explained(path: epath.Path) -> Iterator[None]:
-    """What goes wrong while a file is read becomes an InputError that names it."""
+def naming(option: str) -> Iterator[None]:
+    """Puts the option or config field before the message of an InputError about the files that it names."""
     try:
         yield
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+@contextlib.contextmanager
+def reading(path: os.PathLike | str) -> Iterator[None]:
+    """Whatever goes wrong while somebody's file is read becomes an InputError that names it.
+
+    Everything is caught: what a library raises for a damaged file is not a closed list.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(
+            f"cannot read {shown(path)} ({error.strerror}); there is nothing, or a link that leads nowhere"
+        ) from error
     except DAMAGED as error:
         raise InputError(
-            f"--input: {path} is damaged or not all there ({error}); fetch it again, whole"
+            f"{shown(path)} is damaged or not all there ({error}); fetch it again, whole"
         ) from error
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(
+                f"cannot read {shown(path)} ({error.strerror}); make it readable or move it away"
+            ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"--input: cannot read {path} ({error.strerror or error}); make it readable or move it away"
+            f"cannot read {shown(path)} ({reason}); it is damaged, or of a form that is not read here"
         ) from error
 
 
-def chunks(path: epath.Path, meter: Meter) -> Iterator[bytes]:
-    """The contents of a file, unpacked if its name ends with .zip, .gz or .zst. InputError: it is damaged."""
-    with explained(path), meter.open(path) as raw:
-        if path.suffix == ".zst":
-            yield from _zstd(path, raw)
-            return
-        with contextlib.ExitStack() as stack:
-            file: BinaryIO = raw
-            if path.suffix == ".gz":
-                file = cast(BinaryIO, stack.enter_context(gzip.open(raw)))
-            elif path.suffix == ".zip":
-                packed = stack.enter_context(zipfile.ZipFile(raw))
-                names = [info.filename for info in packed.infolist() if not info.is_dir()]
-                if len(names) != 1:
-                    raise InputError(f"--input: {path} holds {len(names)} files, not one; unpack it")
-                file = cast(BinaryIO, stack.enter_context(packed.open(names[0])))
-            while chunk := file.read(CHUNK):
-                yield chunk
+def packing(name: str) -> str:
+    """What a file of that name is packed with, or nothing."""
+    return PACKED.get(Path(name.lower()).suffix, "")
 
 
-def _zstd(path: epath.Path, raw: BinaryIO) -> Iterator[bytes]:
+def unpacked_suffix(name: str) -> str:
+    """The suffix of a file in lower case, behind which there may be one of packing."""
+    path = Path(name.lower())
+    return Path(path.stem).suffix if packing(name) else path.suffix
+
+
+def kind_of_bytes(head: bytes) -> str:
+    """What a file that begins so is packed with, or what it is instead of text; nothing for text."""
+    if BZ2.match(head):
+        return "bz2"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    return next((kind for magic, kind in FIRST_BYTES.items() if head.startswith(magic)), "")
+
+
+def chunks(file: File, meter: Meter) -> Iterator[bytes]:
+    """The contents of a file, unpacked.
+
+    InputError: it is damaged, holds several files, has changed since it was listed, or is neither text nor
+    packed in a way that is read.
+    """
+    path, n_byte = file.path, 0
+    with reading(path), contextlib.ExitStack() as stack:
+        raw = stack.enter_context(meter.open(path))
+        kind = packing(path.name) or kind_of_bytes(raw.peek(512)) or REFUSED.get(path.suffix.lower(), "")
+        for i, chunk in enumerate(_unpacked(path, raw, kind, stack)):
+            inside = kind_of_bytes(chunk[:512]) if kind and not i else ""
+            if inside:
+                what = f"packed with {inside}" if inside in PACKED.values() else inside
+                raise InputError(f"what {shown(path)} holds is {what}; unpack it")
+            n_byte += len(chunk)
+            yield chunk
+    if not kind and file.size and n_byte != file.size:
+        raise InputError(
+            f"{shown(path)} changed while it was read, from {file.size} bytes to {n_byte}; try again"
+        )
+
+
+def _unpacked(
+    path: epath.Path, raw: io.BufferedReader, kind: str, stack: contextlib.ExitStack
+) -> Iterator[bytes]:
+    if kind == "zst":
+        yield from _zstd(raw)
+        return
+    file: BinaryIO = raw
+    match kind:
+        case "":
+            pass
+        case "gz":
+            file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=raw)))
+        case "bz2":
+            file = cast(BinaryIO, stack.enter_context(bz2.BZ2File(raw)))
+        case "xz":
+            file = cast(BinaryIO, stack.enter_context(lzma.LZMAFile(raw)))  # noqa: SIM115
+        case "zip":
+            file = cast(BinaryIO, stack.enter_context(_only_member(path, raw, stack)))
+        case _:
+            raise InputError(f"{shown(path)} is {kind}, which is not read as text; unpack it or move it away")
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _only_member(path: epath.Path, raw: BinaryIO, stack: contextlib.ExitStack) -> Any:
+    packed = stack.enter_context(zipfile.ZipFile(raw))
+    names = [info.filename for info in packed.infolist() if not info.is_dir()]
+    # A Mac adds files of its own.
+    names = [n for n in names if not n.startswith("__MACOSX/") and not n.rpartition("/")[2].startswith(".")]
+    if len(names) != 1:
+        raise InputError(f"{shown(path)} holds {len(names)} files, not one; unpack it")
+    if Path(names[0].lower()).suffix in JSON_LINES and unpacked_suffix(path.name) not in JSON_LINES:
+        raise InputError(
+            f"{shown(path)} holds the table {shown(names[0])}; unpack it, or let its name end with .jsonl.zip"
+        )
+    return packed.open(names[0])
+
+
+def _zstd(raw: BinaryIO) -> Iterator[bytes]:
     """One frame after the other: a plain reader takes a torn one for the end."""
     zstandard = optional.load("zstandard")
-    frame = zstandard.ZstdDecompressor().decompressobj()
+    # As much as `zstd --long=31` looks back.
+    begin = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    frame = begin()
     try:
         while packed := raw.read(CHUNK):
             while packed:
                 if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
+                    frame = begin()
                 yield frame.decompress(packed)
                 packed = frame.unused_data if frame.eof else b""
     except zstandard.ZstdError as error:
@@ -109,58 +249,32 @@ def _zstd(path: epath.Path, raw: BinaryIO) -> Iterator[bytes]:
         raise EOFError("it ends within a frame")
 
 
-def lines(path: epath.Path, meter: Meter) -> Iterator[bytes]:
-    """The lines of a file, without their ends."""
-    rest = b""
-    for chunk in chunks(path, meter):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
+def lines(file: File, meter: Meter) -> Iterator[bytes]:
+    """The lines of a file, without their ends; in linear time, however long a line is."""
+    rest: list[bytes] = []
+    for chunk in chunks(file, meter):
+        first, *more = chunk.split(b"\n")
+        rest.append(first)
+        if more:
+            yield b"".join(rest)
+            yield from more[:-1]
+            rest = [more[-1]]
+    last = b"".join(rest)
+    if last:
+        yield last
 
 
-def natural(name: str) -> list:
-    """Sorts batch_10 after batch_9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def below(root: epath.Path) -> list[epath.Path]:
-    """A file itself, or the files of a folder in natural order of their names, hidden ones apart.
-
-    InputError: there is none, or one cannot be looked at.
-    """
-    with explained(root):
-        found = list(_walk(root)) if root.is_dir() else [root]
-        if not root.exists():
-            raise InputError(f"--input: there is no {root}")
-    if not found:
-        raise InputError(f"--input: {root} holds no files")
-    return sorted(found, key=lambda path: natural(name_of(path, root)))
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        if not path.name.startswith("."):
-            if path.is_dir():
-                yield from _walk(path)
-            else:
-                yield path
-
-
-def name_of(path: epath.Path, root: epath.Path) -> str:
-    """The path below the root, with forward slashes."""
-    return path.relative_to(root).as_posix() if path != root else path.name
-
-
-def hashes(paths: Sequence[epath.Path], root: epath.Path, n_thread: int) -> tuple[str, int]:
+def hashes(files: Sequence[File], n_thread: int) -> tuple[bytes, int]:
     """The lines that sha256sum writes, and the bytes of all files. InputError: one cannot be read."""
 
-    def hashed(path: epath.Path) -> tuple[str, int]:
+    def hashed(file: File) -> tuple[bytes, int]:
         meter = Meter()
-        with explained(path), meter.open(path) as file:
-            digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-        return f"{digest}  {name_of(path, root)}\n", meter.n_byte
+        with reading(file.path), meter.open(file.path) as opened:
+            digest = hashlib.file_digest(cast(Any, opened), "sha256").hexdigest()
+        name = file.name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+        mark = "\\" if name != file.name else ""
+        return os.fsencode(f"{mark}{digest}  {name}\n"), meter.n_byte
 
     with ThreadPoolExecutor(n_thread) as pool:
-        found = list(pool.map(hashed, paths))
-    return "".join(line for line, _ in found), sum(n_byte for _, n_byte in found)
+        found = list(pool.map(hashed, files))
+    return b"".join(line for line, _ in found), sum(n_byte for _, n_byte in found)

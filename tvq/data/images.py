@@ -7,65 +7,106 @@ import io
 import pickle
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
-from tvq.data import files, optional
-from tvq.data.documents import Piece, hashed_split
-from tvq.data.files import Meter
-from tvq.data.texts import HASHED, NAMED, named_split
+from tvq.data import documents, files, optional, walk
+from tvq.data.documents import HASHED, NAMED, Piece, hashed_split, named_split
+from tvq.data.files import File, Meter, shown
 from tvq.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGENET64_TRAIN = 1_200_000
 ROWS = 512  # images of a batch file read at a time
+NO_READER = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow knows by name alone
+NO_IMAGE = "that is no image"
+
+
+def is_image(name: str) -> bool:
+    """Whether Pillow reads files of such names."""
+    image = optional.load("PIL.Image")
+    image.init()
+    kind = image.registered_extensions().get(Path(name.lower()).suffix)
+    return kind in image.OPEN and kind not in NO_READER
 
 
 def pixels(piece: Piece, size: int, *, fit: bool) -> bytes:
-    """The RGB bytes [size, size, 3] of an image file. `fit` scales the shorter side and cuts the longer.
+    """The RGB bytes [size, size, 3] of an image file, upright and on white; the first picture of several.
 
-    InputError: it is no image, or, without `fit`, of another size.
+    `fit` scales the shorter side and cuts the longer. InputError: it is no image, or of another size
+    without `fit`.
     """
     image_of, operations = optional.load("PIL.Image"), optional.load("PIL.ImageOps")
     try:
         with image_of.open(io.BytesIO(piece.raw)) as image:
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, image_of.DecompressionBombError) as error:
+            rgb = on_white(eight_bits(operations.exif_transpose(image), image.format))
+        if fit:
+            rgb = operations.fit(rgb, (size, size), image_of.Resampling.LANCZOS)
+    except Exception as error:  # what Pillow raises for a damaged file is not a closed list
+        unknown = isinstance(error, optional.load("PIL").UnidentifiedImageError)
+        reason = "its form is not known" if unknown else " ".join(f"{error!r}".split())
         raise InputError(
-            f"{piece.document} is no image that can be read ({error}); mend or remove it"
+            f"{shown(piece.document)} is no image that can be read ({reason}); mend or remove it"
         ) from error
-    if fit:
-        rgb = operations.fit(rgb, (size, size), image_of.Resampling.LANCZOS)
     if rgb.size != (size, size):
-        raise InputError(f"{piece.document} has {rgb.width} x {rgb.height} pixels, not {size} x {size}")
+        raise InputError(
+            f"{shown(piece.document)} has {rgb.width} x {rgb.height} pixels, not {size} x {size}"
+        )
     return rgb.tobytes()
+
+
+def eight_bits(image: Any, kind: str) -> Any:
+    """The image with values of 8 bits; Pillow itself would cut greater ones off at white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64)
+        grey = np.round(values * (255 / 65535)).astype(np.uint8)
+        clear = values == image.info.get("transparency", -1)
+        both = np.stack([grey, np.where(clear, 0, 255).astype(np.uint8)], axis=-1)
+        return optional.load("PIL.Image").fromarray(both)
+    if image.mode in ("I", "F"):
+        raise ValueError("it has values of 32 bits without a known range, save it with 8 or 16")
+    return image
+
+
+def on_white(image: Any) -> Any:
+    """The colours that one sees: what is transparent is white, and not a colour that hides there."""
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa"):
+        colours = image.convert("RGBA")
+        white = optional.load("PIL.Image").new("RGBA", image.size, "white")
+        white.alpha_composite(colours)
+        image = white
+    return image.convert("RGB")
 
 
 class Images:
     """Files of any format, scaled to one size."""
 
-    def __init__(self, root: epath.Path) -> None:
+    def __init__(self, root: epath.Path, choice: str = "") -> None:
         """InputError: there are none."""
-        self.root = root
-        self.files = [path for path in files.below(root) if path.suffix.lower() in SUFFIXES]
-        if not self.files:
-            raise InputError(f"--input: {root} holds no images ({', '.join(SUFFIXES)})")
-        self._named = all(named_split(files.name_of(path, root)) for path in self.files)
-        self.rule = NAMED if self._named else HASHED
+        found = walk.walk(root)
+        kept = [file for file in found.files if is_image(file.name)]
+        if not kept:
+            raise InputError(f"{shown(root)} holds no images (.png, .jpg and what else Pillow reads)")
+        names = [file.name for file in kept]
+        self._splits = documents.told_splits(names, choice, dict.fromkeys(names, "image"))
+        self.files = [file for file in kept if not self._splits or file.name in self._splits]
+        self.left_out = [(file.name, NO_IMAGE) for file in found.files if file not in kept]
+        self.left_out += [(file.name, documents.SIDE) for file in kept if file not in self.files]
+        self.left_out += [(name, walk.OWN) for name in found.left_out]
+        self.rule = NAMED if self._splits else HASHED
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
         """Each image, as its file. InputError: one is unreadable."""
-        for path in self.files:
-            name = files.name_of(path, self.root)
-            split = named_split(name) if self._named else hashed_split(name)
-            yield Piece(split, name, _whole(path, meter), last=True)
+        for file in self.files:
+            split = self._splits[file.name] if self._splits else hashed_split(file.name)
+            yield Piece(split, file.name, _whole(file, meter), last=True)
 
 
-def _whole(path: epath.Path, meter: Meter) -> bytes:
-    with files.explained(path), meter.open(path) as file:
-        return file.read()
+def _whole(file: File, meter: Meter) -> bytes:
+    with files.reading(file.path), meter.open(file.path) as opened:
+        return opened.read()
 
 
 class ImageNet64:
@@ -76,19 +117,22 @@ class ImageNet64:
 
         InputError: there are no training or no test images.
         """
-        self.root, self._n_train = root, n_train or IMAGENET64_TRAIN
-        found = {path: named_split(files.name_of(path, root)) for path in files.below(root)}
-        batches = [path for path in found if path.suffix in (".npz", ".pickle", ".pkl", "")]
+        self._root, self._n_train = root, n_train or IMAGENET64_TRAIN
+        found = {file: named_split(file.name) for file in walk.walk(root).files}
+        named = [file for file, split in found.items() if split in ("train", "validation")]
+        batches = [file for file in named if file.path.suffix in (".npz", ".pickle", ".pkl", "")]
         self.in_batches = bool(batches)
-        kept = batches or [path for path in found if path.suffix.lower() in SUFFIXES]
-        self._train = [path for path in kept if found[path] == "train"]
-        self._test = [path for path in kept if found[path] == "validation"]
+        kept = batches or [file for file in named if is_image(file.name)]
+        self._train = [file for file in kept if found[file] == "train"]
+        self._test = [file for file in kept if found[file] == "validation"]
         if not self._train or not self._test:
             raise InputError(
-                f"--input: {root} holds {len(self._train)} files to train and {len(self._test)} to test on;"
+                f"{shown(root)} holds {len(self._train)} files to train and {len(self._test)} to test on;"
                 " it needs batch files, or folders of images, whose names begin with train and val"
             )
         self.files = self._train + self._test
+        read = set(self.files)
+        self.left_out = [(file.name, "that is no part of it") for file in found if file not in read]
         self.rule = f"the first {self._n_train} training images, the others; the official validation set"
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
@@ -101,24 +145,23 @@ class ImageNet64:
             yield piece._replace(split="train" if n <= self._n_train else "validation")
         if n <= self._n_train:
             raise InputError(
-                f"--input: {self.root} has {n} images to train on, and the first {self._n_train} would train,"
+                f"{shown(self._root)} has {n} images to train on, and the first {self._n_train} would train,"
                 " none validate; for less than all of ImageNet64 say with --n_train how many"
             )
         yield from self._images(self._test, meter)
 
-    def _images(self, paths: list[epath.Path], meter: Meter) -> Iterator[Piece]:
-        for path in paths:
-            name = files.name_of(path, self.root)
+    def _images(self, found: list[File], meter: Meter) -> Iterator[Piece]:
+        for file in found:
             if self.in_batches:
-                for i, image in enumerate(_of_batch(path, meter)):
-                    yield Piece("test", f"{name}:{i}", image, last=True)
+                for i, image in enumerate(_of_batch(file.path, meter)):
+                    yield Piece("test", f"{file.name}:{i}", image, last=True)
             else:
-                yield Piece("test", name, _whole(path, meter), last=True)
+                yield Piece("test", file.name, _whole(file, meter), last=True)
 
 
 def _of_batch(path: epath.Path, meter: Meter) -> Iterator[bytes]:
     """The images of an official batch file: `data` uint8 [N, 12288], planes of red, green and blue."""
-    with files.explained(path), meter.open(path) as file:
+    with files.reading(path), meter.open(path) as file:
         for rows in _npz_rows(path, file) if path.suffix == ".npz" else _pickled_rows(path, file):
             for image in rows.reshape(-1, 3, 64 * 64).swapaxes(1, 2):
                 yield image.tobytes()
@@ -128,7 +171,7 @@ def _npz_rows(path: epath.Path, file: BinaryIO) -> Iterator[np.ndarray]:
     """A few at a time: numpy itself would read all."""
     with zipfile.ZipFile(file) as packed:
         if "data.npy" not in packed.namelist():
-            raise InputError(f"--input: {path} has no array 'data', it has {packed.namelist()}")
+            raise InputError(f"{shown(path)} has no array 'data', it has {packed.namelist()}")
         with packed.open("data.npy") as member:
             old = np.lib.format.read_magic(member) == (1, 0)
             header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
@@ -142,9 +185,10 @@ def _npz_rows(path: epath.Path, file: BinaryIO) -> Iterator[np.ndarray]:
 def _pickled_rows(path: epath.Path, file: BinaryIO) -> Iterator[np.ndarray]:
     try:
         data = _Arrays(file, encoding="latin1").load()["data"]
-        _check(path, data.shape, data.dtype, fortran=not data.flags.c_contiguous)
-    except (pickle.UnpicklingError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise InputError(f"--input: {path} is no pickled batch with an array 'data' ({error!r})") from error
+        shape, dtype, fortran = data.shape, data.dtype, not data.flags.c_contiguous
+    except Exception as error:
+        raise InputError(f"{shown(path)} is no pickled batch with an array 'data' ({error!r})") from error
+    _check(path, shape, dtype, fortran)
     yield data
 
 
@@ -152,7 +196,7 @@ def _check(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype, fortran: b
     if len(shape) != 2 or shape[1] != 3 * 64 * 64 or dtype != np.uint8 or fortran:
         order = "Fortran" if fortran else "C"
         raise InputError(
-            f"--input: the images of {path} are {dtype} {list(shape)} in {order} order, not uint8 [N, 12288]"
+            f"the images of {shown(path)} are {dtype} {list(shape)} in {order} order, not uint8 [N, 12288]"
             " (three planes of 64 x 64)"
         )
 

@@ -6,6 +6,8 @@ process asks for, or of where a run was resumed.
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Generator, Sequence
@@ -22,6 +24,7 @@ Rows = slice | Sequence[int]
 ALL_ROWS = slice(None)
 # Batches are large and cheap to read: a few in advance hide the reading.
 READ_AHEAD = 4
+SHARED_MEMORY = "/dev/shm"
 
 
 class _Batches:
@@ -108,8 +111,35 @@ def _read(batches: _Batches, workers: int) -> Batches:
             # Copied out of the memory shared with a worker, so that it is free at once.
             yield {name: np.array(values) for name, values in batch.items()} if workers else batch
             del batch
+    except RuntimeError as error:
+        hint = why_ended(str(error), workers)
+        if not hint:
+            raise
+        raise InputError(hint) from error
     finally:
         iterator.close()
+
+
+def why_ended(error: str, workers: int) -> str:
+    """What to do about a worker that a signal ended; nothing if none did."""
+    code = re.search(r"exit code -(\d+)", error)
+    if not code:
+        return ""
+    number, ended = int(code[1]), f"config.data.workers={workers}: one was ended by signal {code[1]}"
+    if number == signal.SIGBUS:
+        free = ""
+        if os.path.isdir(SHARED_MEMORY):
+            space = shutil.disk_usage(SHARED_MEMORY)
+            free = f" ({space.free / 2**20:,.0f} of {space.total / 2**20:,.0f} MiB free)"
+        return (
+            f"{ended} (SIGBUS): {SHARED_MEMORY}, through which they hand over batches, is too small{free};"
+            " enlarge it (docker run --shm-size=2g), use fewer workers, or 0, which reads in threads"
+        )
+    if number == signal.SIGKILL:
+        return (
+            f"{ended} (SIGKILL), most likely for lack of memory; use fewer workers, or 0, or smaller batches"
+        )
+    return f"{ended}; config.data.workers=0 reads in threads, and shows what is wrong"
 
 
 def _start_worker(index: int, count: int) -> None:

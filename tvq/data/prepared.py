@@ -22,10 +22,16 @@ from etils import epath
 
 from tvq import paths
 from tvq.data.documents import SPLITS, Piece
-from tvq.data.vocabulary import END, VOCABULARIES, ByteVocabulary, Vocabulary, describe
+from tvq.data.files import is_bucket, shown
+from tvq.data.vocabulary import END, UNKNOWN, VOCABULARIES, ByteVocabulary, Vocabulary, describe
 from tvq.errors import InputError
 
 VERSION = 2
+# Token files of up to this size are hashed whole whenever they are opened, seconds at most; of larger ones
+# only the blocks below, spread evenly, which tells other tokens at once but not a few that were changed.
+HASHED_WHOLE = 4 << 30
+WARN_UNKNOWN = 0.001  # of all tokens
+N_BLOCK, BLOCK = 1024, 1 << 16
 DTYPE = np.dtype("<u2")
 INDEX_DTYPE = np.dtype("<u8")
 MANIFEST, MODEL, SOURCES = "manifest.json", "vocabulary.model", "sources.sha256"
@@ -37,7 +43,9 @@ class Split:
 
     `n_byte` counts the original text or the values of the images, without end ids; `n_word` the words of the
     text, as `wc -w` does (0 for images); `gzip_bytes` is what gzip -9 makes of the text (None for train, and
-    for images); `sha256` is that of the token file.
+    for images); `sha256` is that of the token file, `index_sha256` of the documents', `blocks_sha256` of some
+    blocks of a large token file; `n_unknown` tokens stand for what the vocabulary has no pieces for. Older
+    folders do not have the last three: None.
     """
 
     n_token: int
@@ -46,6 +54,14 @@ class Split:
     n_word: int
     sha256: str
     gzip_bytes: int | None
+    n_unknown: int | None = None
+    index_sha256: str | None = None
+    blocks_sha256: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """End ids alone are nothing, and neither is text of which no token is left."""
+        return not (self.n_byte and self.n_token)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +99,20 @@ def encode_text(vocabulary: Vocabulary, piece: Piece) -> np.ndarray:
 
 def not_utf8(piece: Piece, error: UnicodeDecodeError) -> InputError:
     n_wrong = piece.raw.decode(errors="replace").count("\ufffd") - piece.raw.count("\ufffd".encode())
+    utf16 = " (it begins as UTF-16 does)" if piece.raw.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
     return InputError(
-        f"{piece.document} is not UTF-8: {n_wrong} wrong places, the first after"
+        f"{shown(piece.document)} is not UTF-8{utf16}: {n_wrong} wrong places, the first after"
         f" {piece.raw[: error.start][-20:]!r}; mend it, or use --vocabulary=bytes"
+    )
+
+
+def unknown(info: Split) -> str:
+    """What to say of tokens that stand for text without a piece, where they are many; otherwise nothing."""
+    if not info.n_unknown or info.n_unknown < WARN_UNKNOWN * info.n_token:
+        return ""
+    return (
+        f"{info.n_unknown:,} tokens, {100 * info.n_unknown / info.n_token:.2g} %, are the unknown piece:"
+        " their text is lost, and losses look better than they are"
     )
 
 
@@ -119,13 +146,14 @@ class _Writer:
     """Writes one split and keeps its counts; memory does not grow with the text."""
 
     def __init__(self, folder: epath.Path, split: str, form: Form, files: ExitStack) -> None:
-        self._tokens = files.enter_context(tokens_path(folder, split).open("wb"))
+        self._path = tokens_path(folder, split)
+        self._tokens = files.enter_context(self._path.open("wb"))
         self._index = files.enter_context(index_path(folder, split).open("wb"))
         self._form, self._is_text = form, not form.image_size
-        self._sha256, self._words = hashlib.sha256(), _Words()
+        self._sha256, self._index_sha256, self._words = hashlib.sha256(), hashlib.sha256(), _Words()
         self._gzip = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
         self._zips = self._is_text and split != "train"
-        self._n_token = self._n_document = self._gzip_bytes = 0
+        self._n_token = self._n_document = self._gzip_bytes = self._n_unknown = 0
         self.n_byte = 0
 
     def _write(self, ids: np.ndarray) -> None:
@@ -136,6 +164,7 @@ class _Writer:
 
     def add(self, piece: Piece, ids: np.ndarray) -> None:
         self._write(ids)
+        self._n_unknown += int(np.count_nonzero(ids == UNKNOWN))
         self.n_byte += len(piece.raw) if self._is_text else len(ids)
         if self._is_text:
             self._words.add(piece.raw)
@@ -146,10 +175,13 @@ class _Writer:
                 self._write(np.array([END]))
             self._n_document += 1
             self._words.end()
-            row = np.array([self._n_token, self.n_byte, self._words.count], INDEX_DTYPE)
-            self._index.write(row.tobytes())
+            row = np.array([self._n_token, self.n_byte, self._words.count], INDEX_DTYPE).tobytes()
+            self._index.write(row)
+            self._index_sha256.update(row)
 
     def finish(self) -> Split:
+        """The counts, once the files are closed."""
+        n_byte = self._n_token * DTYPE.itemsize
         return Split(
             n_token=self._n_token,
             n_document=self._n_document,
@@ -157,7 +189,20 @@ class _Writer:
             n_word=self._words.count,
             sha256=self._sha256.hexdigest(),
             gzip_bytes=self._gzip_bytes + len(self._gzip.flush()) if self._zips else None,
+            n_unknown=self._n_unknown,
+            index_sha256=self._index_sha256.hexdigest(),
+            blocks_sha256=_hash_of_blocks(self._path, n_byte) if n_byte > HASHED_WHOLE else None,
         )
+
+
+def _hash_of_blocks(path: epath.Path, n_byte: int) -> str:
+    """SHA-256 of blocks from the first to the last, of a file that is larger than all of them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for i in range(N_BLOCK):
+            file.seek(i * (n_byte - BLOCK) // (N_BLOCK - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def write(
@@ -168,7 +213,7 @@ def write(
     *,
     n_thread: int = 0,
     progress: Callable[[int], Any] = lambda n_byte: None,
-) -> None:
+) -> dict[str, Split]:
     """Fills an existing empty folder, `n_thread` pieces at a time; 0 encodes in this thread.
 
     The pieces of a document follow one another. `source` (JSON values) says where they came from. `progress`
@@ -179,7 +224,7 @@ def write(
         for piece, ids in _encoded(pieces, form.encode, n_thread):
             writers[piece.split].add(piece, ids)
             progress(sum(writer.n_byte for writer in writers.values()))
-        splits = {split: dataclasses.asdict(writer.finish()) for split, writer in writers.items()}
+    splits = {split: writer.finish() for split, writer in writers.items()}
     if form.vocabulary.model:
         (folder / MODEL).write_bytes(form.vocabulary.model)
     manifest = {
@@ -187,10 +232,22 @@ def write(
         "vocabulary": describe(form.vocabulary),
         "image_size": form.image_size,
         "source": source,
-        "splits": splits,
+        "splits": {split: dataclasses.asdict(info) for split, info in splits.items()},
     }
     # Last, so that a folder with a manifest is whole.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return splits
+
+
+def check_train(splits: dict[str, Split]) -> None:
+    """InputError: there is nothing to train on."""
+    if splits["train"].is_empty:
+        counts = ", ".join(f"{split} {info.n_byte}" for split, info in splits.items())
+        n_document = sum(info.n_document for info in splits.values())
+        raise InputError(
+            f"the {n_document} documents hold no training text (bytes: {counts}); a file's name decides"
+            " its split: add files, or give one file, which is cut 90/5/5 %"
+        )
 
 
 def _encoded(
@@ -214,7 +271,7 @@ def _encoded(
 
 
 def read(folder: epath.Path, where: str, remedy: str) -> Manifest:
-    """The manifest, checked against the sizes of the files and the end of the index; no token is read.
+    """The manifest, checked against the files.
 
     `where` names the config field and the folder, `remedy` the way out, for the messages. InputError: not a
     prepared folder, damaged, of another version, or of an unknown vocabulary.
@@ -228,26 +285,25 @@ def read(folder: epath.Path, where: str, remedy: str) -> Manifest:
             )
         splits = {split: Split(**manifest["splits"][split]) for split in SPLITS}
         vocabulary = _vocabulary(folder, f"{where} was made with", remedy, **manifest["vocabulary"])
-        found = Manifest(
+        for split, info in splits.items():
+            _check_files(folder, split, info, f"{where} is damaged", remedy)
+        return Manifest(
             vocabulary=vocabulary, image_size=manifest["image_size"], source=manifest["source"], splits=splits
         )
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             f"{where} is not a prepared folder: cannot read {MANIFEST} ({error.strerror}); {remedy}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever stands in the file
         raise InputError(f"{where} has a damaged {MANIFEST} ({error!r}); {remedy}") from error
-    for split, info in splits.items():
-        _check_files(folder, split, info, f"{where} is damaged", remedy)
-    return found
 
 
 def _check_files(folder: epath.Path, split: str, info: Split, damaged: str, remedy: str) -> None:
-    index = index_path(folder, split)
-    wanted = {
-        tokens_path(folder, split): info.n_token * DTYPE.itemsize,
-        index: info.n_document * 3 * INDEX_DTYPE.itemsize,
-    }
+    """InputError: the sizes, the end of the index, or, of a local folder, the contents are others."""
+    tokens, index = tokens_path(folder, split), index_path(folder, split)
+    wanted = {tokens: info.n_token * DTYPE.itemsize, index: info.n_document * 3 * INDEX_DTYPE.itemsize}
     for path, n_byte in wanted.items():
         size = paths.size(path) if path.exists() else 0
         if size != n_byte:
@@ -261,6 +317,22 @@ def _check_files(folder: epath.Path, split: str, info: Split, damaged: str, reme
                 f"{damaged}: {index.name} ends at token, byte and word {last}, its manifest says"
                 f" {[info.n_token, info.n_byte, info.n_word]}; {remedy}"
             )
+    if is_bucket(folder):
+        return
+    hashes = {index: (_hash, info.index_sha256), tokens: (_hash, info.sha256)}
+    if wanted[tokens] > HASHED_WHOLE:
+        hashes[tokens] = (lambda path: _hash_of_blocks(path, wanted[tokens]), info.blocks_sha256)
+    for path, (hashed, known) in hashes.items():
+        if known is not None and wanted[path] and (now := hashed(path)) != known:
+            raise InputError(
+                f"{damaged}: {path.name} is of sha256 {now}, its manifest says {known}: its contents changed;"
+                f" {remedy}"
+            )
+
+
+def _hash(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _vocabulary(
