@@ -246,6 +246,13 @@ def test_a_form_that_is_not_known_is_refused(line, named):
     assert f"It stands in: {line}" in str(error.value)
 
 
+@pytest.mark.parametrize("target", ["__onednn$matmul", "xla.gpu.triton", "AllocateBuffers", ""])
+def test_a_call_of_what_is_not_known_is_refused(target):
+    call = f'%b.1 = f32[8]{{0}} custom-call(%a.1), custom_call_target="{target}"'
+    with pytest.raises(InputError, match=re.escape(f"writes a `custom-call` of `{target}`, whose cost")):
+        list(Program.read(ANYTHING.format(line=call)).kernels())
+
+
 def test_which_branch_runs_and_how_often_a_loop_must_be_known():
     known = Program.read(ANYTHING.format(line=""))
     branch = hlo.Instruction("b.1", "conditional", [], [], "", "", root=False)

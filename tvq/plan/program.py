@@ -15,12 +15,13 @@ import numpy as np
 from tvq.plan import hlo
 from tvq.plan.hlo import COLLECTIVES, FREE, SLICES, WAITED, Instruction, unknown
 
-FREE_CALLS = (
+FREE_CALLS = {
     "AllocateBuffer",
     "ConcatBitcast",
     "AssumeGatherIndicesInBound",
     "GatherScatterIndicesBitpacked",
-)
+}
+SORTS = {"TopK", "__gpu$TopK", "__cub$DeviceRadixSort"}  # calls that multiply nothing
 
 
 class Kernel(NamedTuple):
@@ -91,7 +92,7 @@ class Program:
 
     def kernels(self) -> Iterator[Kernel]:
         for name, one, n in self.run():
-            if one.op == "custom-call" and one.attribute(r'custom_call_target="(\w+)"') in FREE_CALLS:
+            if one.op == "custom-call" and target(one) in FREE_CALLS:
                 continue
             scope = self.computations[name]
             parts = list(self.inner(one)) if one.op == "fusion" else [(scope, one)]
@@ -201,13 +202,23 @@ def dims_of(one: Instruction, pattern: str) -> list[int]:
     return [int(x) for x in re.findall(r"\d+", one.attribute(pattern))]
 
 
+def target(one: Instruction) -> str:
+    """What a custom call calls."""
+    return one.attribute(r'custom_call_target="([^"]*)"')
+
+
 def products_of(one: Instruction, scope: dict[str, Instruction]) -> float:
-    """Multiplications and additions of a matrix product; those of a TPU are convolutions."""
+    """Multiplications and additions of a matrix product; those of a TPU are convolutions.
+
+    InputError: it calls what is not known.
+    """
     if one.op == "convolution":
         return convolution(one, scope)
-    if one.op == "custom-call" and "__cudnn$fmha" in one.attributes:
+    if one.op == "custom-call" and target(one).startswith("__cudnn$fmha"):
         return flash(one, scope)
     gemm = one.op == "custom-call" and "lhs_contracting_dimensions" in one.attributes
+    if one.op == "custom-call" and not gemm and target(one) not in SORTS | FREE_CALLS:
+        raise unknown(f"a `custom-call` of `{target(one)}`", f"{one.name}({one.inside}), {one.attributes}")
     if one.op != "dot" and not gemm:
         return 0
     contracted = dims_of(one, r"lhs_contracting_dim\w+\W*[{\[]([\d,\"]*)")
