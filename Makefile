@@ -1,7 +1,11 @@
 # The two commands of a newcomer are `make train` and `make test`; `make check` is what CI runs.
 PYTHON ?= python3
+# Another environment for another Python: make test VENV=.venv-newest PYTHON=/path/to/python3.13
+VENV ?= .venv
 WORKDIR ?= runs/debug
-BIN := .venv/bin
+BIN := $(VENV)/bin
+# LOWEST=1 installs of everything the oldest series that pyproject.toml allows.
+LOWEST ?=
 # The jax for this machine: the CUDA of its NVIDIA driver, a TPU, or neither.
 EXTRA := $(shell cuda=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p'); \
 	if [ -n "$$cuda" ]; then [ "$$cuda" -ge 13 ] && echo ,cuda || echo ,cuda12; \
@@ -50,13 +54,14 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-setup: .venv/ready
+setup: $(VENV)/ready
 
-.venv/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tvq needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev$(EXTRA)]'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(LOWEST),sed -nE 's/^ *"([A-Za-z-]+)>=([0-9.]+)".*/\1==\2.*/p' pyproject.toml) > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable '.[dev$(EXTRA)]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .cache
+	rm -rf .venv .venv-newest .venv-aot .cache

@@ -349,7 +349,7 @@ class Cloud:
             "PATH": f"{ROOT / 'tests/fakes/bin'}:{os.environ['PATH']}",
         }
         self.common = ["--name", "pod", "--zone", "z", "--poll", "0.3"]
-        self.make = ["--type", "v5litepod-8", "--version", "v2", "--install", f"ln -sfn {ROOT}/.venv .venv"]
+        self.make = ["--type", "v5litepod-8", "--version", "v2", "--install", f"ln -sfn {sys.prefix} .venv"]
 
     def tpu(self, what: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return script(

@@ -1,8 +1,9 @@
 """What a train step spends its time on: a few steps are traced, and their kernels summed up part by part."""
 
 import re
-from collections import Counter
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,14 @@ from etils import epath
 from tvq import cluster, mesh, metrics, optimizer, state, trace, train_step
 from tvq.config import Config
 from tvq.errors import InputError
-from tvq.plan.program import COLLECTIVES, Instruction, Kernel, Program
+from tvq.plan.hlo import COLLECTIVES, Instruction
+from tvq.plan.program import Kernel, Program
 
 N_STEP, N_ROW = 2, 10
+# A CUDA graph runs many kernels, of which a trace names the graph alone.
+COMMAND_BUFFER = "command_buffer"
+WITHOUT_COMMAND_BUFFERS: dict[str, str | bool] = {f"xla_gpu_enable_{COMMAND_BUFFER}": ""}
+ENOUGH = 0.9  # of the devices' time in kernels that are told apart, to speak of the whole
 EXCHANGE = "exchange"  # of devices, besides the sums of `reduce`
 OTHER = "other"  # what has no name of ours, and what the compiler added
 
@@ -52,7 +58,8 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     rows = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), np.ones_like(tokens_BT))
     batch = mesh.global_batch(devices, rows | {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1]}, B)
     console.say("compiling the train step")
-    update = train_step.make(c, devices, tx).lower(now, batch).compile()
+    options = WITHOUT_COMMAND_BUFFERS if mesh.platform(devices) == "gpu" else None
+    update = train_step.make(c, devices, tx).lower(now, batch).compile(options)
     now, _ = jax.block_until_ready(update(now, batch))  # the first call is not like the others
     with trace.written(Path(output)):
         for _ in range(N_STEP):
@@ -60,15 +67,24 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
         jax.block_until_ready(now)
     n_run = N_STEP * devices.size
     spent = {name: seconds / n_run for name, seconds in kernel_seconds(newest(Path(output))).items()}
-    found = costs(Program.read(update.as_text() or ""), spent)
+    program = Program.read(update.as_text() or "")
+    found, rest = costs(program, spent), unattributed(program, spent)
     if not found:
-        raise InputError(
-            f"the trace of a {devices.devices.flat[0].device_kind} does not name its kernels;"
-            f" look at it instead: tensorboard --logdir {output}"
-        )
-    console.say(table(found))
+        where = devices.devices.flat[0].device_kind
+        raise InputError(f"{nameless(where, rest)}; look at it instead: tensorboard --logdir {output}")
+    console.say(table(found, rest))
     console.say(f"the trace: tensorboard --logdir {output}")
     return 0
+
+
+def nameless(device: str, rest: Mapping[str, float]) -> str:
+    """Why a trace is of no use here."""
+    if any(COMMAND_BUFFER in name for name in rest):
+        return (
+            f"the trace of a {device} names the CUDA graphs, `{COMMAND_BUFFER}`, and not their kernels,"
+            f" although the step was compiled without such graphs"
+        )
+    return f"the trace of a {device} does not name its kernels"
 
 
 def newest(folder: Path) -> Path:
@@ -76,19 +92,42 @@ def newest(folder: Path) -> Path:
     return max(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
 
 
-def kernel_seconds(path: Path) -> Counter[str]:
-    """Seconds by the name of the instruction, of all devices together; loops hold what runs inside."""
-    found: Counter[str] = Counter()
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        for line in plane.lines:
-            for event in line.events:
-                stats = dict(event.stats)
-                if stats.get("hlo_module", "").startswith("jit_train_step"):
-                    found[stats["hlo_op"]] += event.duration_ns * 1e-9
+class Event(NamedTuple):
+    plane: str  # a device, or the host
+    name: str
+    seconds: float
+    stats: dict[str, object]
+
+
+def events(path: Path) -> list[Event]:
+    """What a trace tells."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns of types that jaxlib makes while it reads; as an error that ends the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return [
+            Event(plane.name, event.name, event.duration_ns * 1e-9, dict(event.stats))
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+            for line in plane.lines
+            for event in line.events
+        ]
+
+
+def kernel_seconds(path: Path) -> dict[str, float]:
+    """Seconds by the name of the instruction, of all devices together; loops hold what runs inside.
+
+    What a GPU did for no program that the trace tells of stands under its own name.
+    """
+    found: defaultdict[str, float] = defaultdict(float)
+    for event in events(path):
+        module = str(event.stats.get("hlo_module", ""))
+        if module.startswith("jit_train_step"):
+            found[str(event.stats.get("hlo_op", event.name))] += event.seconds
+        elif not module and event.plane.startswith("/device:GPU"):
+            found[event.name] += event.seconds
     return found
 
 
-def costs(program: Program, seconds: Counter[str] | dict[str, float]) -> list[Cost]:
+def costs(program: Program, seconds: Mapping[str, float]) -> list[Cost]:
     """The costs that the kernels of a program add up to, the largest first."""
     found: dict[tuple[str, str, str], np.ndarray] = {}
     for kernel in program.kernels():
@@ -98,6 +137,16 @@ def costs(program: Program, seconds: Counter[str] | dict[str, float]) -> list[Co
             row += (seconds[name], kernel.n * kernel.nbytes, kernel.n)
     rows = [Cost(*key, *row.tolist()) for key, row in found.items()]
     return sorted(rows, key=lambda cost: -cost.seconds)
+
+
+def unattributed(program: Program, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of what is no kernel of the program, by name; of loops and calls, what runs inside tells."""
+    known = {kernel.instruction.name for kernel in program.kernels()}
+    for computation in program.computations.values():
+        for one in computation.values():
+            if one.op in ("while", "call") and COMMAND_BUFFER not in one.called:
+                known.add(one.name)
+    return {name: spent for name, spent in seconds.items() if name not in known}
 
 
 def named(program: Program, kernel: Kernel) -> tuple[str, str, str]:
@@ -126,24 +175,31 @@ def origin(program: Program, one: Instruction) -> str:
     return ""
 
 
-def table(found: list[Cost]) -> str:
-    """The N_ROW largest costs, and the time of each part."""
-    total = sum(cost.seconds for cost in found)
+def table(found: list[Cost], rest: Mapping[str, float]) -> str:
+    """The N_ROW largest costs, and the time of each part; of `rest` no part is known."""
+    known = sum(cost.seconds for cost in found)
+    total = known + sum(rest.values())
     by_part = {
         part: sum(cost.seconds for cost in found if cost.part == part)
         for part in (*trace.PARTS, EXCHANGE, OTHER)
     }
-    return "\n".join(
-        [
-            *rows(found, total),
-            "",
-            f"by part, of {1e3 * total:,.1f} ms a step and device:",
-            *(
-                f"{seconds / total:6.1%}  {part}"
-                for part, seconds in sorted(by_part.items(), key=lambda item: -item[1])
-            ),
-        ]
-    ).replace("%", " %")
+    if rest:
+        largest = ", ".join(sorted(rest, key=lambda name: -rest[name])[:3])
+        by_part[f"not attributed: {largest}{' ...' if len(rest) > 3 else ''}"] = total - known
+    lines = [
+        *rows(found, total),
+        "",
+        f"by part, of {1e3 * total:,.1f} ms a step and device:",
+        *(
+            f"{seconds / total:6.1%}  {part}"
+            for part, seconds in sorted(by_part.items(), key=lambda item: -item[1])
+        ),
+    ]
+    if known < ENOUGH * total:
+        lines.append(
+            f"only {known / total:.1%} of this time is in kernels that the trace and the program name"
+        )
+    return "\n".join(lines).replace("%", " %")
 
 
 def rows(found: list[Cost], total: float) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Several local processes as one run, each with its own CPU devices and log."""
 
+import functools
+import mmap
 import os
 import random
 import signal
@@ -10,10 +12,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jaxlib
+
+
+@functools.cache
+def knows(flag: str) -> bool:
+    """Whether the installed XLA has a flag of this name; one that it does not know ends the process.
+
+    The library itself is searched for the name as a C string: to try the flag would take a process.
+    """
+    (library,) = Path(jaxlib.__file__).parent.glob("libjax_common.*")
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return text.find(flag.encode() + b"\0") >= 0
+
+
+def flags(**values: str) -> str:
+    """A value of XLA_FLAGS with those of these flags that the installed XLA has."""
+    return " ".join(f"--{name}={value}" for name, value in values.items() if knows(name))
+
+
 # Small programs run once: to compile them takes most of the time, and a fifth of it if nothing is optimised.
-QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1"
+QUICK_TO_COMPILE = flags(
+    xla_backend_optimization_level="0",
+    xla_cpu_use_fusion_emitters="false",  # gone from jax 0.11 on
+    xla_cpu_parallel_codegen_split_count="1",
 )
 # For short runs of real programs: what is compiled is kept, and warnings are errors.
 SHORT_RUN = {

@@ -1,6 +1,7 @@
 """Costs read from compiled programs: loops, slices, products, messages."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from tvq.plan import program
-from tvq.plan.program import Array, Program
+from tvq.errors import InputError
+from tvq.plan import hlo, program
+from tvq.plan.hlo import Array
+from tvq.plan.program import Program
 
 F32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
@@ -190,9 +193,124 @@ ENTRY %main (a.1: f32[8], b.1: u32[]) -> f32[4] {{
         ("replica_groups={{0,1},{2,3}}", [(0, 1), (2, 3)]),
         ("replica_groups=[2,2]<=[4]", [(0, 1), (2, 3)]),
         ("replica_groups=[2,2]<=[2,2]T(1,0)", [(0, 2), (1, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, use_global_device_ids=true", [(0, 1), (2, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [(0, 1, 2, 3)]),
         ("replica_groups={}", [(0, 1, 2, 3)]),
     ],
 )
 def test_groups(text, groups):
-    one = program.Instruction("x", "all-reduce", [], [], "", text, root=False)
+    one = hlo.Instruction("x", "all-reduce", [], [], "", text, root=False)
     assert program.groups_of(one, 4) == groups
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "replica_groups=mesh['a'=2,'b'=2], device_ids=([4]T(1,0)) {'b'}",
+        "replica_groups=mesh['a'=4] {'a':(1)2}",
+        "replica_groups=[2,2]<=[4]+1",
+        "replica_groups=all",
+    ],
+)
+def test_groups_in_a_form_that_is_not_known_are_refused(form):
+    one = hlo.Instruction("x", "all-reduce", [], [], "", form, root=False)
+    with pytest.raises(InputError, match=r"replica_groups=.*, whose cost is not known here"):
+        program.groups_of(one, 4)
+
+
+ANYTHING = """
+ENTRY %main (a.1: f32[8]) -> f32[8] {{
+  %a.1 = f32[8]{{0}} parameter(0)
+  {line}
+  ROOT %c.1 = f32[8]{{0}} negate(%a.1)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("%b.1 = f32[8]{0} ragged-dot(%a.1, %a.1), lhs_contracting_dims={0}", "`ragged-dot`"),
+        ("%b.1 = ((f32[8]{0}), f32[8]{0}) dot-start(%a.1), calls=%f", "`dot-start`"),
+        ("%b.1 = f32[8]{0} an-operation-to-come(%a.1)", "`an-operation-to-come`"),
+        ("%b.1 = f8e4m3fn[8]{0} convert(%a.1)", "`f8e4m3fn[8]`"),
+        ("%b.1 = (f32[8]{0}, s4[8]{0}) custom-call(%a.1)", "`s4[8]`"),
+        ("%b.1 = f32[<=8]{0} negate(%a.1)", "`f32[<=8]`"),
+        ("b.1 := negate a.1", "a line that is no instruction"),
+    ],
+)
+def test_a_form_that_is_not_known_is_refused(line, named):
+    with pytest.raises(InputError, match=re.escape(f"writes {named}, whose cost is not known here")) as error:
+        Program.read(ANYTHING.format(line=line))
+    assert f"It stands in: {line}" in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["__onednn$matmul", "xla.gpu.triton", "AllocateBuffers", ""])
+def test_a_call_of_what_is_not_known_is_refused(target):
+    call = f'%b.1 = f32[8]{{0}} custom-call(%a.1), custom_call_target="{target}"'
+    with pytest.raises(InputError, match=re.escape(f"writes a `custom-call` of `{target}`, whose cost")):
+        list(Program.read(ANYTHING.format(line=call)).kernels())
+
+
+def test_which_branch_runs_and_how_often_a_loop_must_be_known():
+    known = Program.read(ANYTHING.format(line=""))
+    branch = hlo.Instruction("b.1", "conditional", [], [], "", "", root=False)
+    known.computations["main"]["b.1"] = branch
+    with pytest.raises(InputError, match="`conditional`"):
+        list(known.kernels())
+    endless = branch._replace(op="while", attributes="condition=%main, body=%main")
+    known.computations["main"]["b.1"] = endless
+    with pytest.raises(InputError, match="`while` that ends at no number"):
+        list(known.kernels())
+
+
+BESIDE = """
+%slice (p.0: f32[48,64], p.1: s32[]) -> f32[1,64] {
+  %p.0 = f32[48,64]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %z.1 = s32[] constant(0)
+  ROOT %s.1 = f32[1,64]{1,0} dynamic-slice(%p.0, %p.1, %z.1), dynamic_slice_sizes={1,64}
+}
+
+%update (p.0: f32[48,64], p.1: f32[1,64], p.2: s32[]) -> f32[48,64] {
+  %p.0 = f32[48,64]{1,0} parameter(0)
+  %p.1 = f32[1,64]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %z.2 = s32[] constant(0)
+  ROOT %u.1 = f32[48,64]{1,0} dynamic-update-slice(%p.0, %p.1, %p.2, %z.2)
+}
+
+ENTRY %main (a.1: f32[48,64], i.1: s32[]) -> f32[48,64] {
+  %a.1 = f32[48,64]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %get.1 = ((f32[48,64], s32[]), f32[1,64], u32[]) fusion-start(%a.1, %i.1), kind=kLoop, calls=%slice
+  %got.1 = f32[1,64]{1,0} fusion-done(%get.1)
+  %put.1 = ((f32[48,64], f32[1,64], s32[]), f32[48,64], u32[]) fusion-start(%a.1, %got.1, %i.1), calls=%update
+  ROOT %set.1 = f32[48,64]{1,0} fusion-done(%put.1), control-predecessors={%got.1}
+}
+"""
+
+
+def test_a_fusion_beside_other_work_moves_what_it_slices():
+    """As one that is waited for at once; with its operands it would be 48 times as much."""
+    kernels = list(Program.read(BESIDE).kernels())
+    assert [kernel.instruction.name for kernel in kernels] == ["get.1", "put.1"]
+    assert [kernel.nbytes for kernel in kernels] == [2 * 4 * 64 + 4] * 2
+
+
+def test_totals_of_a_gradient_are_what_the_mathematics_needs():
+    """With the compiler that runs: the products of a stack of layers, and each layer's weights thrice."""
+    n, width, batch = 48, 64, 4
+
+    def loss(w, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+
+    kernels = list(read(jax.grad(loss, (0, 1)), F32((n, width, width)), F32((batch, width))).kernels())
+    assert sum(kernel.n * kernel.flops for kernel in kernels) == 3 * n * 2 * batch * width**2
+    layer, kept = 4 * width**2, 4 * batch * width
+    # Read forward and backward, and the gradient written. A CPU's compiler also copies what it slices and
+    # turns it; the whole stack, counted once a layer, would be 16 times the least or more.
+    least = n * (3 * layer + 4 * kept)
+    moved = sum(kernel.n * kernel.nbytes for kernel in kernels)
+    assert least <= moved <= 4 * least

@@ -1,9 +1,7 @@
 """What a compiled program costs, read from its optimised text: products, memory traffic, kernels, messages.
 
 The compilers' own count takes the body of a loop once; here everything counts as often as it runs. What is
-read is HLO after all passes, where each instruction outside of a fusion is one kernel:
-
-    %name = bf16[8,512]{1,0} fusion(%operand, ...), kind=kLoop, calls=%computation, metadata={...}
+read is HLO after all passes, where each instruction outside of a fusion is one kernel.
 """
 
 import dataclasses
@@ -14,67 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-WIDTH = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-    "s64": 8, "u64": 8, "f64": 8, "c64": 8,
-}  # fmt: skip
-# Names for what is there already; no kernel runs.
-FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "iota", "opt-barrier", "add-dependency",
-}  # fmt: skip
-FREE_CALLS = (
+from tvq.plan import hlo
+from tvq.plan.hlo import COLLECTIVES, FREE, SLICES, WAITED, Instruction, unknown
+
+FREE_CALLS = {
     "AllocateBuffer",
     "ConcatBitcast",
     "AssumeGatherIndicesInBound",
     "GatherScatterIndicesBitpacked",
-)
-SLICES = {"slice", "dynamic-slice", "gather"}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](~?)")
-COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
-INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.+?) ([\w\-]+)\((.*?)\)(?:, (\w+=.*))?$")
-# A layout that ends in S(1) lies in the fast memory of a TPU's core; what else a layout says does not matter.
-LAYOUT = re.compile(r"(?<=\])\{[^{}]*?(S\(1\))?\}")
-
-
-class Array(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    fast: bool = False  # in memory whose traffic is free
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return WIDTH[self.dtype] * math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """That it costs to read or write it."""
-        return 0 if self.fast else self.size
-
-
-class Instruction(NamedTuple):
-    name: str
-    op: str
-    arrays: list[Array]  # its results
-    operands: list[str]
-    inside: str  # what stands in the parentheses
-    attributes: str
-    root: bool
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
-    def attribute(self, pattern: str) -> str:
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else ""
-
-    @property
-    def called(self) -> str:
-        return self.attribute(r"(?:calls|to_apply|body)=%([\w.\-]+)")
+}
+SORTS = {"TopK", "__gpu$TopK", "__cub$DeviceRadixSort"}  # calls that multiply nothing
 
 
 class Kernel(NamedTuple):
@@ -96,15 +43,6 @@ class Collective(NamedTuple):
     sent: float
 
 
-def arrays(text: str) -> list[Array]:
-    found = ARRAY.findall(text)
-    return [
-        Array(dtype, tuple(map(int, filter(None, shape.split(",")))), bool(fast))
-        for dtype, shape, fast in found
-        if dtype in WIDTH
-    ]
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
     """`computations` by name, each a list of instructions; the program is that named `entry`."""
@@ -114,20 +52,8 @@ class Program:
 
     @classmethod
     def read(cls, text: str) -> "Program":
-        computations: dict[str, dict[str, Instruction]] = {}
-        entry, current = "", {}
-        for line in text.splitlines():
-            if head := COMPUTATION.match(line):
-                current = computations[head[2]] = {}
-                entry = head[2] if head[1] else entry
-            elif found := INSTRUCTION.match(LAYOUT.sub(lambda m: "~" if m[1] else "", line)):
-                root, name, result, op, inside, attributes = found.groups()
-                operands = re.findall(r"%([\w.\-]+)", inside)
-                current[name] = Instruction(
-                    name, op, arrays(result), operands, inside, attributes or "", bool(root)
-                )
-        assert entry, "no program in this text"
-        return cls(computations, entry)
+        """InputError: a form that is not known."""
+        return cls(*hlo.read(text))
 
     def run(self, name: str = "", n: int = 1) -> Iterator[tuple[str, Instruction, int]]:
         """(computation, instruction, times) of all that runs, loops unrolled, outside of fusions."""
@@ -135,17 +61,18 @@ class Program:
         for one in self.computations[name].values():
             if one.op == "while":
                 yield from self.run(one.called, n * self.n_trip(one))
-            elif one.op == "call" or (one.op == "async-start" and one.called):
+            elif one.op in ("call", "async-start", "call-start"):
                 yield from self.run(one.called, n)
             elif one.op == "conditional":
-                raise NotImplementedError(f"{one.name}: which branch runs is not known")
-            elif one.op not in FREE and not one.op.endswith(("-done", "-update")):
+                raise unknown("`conditional`, of which one branch runs", one.name)
+            elif one.op not in FREE | WAITED:
                 yield name, one, n
 
     def n_trip(self, loop: Instruction) -> int:
         """Ours count from 0 by 1 up to the one number that the condition holds."""
         limits = set(self.constants(loop.attribute(r"condition=%([\w.\-]+)")))
-        assert len(limits) == 1, f"{loop.name} counts to {limits}"
+        if len(limits) != 1:
+            raise unknown(f"a `while` that ends at {sorted(limits) or 'no number'}", loop.name)
         return limits.pop()
 
     def constants(self, name: str) -> Iterator[int]:
@@ -165,7 +92,7 @@ class Program:
 
     def kernels(self) -> Iterator[Kernel]:
         for name, one, n in self.run():
-            if one.op == "custom-call" and one.attribute(r'custom_call_target="(\w+)"') in FREE_CALLS:
+            if one.op == "custom-call" and target(one) in FREE_CALLS:
                 continue
             scope = self.computations[name]
             parts = list(self.inner(one)) if one.op == "fusion" else [(scope, one)]
@@ -275,13 +202,23 @@ def dims_of(one: Instruction, pattern: str) -> list[int]:
     return [int(x) for x in re.findall(r"\d+", one.attribute(pattern))]
 
 
+def target(one: Instruction) -> str:
+    """What a custom call calls."""
+    return one.attribute(r'custom_call_target="([^"]*)"')
+
+
 def products_of(one: Instruction, scope: dict[str, Instruction]) -> float:
-    """Multiplications and additions of a matrix product; those of a TPU are convolutions."""
+    """Multiplications and additions of a matrix product; those of a TPU are convolutions.
+
+    InputError: it calls what is not known.
+    """
     if one.op == "convolution":
         return convolution(one, scope)
-    if one.op == "custom-call" and "__cudnn$fmha" in one.attributes:
+    if one.op == "custom-call" and target(one).startswith("__cudnn$fmha"):
         return flash(one, scope)
     gemm = one.op == "custom-call" and "lhs_contracting_dimensions" in one.attributes
+    if one.op == "custom-call" and not gemm and target(one) not in SORTS | FREE_CALLS:
+        raise unknown(f"a `custom-call` of `{target(one)}`", f"{one.name}({one.inside}), {one.attributes}")
     if one.op != "dot" and not gemm:
         return 0
     contracted = dims_of(one, r"lhs_contracting_dim\w+\W*[{\[]([\d,\"]*)")
@@ -321,19 +258,35 @@ def precision(one: Instruction, scope: dict[str, Instruction]) -> str:
 
 
 def groups_of(one: Instruction, n_device: int) -> list[tuple[int, ...]]:
-    """Who exchanges with whom: `{{0,1},{2,3}}`, or `[2,2]<=[4]`, or `[2,2]<=[2,2]T(1,0)`."""
+    """Who exchanges with whom.
+
+    `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, `mesh['a'=2,'b'=2] {'b'}`; all, if it is not said.
+    InputError: another form.
+    """
     pairs = one.attribute(r"source_target_pairs=\{(\{.*?\})\}")
     listed = pairs or one.attribute(r"replica_groups=\{(\{.*?\})\}")
     if listed:
         return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed)]
-    found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes)
-    if not found:
-        return [tuple(range(n_device))]
-    n_group, _, shape, order = found.groups()
-    numbers = np.arange(n_device).reshape([int(x) for x in shape.split(",")])
-    if order:
-        numbers = numbers.transpose([int(x) for x in order.split(",")])
-    return [tuple(group) for group in numbers.reshape(int(n_group), -1).tolist()]
+    numbers = np.arange(n_device)
+    if grid := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?(?=,|$)", one.attributes
+    ):
+        n_group, _, shape, order = grid.groups()
+        numbers = numbers.reshape([int(x) for x in shape.split(",")])
+        if order:
+            numbers = numbers.transpose([int(x) for x in order.split(",")])
+        return [tuple(group) for group in numbers.reshape(int(n_group), -1).tolist()]
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{((?:'[^']*',?)+)\}(?=,|$)", one.attributes):
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes[1])}
+        within = [list(sizes).index(name) for name in re.findall(r"'([^']*)'", axes[2])]
+        across = [i for i in range(len(sizes)) if i not in within]
+        numbers = numbers.reshape(list(sizes.values())).transpose(across + within)
+        size = math.prod(list(sizes.values())[i] for i in within)
+        return [tuple(group) for group in numbers.reshape(-1, size).tolist()]
+    given = one.attribute(r"(replica_groups=.{0,60})")
+    if given and not given.startswith("replica_groups={}"):
+        raise unknown(f"`{given}`", one.name)
+    return [tuple(range(n_device))]
 
 
 def sent(kind: str, given: int, n: int) -> float:

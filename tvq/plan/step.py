@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from tvq import flops, mesh, optimizer, state, train_step
 from tvq.config import Config
 from tvq.model import transformer
-from tvq.plan.program import Array, Collective, Kernel, Program
+from tvq.plan.hlo import Array
+from tvq.plan.program import Collective, Kernel, Program
 
 N_LARGEST = 5
 
