@@ -295,7 +295,7 @@ def test_a_refused_start_leaves_no_log(tvq: Program, refuse: Refuse, tmp_path: P
     ],
 )
 def test_as_a_command(tvq: Program, tmp_path: Path, more: str, expected: str) -> None:
-    stdout, stderr = tvq.train(tmp_path / "run", more, exit_code=2)
+    stdout, stderr = tvq.run_apart("train", *tvq.options(tmp_path / "run", more), exit_code=2)
     assert stdout == ""
     assert stderr.splitlines()[-1].startswith(f"tvq: {expected}")
     assert len(stderr.splitlines()) <= 2
