@@ -76,7 +76,12 @@ class Chaos:
         self.variables = SHORT_RUN | {"JAX_NUM_CPU_DEVICES": str(devices)}
         steps = STEPS_BETWEEN * n_event + 20
         times = (f"silence_timeout={SILENCE}", f"start_timeout={START}", "step_timeout=60")
-        self.options = (f"--config.train.steps={steps}", *(f"--config.cluster.{time}" for time in times))
+        no_sample = "--config.sample.every=0"  # no point to be struck at
+        self.options = (
+            f"--config.train.steps={steps}",
+            no_sample,
+            *(f"--config.cluster.{time}" for time in times),
+        )
         self.program = program
 
     def arguments(self, workdir: Path) -> list[str]:
