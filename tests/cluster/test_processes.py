@@ -217,6 +217,7 @@ def test_a_signal_to_process_0_saves_and_stops(tmp_path: Path, n: int, number: s
         assert pod.codes() == [cluster.EXIT_STOPPED] * n
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"step": 50, "sum": 0.0}')
     wait = {"TVQ_TEST_FAULT": '{"kind": "wait", "step": 50}'}
@@ -229,6 +230,7 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path: P
         assert pod.codes() == [cluster.EXIT_STOPPED] * 2
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_process_ends_all_at_once(tmp_path: Path) -> None:
     fault = {"TVQ_TEST_FAULT": '{"process": 1, "kind": "raise", "step": 2}'}
     with Pod(tmp_path, 2, "--config.cluster.silence_timeout=6", one={0: fault, 1: fault}) as pod:

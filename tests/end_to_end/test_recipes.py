@@ -61,7 +61,7 @@ def put_imagenet64(folder: Path) -> Path:
     return raw.batches(folder / "imagenet64")
 
 
-FEW = ["train.steps=12", "train.global_batch_size=2", "optimizer.n_max_step=12"]
+FEW = ["train.steps=8", "train.global_batch_size=2", "optimizer.n_max_step=8"]
 CASES = {
     "enwik8": (put_enwik8, ["--n_train=10000"], TEXT),
     "pg19": (put_pg19, ["--pieces=120"], [*TEXT, "model.n_vocab=120"]),
@@ -79,7 +79,7 @@ def test_from_raw_data_to_a_score(tvq: Program, here: Here, tmp_path: Path, name
     preset = f"--config={REPOSITORY / 'configs' / name}.py"
     tvq.run("train", preset, f"--workdir={workdir}", *(f"--config.{field}" for field in fields))
     step = newest(workdir).step
-    assert step == (12 if name == "imagenet64" else 24)
+    assert step == (8 if name == "imagenet64" else 24)
     losses = [row["loss"] for row in rows(workdir) if row["split"] == "train"]
     n_vocab = json.loads((data / "manifest.json").read_text())["vocabulary"]["size"]
     np.testing.assert_allclose(losses, np.log(n_vocab), atol=1)  # a start: too few steps to learn much
