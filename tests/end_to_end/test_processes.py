@@ -55,10 +55,6 @@ def assert_close(a: Path, b: Path, tolerance: float) -> None:
     assert [(row["step"], row["split"]) for row in found] == [(row["step"], row["split"]) for row in wanted]
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
-    assert_close_arrays(a, b, tolerance)
-
-
-def assert_close_arrays(a: Path, b: Path, tolerance: float) -> None:
     ours, theirs = arrays(newest(a)), arrays(newest(b))
     for name, array in ours.items():
         if array.dtype.kind == "f":
@@ -108,16 +104,12 @@ def test_runs_go_on_with_other_numbers_of_processes_and_devices(
     """From one process to two and back. That four sum as one does is tested in tests/cluster."""
     workdir = tmp_path / "run"
     shutil.copytree(unbroken, workdir)
-    for step in ("12", "18", "20"):
+    for step in ("18", "20"):
         shutil.rmtree(workdir / "checkpoints" / step)
-    assert "going on from step 6" in train(tvq, workdir, 2, 1, "--config.train.steps=12")
+    assert "going on from step 12" in train(tvq, workdir, 2, 1, "--config.train.steps=16")
     stdout, _ = tvq.train(workdir, "--cpu_devices=4")
-    assert "going on from step 12" in stdout
-    by_step = lambda run: {(row["step"], row["split"]): row["loss"] for row in rows(run)}
-    found, wanted = by_step(workdir), by_step(unbroken)
-    del found[12, "validation"]  # the first of the two ended there
-    assert found == pytest.approx(wanted, rel=1e-5)
-    assert_close_arrays(workdir, unbroken, 1e-5)
+    assert "going on from step 16" in stdout
+    assert_close(workdir, unbroken, 1e-5)
 
 
 def test_sigterm_on_one_process_saves_all_at_one_step(tvq: Program, tmp_path: Path) -> None:
