@@ -26,6 +26,12 @@ def pytest_configure() -> None:
     os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For -n auto. One more than there are cores: some tests wait for processes. A worker takes up to 2 GB."""
+    return min((os.cpu_count() or 1) + 1, 8)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory() -> Iterator[None]:
     """A module keeps no compiled programs for the next, which has others: or a worker grows to gigabytes."""
