@@ -28,7 +28,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """For -n auto. One more than there are cores: some tests wait for processes. A worker takes up to 2 GB."""
+    """For -n auto: one more than there are cores, as some tests wait for processes. Each takes up to 2 GB."""
     return min((os.cpu_count() or 1) + 1, 8)
 
 
