@@ -24,7 +24,8 @@ from typing import NamedTuple
 from tests.end_to_end.program import REPOSITORY, Program, arrays, newest, rows, write_corpus
 from tests.fakes.pod import SHORT_RUN, Pod, environment, free_port
 
-POINTS = ("start", "compile", "data", "ready", "step", "evaluate", "save", "commit")
+# The first are those of a plan of few events.
+POINTS = ("step", "commit", "start", "compile", "data", "ready", "evaluate", "save")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 STEPS_BETWEEN = 6
 SILENCE, START = 10, 40

@@ -154,8 +154,8 @@ def test_a_workdir_that_is_not_shared_stops_all(tvq: Program, tmp_path: Path) ->
 
 
 def test_a_run_survives_chaos(tvq: Program, tmp_path: Path) -> None:
-    """Two of the events of tests/chaos.py: a process killed, one asked to stop.
+    """Two of the events of tests/chaos.py: a process asked to stop as a checkpoint is committed, one killed.
 
     One that is stopped is named in tests/cluster/test_watchdog.py.
     """
-    chaos.run(1, 2, 2, 2, tvq, tmp_path)
+    chaos.run(3, 2, 2, 2, tvq, tmp_path)
