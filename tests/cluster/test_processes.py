@@ -145,13 +145,25 @@ def test_two_counts_of_processes() -> None:
         assert "was started as one of 4, but process 0 as one of 2" in str(error)
 
 
-def test_another_version_commit_or_config_stops_all() -> None:
+def test_another_version_commit_or_config_stops_all(tmp_path: Path) -> None:
     items = ("jax version", "tvq commit", "tvq code", "config.train.seed")
-    for error in roll_call(0, 1, p0={"items": {}}, p1={"items": dict.fromkeys(items, "other")})[0]:
-        assert isinstance(error, InputError)
-        assert "differ:\n" in str(error)
+    other = {"TVQ_TEST_ITEMS": json.dumps(dict.fromkeys(items, "other"))}
+    with Pod(tmp_path, 2, one={1: other}) as pod:
+        assert pod.codes() == [2, 2]
+    for i in (0, 1):
+        assert "differ:\n" in pod.said(i)
         for item in items:
-            assert re.search(rf'{item}: .*"other" on process 1', str(error))
+            assert re.search(rf'{item}: .*"other" on process 1', pod.said(i))
+
+
+def test_items_that_differ_are_named_to_all() -> None:
+    for error in roll_call(0, 1, 2, n=3, p0={"items": {}}, p1={"items": {"a": 1}}, p2={"items": {"a": 1}})[0]:
+        assert isinstance(error, InputError)
+        assert str(error) == (
+            "the processes of this run differ:\n"
+            f'  a: "absent" on process 0 ({socket.gethostname()});'
+            f" 1 on processes 1 ({socket.gethostname()}), 2 ({socket.gethostname()})"
+        )
 
 
 def test_what_differs_only_after_the_start_stops_all(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ import time
 import jax
 from etils import epath
 
-from tvq import atomic, cluster, config, mesh, metrics, schema
+from tvq import atomic, cluster, config, mesh, metrics
 from tvq.bench import report
 from tvq.bench.cases import PREPARE
 from tvq.bench.session import Row, Session, measure
 from tvq.config import Config
 from tvq.errors import InputError
+from tvq.schema import BENCHES
 
 PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -35,9 +36,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     if place.n_process > 1:
         raise InputError(f"tvq bench is for one process, but {place}; start it by itself")
     if c.bench.kind not in PREPARE:
-        raise InputError(
-            f"config.bench.kind must be one of {', '.join(schema.BENCHES)}, not {c.bench.kind!r}"
-        )
+        raise InputError(f"config.bench.kind must be one of {', '.join(BENCHES)}, not {c.bench.kind!r}")
     console = metrics.Console()
     s = Session(c, mesh.make(c.mesh, jax.devices()), log.say, time.monotonic())
     PREPARE[c.bench.kind](s)
