@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
-import pytest
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -49,12 +49,15 @@ def as_if_started(n_device: int, programs: Path) -> Iterator[None]:
     """This process as a command finds it that starts: `n_device` devices, compiled `programs`, no more."""
     share_programs()
     devices, settings = jax.devices()[:n_device], {name: getattr(jax.config, name) for name in SETTINGS}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
-        patch.setattr(jax, "local_devices", lambda **_: devices)
-        patch.setattr(os, "environ", os.environ.copy())
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.fspath(programs)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    variables = environment(
+        JAX_COMPILATION_CACHE_DIR=os.fspath(programs), XLA_FLAGS=os.environ.get("XLA_FLAGS", "")
+    )
+    with (
+        mock.patch.dict(os.environ, variables, clear=True),
+        mock.patch.object(jax, "devices", return_value=devices),
+        mock.patch.object(jax, "local_devices", return_value=devices),
+    ):
         jax.config.update("jax_compilation_cache_dir", os.fspath(programs))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         compilation_cache.reset_cache()
