@@ -33,7 +33,13 @@ def made_once(path: Path) -> Iterator[bool]:
     """Whether it is to be made here; another worker of pytest-xdist that makes it is waited for."""
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield not path.exists()
+        is_mine, is_whole = not path.exists(), False
+        try:
+            yield is_mine
+            is_whole = True
+        finally:
+            if is_mine and not is_whole:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
