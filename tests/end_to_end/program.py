@@ -141,8 +141,12 @@ class Program:
         return self.run("train", *self.options(workdir, *more), exit_code=exit_code)
 
     def run_apart(self, *arguments: str, exit_code: int = 0) -> tuple[str, str]:
-        """As `run`, in a process of its own: the very command of a user."""
-        with self.start(*arguments, module="tvq") as process:
+        """As `run`, in a process of its own: the very command of a user.
+
+        jax writes a program in place, which others must not see: its programs are kept apart too.
+        """
+        programs = {"JAX_COMPILATION_CACHE_DIR": os.fspath(self.folder / "cache" / "apart")}
+        with self.start(*arguments, module="tvq", **programs) as process:
             return end(process, exit_code)
 
 
