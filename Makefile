@@ -17,10 +17,10 @@ train: setup
 	$(BIN)/tvq train --config=configs/debug.py --workdir=$(WORKDIR)
 
 test: setup
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n auto -q
 
 test-quick: setup
-	$(BIN)/pytest -n 2 -q -m "not slow"
+	$(BIN)/pytest -n auto -q -m "not slow"
 
 # The debug model on shapes of the mesh: sixteen against one device, five bit by bit; about ten minutes.
 invariance: setup

@@ -24,7 +24,8 @@ from typing import NamedTuple
 from tests.end_to_end.program import REPOSITORY, Program, arrays, newest, rows, write_corpus
 from tests.fakes.pod import SHORT_RUN, Pod, environment, free_port
 
-POINTS = ("start", "compile", "data", "ready", "step", "evaluate", "save", "commit")
+# The first are those of a plan of few events.
+POINTS = ("step", "commit", "start", "compile", "data", "ready", "evaluate", "save")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 STEPS_BETWEEN = 6
 SILENCE, START = 10, 40
@@ -76,7 +77,12 @@ class Chaos:
         self.variables = SHORT_RUN | {"JAX_NUM_CPU_DEVICES": str(devices)}
         steps = STEPS_BETWEEN * n_event + 20
         times = (f"silence_timeout={SILENCE}", f"start_timeout={START}", "step_timeout=60")
-        self.options = (f"--config.train.steps={steps}", *(f"--config.cluster.{time}" for time in times))
+        no_sample = "--config.sample.every=0"  # no point to be struck at
+        self.options = (
+            f"--config.train.steps={steps}",
+            no_sample,
+            *(f"--config.cluster.{time}" for time in times),
+        )
         self.program = program
 
     def arguments(self, workdir: Path) -> list[str]:

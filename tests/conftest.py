@@ -1,11 +1,14 @@
 """One runtime for all tests: eight CPU devices, and an implicit rank promotion is an error."""
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 from tests.fakes.pod import QUICK_TO_COMPILE
 
@@ -21,3 +24,17 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 def pytest_configure() -> None:
     os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For -n auto: one more than there are cores, as some tests wait for processes. Each takes up to 2 GB."""
+    return min((os.cpu_count() or 1) + 1, 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory() -> Iterator[None]:
+    """A module keeps no compiled programs for the next, which has others: or a worker grows to gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -16,8 +16,9 @@ from etils import epath
 from tests.end_to_end.program import write_corpus
 from tests.fakes.pod import SHORT_RUN, environment
 from tvq import __main__ as door
-from tvq import bench, cluster, config, mesh
+from tvq import bench, cluster, config, mesh, schema
 from tvq.bench import cases, report, session
+from tvq.errors import DisagreementError
 from tvq.model import attention, full, transformer
 
 TINY = config.Model(
@@ -120,7 +121,7 @@ def begun(c: config.Config) -> session.Session:
 def test_no_speed_of_a_wrong_baseline(tmp_path, monkeypatch, kind):
     right = full.attend
     monkeypatch.setattr(full, "attend", lambda *args, **options: 1.01 * right(*args, **options))
-    with pytest.raises(bench.DisagreementError, match=r"no speed is given: .* full and"):
+    with pytest.raises(DisagreementError, match=r"no speed is given: .* full and"):
         measured(tmp_path, kind=kind, lengths="16", formulations="auto,full")
     assert not (tmp_path / "out").exists()
 
@@ -134,7 +135,7 @@ def test_no_speed_of_a_wrong_formulation(tmp_path, monkeypatch, kind):
         return (1.1 if n_parallel == 1 else 1.0) * o_BHTV, state
 
     monkeypatch.setattr(attention, "attend", wrong)
-    with pytest.raises(bench.DisagreementError, match=r"no speed is given: .* of serial and all"):
+    with pytest.raises(DisagreementError, match=r"no speed is given: .* of serial and all"):
         measured(tmp_path, kind=kind, lengths="16", formulations="all,serial")
 
 
@@ -147,12 +148,12 @@ def test_no_speed_of_wrong_decoding(tmp_path, monkeypatch):
         return 1.01 * log_probs_BC, state
 
     monkeypatch.setattr(transformer, "decode", wrong)
-    with pytest.raises(bench.DisagreementError, match="decoded and read in parallel"):
+    with pytest.raises(DisagreementError, match="decoded and read in parallel"):
         measured(tmp_path, kind="decode", contexts="8")
 
 
 def test_not_a_number_agrees_with_nothing(tmp_path):
-    with pytest.raises(bench.DisagreementError, match="nan"):
+    with pytest.raises(DisagreementError, match="nan"):
         begun(tiny(tmp_path)).agree(float("nan"), float("nan"), "two")
 
 
@@ -231,9 +232,10 @@ def test_plot(tmp_path):
 
 
 def test_the_door(tmp_path, capsys, monkeypatch):
+    assert tuple(bench.PREPARE) == schema.BENCHES
     seen = []
     program = lambda run, output, *_: seen.append((run.bench, output)) or 0
-    monkeypatch.setitem(door.COMMANDS, "bench", (program, *door.COMMANDS["bench"][1:]))
+    monkeypatch.setattr(bench, "bench", program)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     arguments = [f"--config={ROOT}/configs/debug.py", f"--output={tmp_path}", "--lengths=64", "--rounds=7"]
     assert door.main(["bench", "attention", *arguments]) == 0

@@ -423,7 +423,15 @@ CHECKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def is_slow(path: Path) -> bool:
+    """Whether it is one of the training runs, but for those on one device."""
+    return path.stem.startswith("train_") and not path.stem.endswith("dev1")
+
+
+GOLDEN_FILES = [pytest.param(path, marks=[pytest.mark.slow] * is_slow(path)) for path in FILES]
+
+
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=[path.stem for path in FILES])
 def test_golden(path: Path) -> None:
     spec, arrays = load(path)
     CHECKS[spec["group"]](spec, arrays)

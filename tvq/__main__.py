@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import os
 import signal
 import sys
@@ -15,32 +16,15 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from tvq import (
-    EXIT_INTERRUPTED,
-    bench,
-    cluster,
-    config,
-    doctor,
-    end_at_interrupt,
-    evaluate,
-    interop,
-    paths,
-    plan,
-    prepare,
-    profile,
-    recall,
-    report,
-    sample,
-    train,
-    words,
-)
-from tvq.checkpoint import SaveError
+from tvq import EXIT_INTERRUPTED, cluster, config, end_at_interrupt, paths, prepare, schema, words
 from tvq.data.corpus import cache_folder
-from tvq.errors import InputError
+from tvq.errors import DisagreementError, DivergedError, InputError, SaveError
 
-COMMANDS: dict[str, tuple[Callable, str, str]] = {
+# Module and function of the program, which is imported when its command is asked for: to import them all
+# takes longer than many a command.
+COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": (
-        train.train,
+        "train.train",
         "train a model, or go on with the run in --workdir",
         """
         tvq train --config=configs/debug.py --workdir=runs/debug
@@ -50,7 +34,7 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """,
     ),
     "eval": (
-        evaluate.evaluate,
+        "evaluate.evaluate",
         "score a split with the newest checkpoint of a run",
         """
         tvq eval --workdir=runs/debug
@@ -58,7 +42,7 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """,
     ),
     "recall": (
-        recall.recall,
+        "recall.recall",
         "say how far back a model looks something up",
         """
         tvq recall --workdir=runs/debug
@@ -66,7 +50,7 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """,
     ),
     "sample": (
-        sample.sample,
+        "sample.sample",
         "continue a prompt with the newest checkpoint of a run",
         """
         tvq sample --workdir=runs/debug --prompt="import "
@@ -79,7 +63,7 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """,
     ),
     "import": (
-        interop.bring_in,
+        "interop.bring_in",
         "begin a run with the weights of another",
         """
         tvq import --input=checkpoint_125000 --config=configs/enwik8.py --workdir=runs/original
@@ -87,14 +71,14 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """,
     ),
     "export": (
-        interop.send_out,
+        "interop.send_out",
         "write the newest weights of a run as safetensors",
         """
         tvq export --workdir=runs/debug --output=weights
         """,
     ),
     "bench": (
-        bench.bench,
+        "bench.bench",
         "measure speed and memory of programs that are checked to agree",
         """
         tvq bench train --config=configs/debug.py --output=runs/bench --lengths=512,2048,8192
@@ -104,21 +88,21 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
         """,
     ),
     "doctor": (
-        doctor.doctor,
+        "doctor.doctor",
         "say what is wrong with a run, and what to change",
         """
         tvq doctor --workdir=runs/debug
         """,
     ),
     "profile": (
-        profile.profile,
+        "profile.profile",
         "say what a train step spends its time on",
         """
         tvq profile --config=configs/debug.py --output=runs/profile
         """,
     ),
     "plan": (
-        plan.plan,
+        "plan.plan",
         "say what a train step costs on a machine that is not there",
         """
         tvq plan --config=configs/debug.py --topology=v5e:4x4
@@ -182,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
             f"{command.epilog}\n\nevery field of the config can be set; here at its default:\n{fields}"
         )
         if name == "bench":
-            command.add_argument("kind", choices=bench.KINDS, help="what to measure")
+            command.add_argument("kind", choices=schema.BENCHES, help="what to measure")
         if name in ("bench", "profile"):
             command.add_argument(
                 "--output", dest="workdir", required=True, metavar="DIR", help="folder for the results"
@@ -286,7 +270,7 @@ def starting_config(arguments: argparse.Namespace) -> ConfigDict:
         raise InputError("tvq config needs a --config file or the --workdir of a run")
     is_import = arguments.command == "import"
     folder = epath.Path(arguments.input if is_import else arguments.workdir)
-    if is_import and interop.is_ours(folder) and not folder.is_dir():
+    if is_import and program("interop.is_ours")(folder) and not folder.is_dir():
         folder = folder.parent  # of the weights
     path = folder / config.FILE
     if is_import and not path.exists():
@@ -316,6 +300,13 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
     return config.build(found)
 
 
+def program(name: str) -> Callable[..., Any]:
+    """The function `module.function` of tvq."""
+    module, _, function = name.partition(".")
+    start: Callable[..., Any] = getattr(importlib.import_module(f"tvq.{module}"), function)
+    return start
+
+
 @contextlib.contextmanager
 def explained(say: Callable[[str], None]) -> Iterator[None]:
     """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
@@ -323,10 +314,10 @@ def explained(say: Callable[[str], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
-    except (cluster.ClusterError, bench.DisagreementError, SaveError) as error:
+    except (cluster.ClusterError, DisagreementError, SaveError) as error:
         say(f"tvq: {error}")
         sys.exit(cluster.EXIT_FAILED)
-    except train.DivergedError as error:
+    except DivergedError as error:
         say(f"tvq: {error}")
         sys.exit(cluster.EXIT_DIVERGED)
     except InputError as error:
@@ -358,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return prepare.prepare(prepare_options(arguments))
         if arguments.command == "report":
             refuse(overrides, arguments)
-            return report.report([arguments.workdir, *arguments.more], arguments.output)
+            return program("report.report")([arguments.workdir, *arguments.more], arguments.output)
         run = read_config(arguments, overrides)
         if arguments.command == "config":
             print(config.listing(run, starting_config(arguments)))
@@ -391,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.closing(log), cluster.guard(place, log.say), explained(log.say):
         names = [*OPTIONS.get(arguments.command, {}), *FLAGS.get(arguments.command, {})]
         asked = {name: getattr(arguments, name) for name in names}
-        code: int = COMMANDS[arguments.command][0](run, epath.Path(arguments.workdir), place, log, **asked)
+        start = program(COMMANDS[arguments.command][0])
+        code: int = start(run, epath.Path(arguments.workdir), place, log, **asked)
         return code if arguments.command == "train" else words.arrived(code, log.say)
 
 

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 
 from tvq import numerics, tensors
-from tvq.errors import InputError
+from tvq.errors import InputError, SaveError
 
 SEAL = "SEAL.json"
 ITEMS = ("meta", "state")
@@ -46,10 +46,6 @@ RAISED = (
     "Finalize thread (",
     "Checkpointer failed",
 )
-
-
-class SaveError(OSError):
-    """A checkpoint cannot be written."""
 
 
 class Restored(NamedTuple):

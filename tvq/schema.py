@@ -150,9 +150,12 @@ class Sample:
     seed: int = field(0, "decides the draws", at_least=0, below=2**32)
 
 
+BENCHES = ("train", "attention", "decode", "data")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-    kind: str = field("train", "what to measure: train, attention, decode or data")
+    kind: str = field("train", f"what to measure: {', '.join(BENCHES)}")
     lengths: str = field("2048,8192", "tokens of a sequence and an update, for train and attention")
     n_token: int = field(0, "tokens of a step, the same at each length; 0: the largest length", at_least=0)
     formulations: str = field(

@@ -33,7 +33,7 @@ from tvq.data import vocabulary
 from tvq.data.corpus import AnyCorpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
-from tvq.errors import InputError
+from tvq.errors import DivergedError, InputError
 from tvq.state import TrainState
 from tvq.workdir import CHECKPOINTS, Home, check_workdir, record
 
@@ -43,10 +43,6 @@ WATCHED = {
     "grad_norm": "norm of the gradient",
     "param_norm": "norm of the updated parameters",
 }
-
-
-class DivergedError(RuntimeError):
-    """Loss or gradient is no longer a number."""
 
 
 class StopAskedError(Exception):

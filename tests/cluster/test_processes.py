@@ -1,5 +1,6 @@
 """Real processes: they meet, agree, stop together; and every fault at the start has its message."""
 
+import concurrent.futures
 import json
 import os
 import re
@@ -11,13 +12,16 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.fakes.pod import ENDLESS, Pod, free_port
 from tvq import cluster, config
 from tvq.cluster import meeting
 from tvq.cluster.meeting import differences
-from tvq.cluster.processes import clear_stale_lock
+from tvq.cluster.processes import Processes, clear_stale_lock
+from tvq.cluster.processes import _check_devices as check_devices
+from tvq.errors import InputError
 
 
 def done(workdir: Path, process: int) -> dict:
@@ -40,33 +44,64 @@ def test_one_process_needs_no_meeting(tmp_path: Path) -> None:
     assert done(tmp_path, 0)["processes"] == 1
 
 
-def test_a_missing_process_is_named_with_the_command_that_starts_it(tmp_path: Path) -> None:
-    absent, port = {"ABSENT": "1"}, free_port()
-    with Pod(tmp_path, 3, one={0: absent, 2: absent}, port=port) as second:
-        second.wait_for_line(1, "process 1 of 3, coordinator")  # it is there when process 0 begins to wait
-        with Pod(
-            tmp_path, 3, "--config.cluster.start_timeout=3", one={1: absent, 2: absent}, port=port
-        ) as first:
-            assert first.codes() + second.codes() == [1, 1]
-    for text in (first.said(0), second.said(1)):
-        assert "2 of 3 processes are here; missing: process 2" in text
-        assert re.search(rf"TVQ_COORDINATOR=127.0.0.1:{port} TVQ_N_PROCESS=3 TVQ_PROCESS_ID=2 .*worker", text)
+def roll_call(
+    *processes: int, n: int = 2, port: int = 0, timeout: float = 60.0, **own: dict
+) -> tuple[list[tuple[str, ...] | Exception], list[str]]:
+    """What `meet` returns or raises for each process, in threads of this one, and what each was told.
+
+    `own` has the place or the items of a process that differs: `p1={"n_process": 4}`.
+    """
+    port, told = port or free_port(), [""] * len(processes)
+
+    def meet(i: int) -> tuple[str, ...] | Exception:
+        place = {"process_id": processes[i], "n_process": n} | own.get(f"p{i}", {})
+        items = place.pop("items", {"config.train.seed": 0})
+        place = cluster.Place(how="told", coordinator=f"127.0.0.1:{port}", hosts=("",) * n, **place)
+
+        def say(text: str) -> None:
+            told[i] += f"{text}\n"
+
+        try:
+            return meeting.meet(place, items, timeout, say)
+        except (cluster.ClusterError, InputError) as error:
+            return error
+        finally:
+            for line in place.lines:
+                os.close(line)
+
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as threads:
+        return list(threads.map(meet, range(len(processes)))), told
 
 
-def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
-    with Pod(tmp_path, 2, "--config.cluster.start_timeout=1", one={0: {"ABSENT": "1"}}) as pod:
-        assert pod.codes() == [1]
-    assert re.search(r"process 1 on .* could not reach process 0 at 127.0.0.1.*refused", pod.said(1))
-    assert "TVQ_PROCESS_ID=0" in pod.said(1)
-
-
-@pytest.mark.slow
-def test_a_process_that_comes_late_is_waited_for(tmp_path: Path) -> None:
+def test_a_missing_process_is_named_with_the_command_that_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tvq", "train"])
+    monkeypatch.setattr(meeting, "LINGER", 0.2)
     port = free_port()
-    with Pod(tmp_path, 2, one={1: {"ABSENT": "1"}}, port=port) as first:
-        first.wait_for_line(0, "1 of 2 processes are here; missing: process 1")
-        with Pod(tmp_path, 2, one={0: {"ABSENT": "1"}}, port=port) as second:
-            assert second.codes() + first.codes() == [0, 0]
+    for error in roll_call(0, 1, n=3, port=port, timeout=1)[0]:
+        assert isinstance(error, cluster.ClusterError)
+        assert "2 of 3 processes are here; missing: process 2" in str(error)
+        start = f"TVQ_COORDINATOR=127.0.0.1:{port} TVQ_N_PROCESS=3 TVQ_PROCESS_ID=2 tvq train"
+        assert start in str(error)
+
+
+def test_an_unreachable_coordinator_is_named() -> None:
+    ([error], _) = roll_call(1, timeout=0.5)
+    assert isinstance(error, cluster.ClusterError)
+    assert re.search(r"process 1 on .* could not reach process 0 at 127.0.0.1.*refused", str(error))
+    assert "TVQ_PROCESS_ID=0" in str(error)
+
+
+def test_a_process_that_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "NEWS_EVERY", 0.1)
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        first = threads.submit(roll_call, 0, 1, n=3, port=port)
+        time.sleep(1)
+        second = threads.submit(roll_call, 2, n=3, port=port)
+        hosts, told = first.result()
+        assert hosts + second.result()[0] == [(socket.gethostname(),) * 3] * 3
+    for text in told:
+        assert "2 of 3 processes are here; missing: process 2" in text
 
 
 def test_who_came_in_time_is_heard_though_process_0_was_held_up() -> None:
@@ -97,16 +132,17 @@ def test_process_0_waits_for_the_end_of_the_others(monkeypatch: pytest.MonkeyPat
         meeting.wait_for_others(place)
 
 
-def test_two_processes_of_one_number(tmp_path: Path) -> None:
-    with Pod(tmp_path, 3, one={2: {"TVQ_PROCESS_ID": "1"}}) as pod:
-        assert pod.codes() == [2, 2, 2]
-    assert re.search(r"two processes say they are number 1: \S+ pid \d+ and \S+ pid \d+", pod.said(0))
+def test_two_processes_of_one_number() -> None:
+    errors, _ = roll_call(0, 1, 1, n=3)
+    for error in errors:
+        assert isinstance(error, InputError)
+        assert re.search(r"two processes say they are number 1: \S+ pid \d+ and \S+ pid \d+", str(error))
 
 
-def test_two_counts_of_processes(tmp_path: Path) -> None:
-    with Pod(tmp_path, 2, one={1: {"TVQ_N_PROCESS": "4"}}) as pod:
-        assert pod.codes() == [2, 2]
-    assert "was started as one of 4, but process 0 as one of 2" in pod.said(1)
+def test_two_counts_of_processes() -> None:
+    for error in roll_call(0, 1, p1={"n_process": 4})[0]:
+        assert isinstance(error, InputError)
+        assert "was started as one of 4, but process 0 as one of 2" in str(error)
 
 
 def test_another_version_commit_or_config_stops_all(tmp_path: Path) -> None:
@@ -122,6 +158,16 @@ def test_another_version_commit_or_config_stops_all(tmp_path: Path) -> None:
         assert re.search(rf'{name}: "true" on process 0 .*; "false" on process 1', pod.said(i))
 
 
+def test_items_that_differ_are_named_to_all() -> None:
+    for error in roll_call(0, 1, 2, n=3, p0={"items": {}}, p1={"items": {"a": 1}}, p2={"items": {"a": 1}})[0]:
+        assert isinstance(error, InputError)
+        assert str(error) == (
+            "the processes of this run differ:\n"
+            f'  a: "absent" on process 0 ({socket.gethostname()});'
+            f" 1 on processes 1 ({socket.gethostname()}), 2 ({socket.gethostname()})"
+        )
+
+
 def test_what_differs_only_after_the_start_stops_all(tmp_path: Path) -> None:
     with Pod(tmp_path, 2, one={1: {"TVQ_TEST_LATE": '{"data fingerprint": "b"}'}}) as pod:
         assert pod.codes() == [2, 2]
@@ -129,21 +175,29 @@ def test_what_differs_only_after_the_start_stops_all(tmp_path: Path) -> None:
         assert re.search(r'data fingerprint: "absent" on process 0 \(.*\); "b" on process 1', pod.said(i))
 
 
-@pytest.mark.parametrize("option", [[], ["--config.cluster.local_devices=2"]])
-def test_a_process_that_sees_too_few_devices(tmp_path: Path, option: list[str]) -> None:
-    with Pod(tmp_path, 2, *option, one={1: {"JAX_NUM_CPU_DEVICES": "1"}}) as pod:
-        assert pod.codes() == [2, 2]
-    wanted = r"process 1 .* found 1 cpu devices of 2" if option else r'"1 cpu" on process 1'
-    assert re.search(wanted, pod.said(0))
+@pytest.mark.parametrize("granted", [0, 2])
+def test_a_process_that_sees_too_few_devices(monkeypatch: pytest.MonkeyPatch, granted: int) -> None:
+    seen = Processes(cluster.Place(how="told", n_process=2), ("a", "b"), 1.0)
+    other = ["found 1 cpu devices of 2" if granted else "", "1 cpu"]
+    monkeypatch.setattr(seen, "gather", lambda _, mine: [mine, other])
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+    wanted = r"process 1 \(b\) found 1 cpu devices of 2" if granted else r'"1 cpu" on process 1'
+    with pytest.raises(InputError, match=wanted):
+        check_devices(seen, granted)
+    monkeypatch.setattr(seen, "gather", lambda _, mine: [mine, mine])
+    check_devices(seen, granted)
+    with pytest.raises(InputError, match="found 2 cpu devices of 4"):
+        check_devices(seen, 4)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_a_taken_port_is_named(tmp_path: Path, offset: int) -> None:
+def test_a_taken_port_is_named(offset: int) -> None:
     port = free_port()
-    soon = "--config.cluster.start_timeout=1"
-    with socket.create_server(("", port + offset)), Pod(tmp_path, 2, soon, port=port) as pod:
-        assert pod.codes() == [1, 1]
-    assert f"cannot listen on port {port + offset} of" in pod.said(0)
+    with socket.create_server(("", port + offset)):
+        ([error], told) = roll_call(0, port=port, timeout=0.1)
+    assert isinstance(error, cluster.ClusterError)
+    assert f"cannot listen on port {port + offset} of" in str(error)
+    assert f"port {port + offset} is taken" in told[0]
 
 
 @pytest.mark.slow
@@ -177,6 +231,7 @@ def test_a_signal_to_process_0_saves_and_stops(tmp_path: Path, n: int, number: s
         assert pod.codes() == [cluster.EXIT_STOPPED] * n
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"step": 50, "sum": 0.0}')
     wait = {"TVQ_TEST_FAULT": '{"kind": "wait", "step": 50}'}
@@ -189,6 +244,7 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path: P
         assert pod.codes() == [cluster.EXIT_STOPPED] * 2
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_process_ends_all_at_once(tmp_path: Path) -> None:
     fault = {"TVQ_TEST_FAULT": '{"process": 1, "kind": "raise", "step": 2}'}
     with Pod(tmp_path, 2, "--config.cluster.silence_timeout=6", one={0: fault, 1: fault}) as pod:

@@ -1,3 +1,6 @@
+import contextlib
+import fcntl
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -13,16 +16,39 @@ Here = Callable[..., tuple[str, str]]
 
 @pytest.fixture(scope="session")
 def tvq(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    program = Program(tmp_path_factory.mktemp("program"))
-    write_corpus(program.corpus)
+    """All workers of pytest-xdist have the same, with what any of them has compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    program = Program(folder / "program")
+    with made_once(program.folder) as is_mine:
+        if is_mine:
+            program.folder.mkdir()
+            write_corpus(program.corpus)
     return program
+
+
+@contextlib.contextmanager
+def made_once(path: Path) -> Iterator[bool]:
+    """Whether it is to be made here; another worker of pytest-xdist that makes it is waited for."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        is_mine, is_whole = not path.exists(), False
+        try:
+            yield is_mine
+            is_whole = True
+        finally:
+            if is_mine and not is_whole:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def unbroken(tvq: Program) -> Path:
     """The workdir of a run of 20 updates on one device. Copy it to change it."""
     workdir = tvq.folder / "unbroken"
-    tvq.train(workdir, "--config.profile.steps=4:7")
+    with made_once(workdir) as is_mine:
+        if is_mine:
+            tvq.train(workdir, "--config.profile.steps=4:7")
     return workdir
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tests.fakes.cached import share_programs
 from tvq import __main__, metrics, records, train
 
 
@@ -64,6 +65,7 @@ def hold_in_save(step: str) -> None:
 
 
 if __name__ == "__main__":
+    share_programs()
     kind, _, at = sys.argv[1].partition(":")
     {"start": hold_at_start, "row": hold_at_row, "save": hold_in_save}[kind](at)
     sys.exit(__main__.main(sys.argv[2:]))

@@ -1,7 +1,8 @@
-"""The tvq command on a tiny model, in processes of its own, and what it leaves behind."""
+"""The tvq command on a tiny model, in this process or in processes of its own, and what it leaves behind."""
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -11,13 +12,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
+from tests.fakes.cached import share_programs
 from tests.fakes.pod import QUICK_TO_COMPILE, environment
-from tvq import config, health, mesh, optimizer, state
+from tvq import __main__, config, health, mesh, optimizer, state
 from tvq.checkpoint import Checkpoints, Restored
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,6 +33,42 @@ def write_corpus(path: Path) -> None:
     """Lines of random words: 3,600 bytes to train on, fewer than 20 updates read."""
     words = random.Random(0).choices(["import ", "def ", "return ", "x = 1\n", "for i in y:\n"], k=1000)
     path.write_text("".join(words)[:4000])
+
+
+# What a command may set, for the process that it thinks is its own.
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_enable_x64",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@contextlib.contextmanager
+def as_if_started(n_device: int, programs: Path) -> Iterator[None]:
+    """This process as a command finds it that starts: `n_device` devices, compiled `programs`, no more."""
+    share_programs()
+    devices, settings = jax.devices()[:n_device], {name: getattr(jax.config, name) for name in SETTINGS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    variables = environment(
+        JAX_COMPILATION_CACHE_DIR=os.fspath(programs), XLA_FLAGS=os.environ.get("XLA_FLAGS", "")
+    )
+    with (
+        mock.patch.dict(os.environ, variables, clear=True),
+        mock.patch.object(jax, "devices", return_value=devices),
+        mock.patch.object(jax, "local_devices", return_value=devices),
+    ):
+        jax.config.update("jax_compilation_cache_dir", os.fspath(programs))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            for name, value in settings.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +88,11 @@ class Program:
 
     @contextlib.contextmanager
     def start(
-        self, *arguments: str, module: str = "tvq", stdout: int = subprocess.PIPE, **variables: str
+        self,
+        *arguments: str,
+        module: str = "tests.fakes.cached",
+        stdout: int = subprocess.PIPE,
+        **variables: str,
     ) -> Iterator[subprocess.Popen[str]]:
         """A process in a group of its own, as a terminal makes one; killed at the end of the block."""
         with subprocess.Popen(
@@ -74,12 +118,36 @@ class Program:
                     os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, *arguments: str, exit_code: int = 0) -> tuple[str, str]:
-        """`(stdout, stderr)` of a command that ends with `exit_code`."""
-        with self.start(*arguments) as process:
-            return end(process, exit_code)
+        """`(stdout, stderr)` of a command that ends with `exit_code`, in this process: no start, no imports.
+
+        It has one device, or as many as `--cpu_devices` says, which would come too late for jax.
+        """
+        n_device = [int(text.partition("=")[2]) for text in arguments if text.startswith("--cpu_devices=")]
+        arguments = tuple(text for text in arguments if not text.startswith("--cpu_devices="))
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with (
+            as_if_started((n_device or [1])[-1], self.folder / "cache" / "compiled"),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+        ):
+            try:
+                code = __main__.main(arguments)
+            except SystemExit as leaving:
+                code = leaving.code
+        assert code == exit_code, f"exit {code}\n{stdout.getvalue()}\n{stderr.getvalue()}"
+        return stdout.getvalue(), stderr.getvalue()
 
     def train(self, workdir: Path, *more: str, exit_code: int = 0) -> tuple[str, str]:
         return self.run("train", *self.options(workdir, *more), exit_code=exit_code)
+
+    def run_apart(self, *arguments: str, exit_code: int = 0) -> tuple[str, str]:
+        """As `run`, in a process of its own: the very command of a user.
+
+        jax writes a program in place, which others must not see: its programs are kept apart too.
+        """
+        programs = {"JAX_COMPILATION_CACHE_DIR": os.fspath(self.folder / "cache" / "apart")}
+        with self.start(*arguments, module="tvq", **programs) as process:
+            return end(process, exit_code)
 
 
 def end(process: subprocess.Popen[str], exit_code: int) -> tuple[str, str]:

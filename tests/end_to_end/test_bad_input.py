@@ -14,6 +14,7 @@ from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import TINY, Program, assert_same_run, rows, tree
 from tvq import __main__, cluster, config, train
 from tvq.data.corpus import open_corpus
+from tvq.errors import DivergedError
 
 Refuse = Callable[..., str]
 
@@ -253,7 +254,7 @@ def test_options(tvq: Program, refuse: Refuse, tmp_path: Path, arguments: list[s
     [
         (KeyboardInterrupt(), 130, "tvq: interrupted\n"),
         (cluster.ClusterError("process 3 is absent"), 1, "tvq: process 3 is absent\n"),
-        (train.DivergedError("the loss is nan"), 3, "tvq: the loss is nan\n"),
+        (DivergedError("the loss is nan"), 3, "tvq: the loss is nan\n"),
     ],
 )
 def test_other_ends_without_a_traceback(
@@ -268,7 +269,7 @@ def test_other_ends_without_a_traceback(
     def fail(*_: Any) -> int:
         raise error
 
-    monkeypatch.setitem(__main__.COMMANDS, "train", (fail, "fail", ""))
+    monkeypatch.setattr(train, "train", fail)
     out, err = here("train", *tvq.options(tmp_path), exit_code=exit_code)
     assert (out, err) == ("", message)
 
@@ -276,7 +277,7 @@ def test_other_ends_without_a_traceback(
 def test_a_mistake_of_ours_keeps_its_traceback(
     tvq: Program, here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(__main__.COMMANDS, "train", (lambda *_: json.loads("{"), "fail", ""))
+    monkeypatch.setattr(train, "train", lambda *_: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         here("train", *tvq.options(tmp_path))
 
@@ -298,7 +299,7 @@ def test_a_refused_start_leaves_no_log(tvq: Program, refuse: Refuse, tmp_path: P
     ],
 )
 def test_as_a_command(tvq: Program, tmp_path: Path, more: str, expected: str) -> None:
-    stdout, stderr = tvq.train(tmp_path / "run", more, exit_code=2)
+    stdout, stderr = tvq.run_apart("train", *tvq.options(tmp_path / "run", more), exit_code=2)
     assert stdout == ""
     assert stderr.splitlines()[-1].startswith(f"tvq: {expected}")
     assert len(stderr.splitlines()) <= 2

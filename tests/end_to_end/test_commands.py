@@ -6,6 +6,7 @@ import os
 import pty
 import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, TINY, Program, end, newest, rows
-from tvq import __main__, cluster, config, metrics, prepare
+from tests.fakes.pod import environment
+from tvq import __main__, cluster, config, metrics, prepare, train
 from tvq.cluster.log import CLEAR
 
 EXAMPLES = [
@@ -27,6 +29,15 @@ EXAMPLES = [
 def test_the_command_is_installed() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="tvq")
     assert entry.load() is __main__.main
+
+
+def test_a_start_imports_what_its_command_needs() -> None:
+    program = "import sys; from tvq import __main__; print(__main__.program('report.report'), *sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.startswith("<function report ")
+    assert not {"grain", "orbax", "flax", "optax", "tvq.train"} & set(shown.split())
 
 
 @pytest.mark.parametrize("command", __main__.COMMANDS)
@@ -297,7 +308,7 @@ def test_quiet_is_plain_lines(
             console.progress("step 2")
         return 0
 
-    monkeypatch.setitem(__main__.COMMANDS, "train", (program, "train", ""))
+    monkeypatch.setattr(train, "train", program)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     stdout, _ = here("train", *tvq.options(tmp_path))

@@ -42,7 +42,8 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands(tvq: Program, page: Path) -> None:
-    """Those of tvq; the tests of launch/ run its own."""
+    """Those of tvq; the tests of launch/ run its own. A newcomer's first two are processes, as they are."""
+    apart = ["train", "eval"] if page == PAGES[0] else []
     for words in [words[1:] for words in commands(page) if words[0] == ".venv/bin/tvq"]:
         elsewhere = [re.sub("(^|=)runs/", rf"\1{tvq.folder}/tour/", word) for word in words]
         arguments = [SMALLER.get(word, word) for word in elsewhere]
@@ -50,7 +51,13 @@ def test_commands(tvq: Program, page: Path) -> None:
             tiny = [word for word in tvq.options(tvq.folder) if not word.startswith("--workdir")]
             arguments = [arguments[0], *tiny, *arguments[1:]]
             arguments.remove("--config=configs/debug.py")
-        out, _ = tvq.run(*arguments)
+        if arguments[0] == "train" and not any(word.endswith("/debug") for word in arguments):
+            arguments += ["--config.sample.every=0", "--config.evaluate.every=0"]  # the first run has both
+        if arguments[0] in apart:
+            apart.remove(arguments[0])
+            out, _ = tvq.run_apart(*arguments)
+        else:
+            out, _ = tvq.run(*arguments)
         assert out, words
 
 

@@ -26,6 +26,12 @@ def put_whole(cache: lru_cache.LRUCache, key: str, value: bytes) -> None:
     part.replace(cache.path / f"{key}-cache")
 
 
+def share_programs() -> None:
+    """All that compile for the same devices share what they compiled, whichever process they are."""
+    cache_key._hash_accelerator_config = lambda hashed, devices: cache_key._hash_devices(hashed, devices)
+    lru_cache.LRUCache.put = put_whole
+
+
 def hold(file: Path) -> None:
     beat = cluster.Watchdog.beat
 
@@ -55,8 +61,7 @@ def tell_phases(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    cache_key._hash_accelerator_config = lambda hashed, devices: cache_key._hash_devices(hashed, devices)
-    lru_cache.LRUCache.put = put_whole
+    share_programs()
     if "TVQ_TEST_HOLD" in os.environ:
         hold(Path(os.environ["TVQ_TEST_HOLD"]))
     if "TVQ_TEST_PHASES" in os.environ:

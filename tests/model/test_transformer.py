@@ -64,6 +64,7 @@ def test_a_later_token_changes_no_earlier_output():
         assert np.all(np.abs(got - want)[0, t:].max(-1) > 0)
 
 
+@pytest.mark.slow
 def test_a_document_is_the_same_alone_and_behind_others():
     """Its log-probabilities; and nothing of it pulls at the others, nor they at it."""
     documents = [(0, 7), (7, 16), (16, 17), (17, 29), (29, 40)]
@@ -88,6 +89,7 @@ def test_a_document_is_the_same_alone_and_behind_others():
     assert (pull[~other & np.tri(40, dtype=bool)] > 1e-12).all(), "a document does not see itself"
 
 
+@pytest.mark.slow
 def test_decoding_goes_on_only_with_the_document():
     """What a carried state holds of documents that have ended is as if it never was."""
     params, codebooks = small.parameters(APART)
@@ -113,6 +115,8 @@ def decode_all(
 WINDOW_ALONE = dataclasses.replace(MODEL, agg_cache=False)
 DECODED = [(MODEL, "float64"), (MODEL, "float32"), (OTHER, "float64"), (WINDOW_ALONE, "float64")]
 DECODED += [(APART, "float32"), (OTHER_APART, "float64")]
+# The first and the last have everything between them; the others take long.
+DECODED[1:-1] = [pytest.param(*case, marks=pytest.mark.slow) for case in DECODED[1:-1]]
 
 
 @pytest.mark.parametrize(("model", "dtype"), DECODED, ids=lambda x: x if isinstance(x, str) else "")
@@ -131,7 +135,9 @@ def test_decoding_is_the_forward(model, dtype):
         close(jnp.concatenate([head, tail], 1), want, tolerance)
 
 
-@pytest.mark.parametrize("model", [OTHER, OTHER_APART], ids=["across", "apart"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(OTHER, marks=pytest.mark.slow), OTHER_APART], ids=["across", "apart"]
+)
 def test_pieces_are_the_whole(model):
     """One call, or one for each block, with the state carried: the same outputs and the same last state."""
     params, codebooks = small.parameters(model)
@@ -161,6 +167,7 @@ def hidden(model: Model, tokens: jax.Array, d: Draws | None) -> jax.Array:
     return run(*small.parameters(model), tokens, jnp.ones_like(tokens), state, model, d)[0]
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_how_the_batch_is_cut():
     model = dataclasses.replace(MODEL, **RATES)
     tokens = small.tokens(4, 8)
@@ -173,6 +180,7 @@ def test_draws_do_not_depend_on_how_the_batch_is_cut():
     assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(np.asarray(same), 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", list(RATES))
 def test_each_kind_of_dropout_draws(rate):
     """And from its own stream: layers and sinusoids once a call, embedding and residual at every update."""
@@ -236,6 +244,7 @@ def test_draws_of_units_blocks_sequences_and_kinds_are_independent():
         assert abs((a == b).mean() - 0.5) < 5 * np.sqrt(0.25 / a.size)
 
 
+@pytest.mark.slow
 def test_layer_drop_skips_a_unit_for_a_whole_sequence():
     """Each sequence is one of four sums of two units, kept ones doubled at a rate of a half."""
     n_sequence = 64

@@ -223,7 +223,7 @@ def test_the_door(monkeypatch, capsys):
     monkeypatch.undo()
     seen = []
     program = lambda run, *_: seen.append(run.plan) or 0
-    monkeypatch.setitem(door.COMMANDS, "plan", (program, *door.COMMANDS["plan"][1:]))
+    monkeypatch.setattr("tvq.plan.plan", program)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     arguments = ["plan", f"--config={ROOT}/configs/debug.py", "--topology=v5e:4x4"]
     assert door.main([*arguments, "--sweep"]) == 0

@@ -18,12 +18,11 @@ from etils import epath
 from tvq import atomic, cluster, config, mesh, metrics, records
 from tvq.bench import report
 from tvq.bench.cases import PREPARE
-from tvq.bench.session import DisagreementError, Row, Session, measure
+from tvq.bench.session import Row, Session, measure
 from tvq.config import Config
 from tvq.errors import InputError
+from tvq.schema import BENCHES
 
-__all__ = ["KINDS", "DisagreementError", "bench"]
-KINDS = tuple(PREPARE)
 PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -36,7 +35,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     if place.n_process > 1:
         raise InputError(f"tvq bench is for one process, but {place}; start it by itself")
     if c.bench.kind not in PREPARE:
-        raise InputError(f"config.bench.kind must be one of {', '.join(KINDS)}, not {c.bench.kind!r}")
+        raise InputError(f"config.bench.kind must be one of {', '.join(BENCHES)}, not {c.bench.kind!r}")
     console = metrics.Console()
     s = Session(c, mesh.make(c.mesh, jax.devices(), c), log.say, time.monotonic())
     PREPARE[c.bench.kind](s)

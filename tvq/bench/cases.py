@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tvq import config, draw, flops, loss, mesh, optimizer, state, train_step
-from tvq.bench.session import STEP, Case, DisagreementError, Row, Session, compiled
+from tvq.bench.session import STEP, Case, Row, Session, compiled
 from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
-from tvq.errors import InputError
+from tvq.errors import DisagreementError, InputError
 from tvq.model import attention, full, transformer, vq
 
 # model.attention and model.n_parallel of each; `serial:nothing` also sets model.remat.

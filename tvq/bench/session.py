@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tvq.config import Config
+from tvq.errors import DisagreementError
 
 Row = dict[str, Any]
 # Largest relative difference of two programs. A GPU rounds the factors of float32 products to 11 bits.
@@ -19,10 +20,6 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 3e-2}
 STEP = "train step"  # what the data pipeline is compared with
 # Shorter calls are repeated until they last as long: a clock and a launch are noise then.
 LEAST_SECONDS = 0.1
-
-
-class DisagreementError(RuntimeError):
-    """Two programs that must give the same numbers do not."""
 
 
 @dataclasses.dataclass(frozen=True)
