@@ -395,6 +395,8 @@ def test_an_optional_array_may_be_missing(tmp_path: Path) -> None:
         np.testing.assert_array_equal(restored.state["params"]["w"], np.ones(3))
 
 
+# TensorStore may answer when Orbax, which has failed by then, no longer listens.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("gone", ["2", "2/state", "2/meta", "2/state/d", "2/state/manifest.ocdbt"])
 @pytest.mark.parametrize("when", ["__init__", "_newest", "_read_meta"])
 def test_a_checkpoint_that_is_removed_under_its_reader(
