@@ -58,7 +58,7 @@ FIELDS = {
     "--cpu_devices=0": "--cpu_devices must be at least 1, not 0",
     "--config.model.dtype=float64": "use float64 for both or neither",
     "--config.model.n_vocab=300": "has a vocabulary of 259 ids (bytes); set it to 259",
-    "--config.data.path=none": "cannot read none (No such file or directory): nothing is there, or a link that leads nowhere; give a file",
+    "--config.data.path=none": "(No such file or directory): nothing is there, or a link that leads nowhere",
     "--config.data.path=/dev/null": "/dev/null is neither a file nor a folder",
     "--config.data.path=": "config.data.source=text needs config.data.path",
     "--config.data.cache=/dev/null/x": "config.data.cache: cannot write",

@@ -132,7 +132,8 @@ def reading(path: os.PathLike | str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise InputError(
-            f"cannot read {shown(path)} ({error.strerror}): nothing is there, or a link that leads nowhere; give a file or folder"
+            f"cannot read {shown(path)} ({error.strerror}): nothing is there, or a link that leads nowhere;"
+            " give a file or folder"
         ) from error
     except DAMAGED as error:
         raise InputError(
