@@ -13,7 +13,7 @@
 #
 # The enwik8 (190M) and pg19 (1.3B) shapes in bfloat16: training at T = 2k to 131k with a constant number of
 # tokens a step, VQ against exact attention through cuDNN's flash kernel; the attention cores alone, exact
-# attention without that kernel (chunked) too; and decoding at several contexts. Nothing is downloaded.
+# attention without that kernel (full) too; and decoding at several contexts. Nothing is downloaded.
 
 set -u
 # shellcheck source=launch/common.sh
@@ -71,10 +71,10 @@ bench() { # bench SHARE NAME ARGUMENTS...: in a share of the time, in per cent
 }
 # Compiling takes most of the time: 10 to 25 s a case, 80 s before the first number of decoding.
 bench 23 decode decode "${enwik8[@]}" --contexts=8192,131072 --batch_sizes=1,32
-bench 21 enwik8 train "${enwik8[@]}" --lengths=2048,8192 --n_token=131072 --formulations=auto,full
+bench 21 enwik8 train "${enwik8[@]}" --lengths=2048,8192 --n_token=131072 --formulations=auto,flash
 bench 15 long train "${enwik8[@]}" --lengths=32768,131072 --n_token=131072 --formulations=auto
 bench 11 pg19 train "${pg19[@]}" --lengths=8192 --n_token=32768 --formulations=auto
-bench 13 attention attention "${enwik8[@]}" --lengths=2048,8192 --n_token=32768 --formulations=auto,full,chunked
+bench 13 attention attention "${enwik8[@]}" --lengths=2048,8192 --n_token=32768 --formulations=auto,flash,full
 [ "$dry" = no ] || exit 0
 
 for name in decode enwik8 long pg19 attention; do

@@ -55,7 +55,7 @@ def run(
 ) -> tuple[list[float], list[np.ndarray], bytes]:
     """Loss and codebook counts after each call; the last state and metrics, bit by bit."""
     n_device = math.prod(getattr(c.mesh, axis) for axis in mesh.AXES)
-    devices, tx = mesh.make(c.mesh, jax.devices()[:n_device]), optimizer.make(c.optimizer)
+    devices, tx = mesh.make(c.mesh, jax.devices()[:n_device]), optimizer.make(c.optimizer, c.model)
     shardings = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
     now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=shardings)()
     update = train_step.make(c, devices, tx)
@@ -63,7 +63,7 @@ def run(
     for batch in batches:
         now, metrics = update(now, mesh.global_batch(devices, batch, c.train.global_batch_size))
         losses.append(float(metrics["loss_lm_per_token_unscaled"]))
-        counts.append(np.asarray(now.codebooks["count"]))
+        counts.append(np.asarray(now.weights.extra["codebooks"]["count"]))
     last = jax.tree.leaves((now._replace(key=0), metrics))
     return losses, counts, b"".join(np.asarray(x).tobytes() for x in last)
 

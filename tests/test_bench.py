@@ -17,9 +17,10 @@ from tests.end_to_end.program import write_corpus
 from tests.fakes.pod import SHORT_RUN, environment
 from tvq import __main__ as door
 from tvq import bench, cluster, config, mesh, schema
+from tvq import model as lm
 from tvq.bench import cases, report, session
 from tvq.errors import DisagreementError
-from tvq.model import attention, full, transformer
+from tvq.model import attention, full
 
 TINY = config.Model(
     n_vocab=259, n_layer=1, d_model=8, d_k=4, d_v=8, n_code=8, block_len=8, mem_len=8, pe_lam=100.0
@@ -141,13 +142,13 @@ def test_no_speed_of_a_wrong_formulation(tmp_path, monkeypatch, kind):
 
 @pytest.mark.slow
 def test_no_speed_of_wrong_decoding(tmp_path, monkeypatch):
-    right = transformer.decode
+    right = lm.step
 
     def wrong(*arguments):
         log_probs_BC, state = right(*arguments)
         return 1.01 * log_probs_BC, state
 
-    monkeypatch.setattr(transformer, "decode", wrong)
+    monkeypatch.setattr(lm, "step", wrong)
     with pytest.raises(DisagreementError, match="decoded and read in parallel"):
         measured(tmp_path, kind="decode", contexts="8")
 
@@ -190,9 +191,10 @@ def test_what_does_not_fit_is_left_out(tmp_path):
         ({"lengths": "16,24"}, "config.bench.n_token 24 is not a multiple of the 16 .* use 32"),
         (
             {"formulations": "fast"},
-            "config.bench.formulations must be of auto, serial, all, full, chunked, not 'fast'",
+            "config.bench.formulations must be of auto, serial, all, full, flash, not 'fast'",
         ),
         ({"formulations": "auto:some"}, "config.model.remat"),
+        ({"formulations": "flash"}, "config.model.attention=flash needs"),
         ({"lengths": "12"}, "block_len"),
         ({"kind": "speed"}, "config.bench.kind must be one of"),
     ],

@@ -186,6 +186,13 @@ def test_old_checkpoints_are_removed_across_restarts(tmp_path: Path) -> None:
         assert checkpoints.steps() == [12, 20, 24]
 
 
+def test_a_checkpoint_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) -> None:
+    save_all(tmp_path, 1)
+    wanted = {"weights": {"params": abstract(make_state())["params"]}}
+    with open_(tmp_path) as checkpoints, pytest.raises(ValueError, match="1 is of an earlier version of tvq"):
+        checkpoints.restore(wanted, silent)
+
+
 def largest(folder: Path) -> Path:
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 

@@ -224,7 +224,31 @@ RULES = [
     ),
     (
         {"model__attention": "full", "train__update_len": 8192, "evaluate__carry": True},
-        "config.evaluate.carry needs config.model.attention=vq: full carries no state",
+        "config.evaluate.carry needs config.model.attention=vq: full carries none",
+    ),
+    (
+        {"model__attention": "full", "train__update_len": 8192, "model__n_parallel": 2},
+        "config.model.n_parallel 2 is for config.model.attention=vq; use 0 with full",
+    ),
+    (
+        {
+            "model__attention": "flash",
+            "train__update_len": 8192,
+            "model__attend_across_documents": True,
+            "model__d_k": 136,
+        },
+        "config.model.attention=flash needs config.model.dtype=bfloat16 and a config.model.d_k of at most 128"
+        " that is a multiple of 8, not float32 and 136; or use full",
+    ),
+    (
+        {
+            "model__attention": "flash",
+            "train__update_len": 8192,
+            "model__dtype": "bfloat16",
+            "model__attend_across_documents": False,
+        },
+        "config.model.attention=flash cannot keep documents apart: use"
+        " config.model.attend_across_documents=true, or full",
     ),
     ({"mesh__devices": 0}, "config.mesh.devices must be positive, or -1 for all, not 0"),
     ({"mesh__tensor": -2}, "config.mesh.tensor must be positive, or -1 for all, not -2"),

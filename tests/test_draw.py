@@ -112,9 +112,7 @@ def greedy_by_hand(prompt: tuple[int, ...], length: int) -> list[int]:
     n_padded = 7 * L
     for _ in range(length):
         padded = jnp.asarray([text + [0] * (n_padded - len(text))], jnp.int32)
-        found, _ = small.log_probs(
-            *small.parameters(MODEL), padded, transformer.initial_state(MODEL, 1), MODEL
-        )
+        found, _ = small.log_probs(small.parameters(MODEL), padded, transformer.start(MODEL, 1), MODEL)
         text.append(int(np.argmax(found[0, len(text) - 1])))
     return text[len(prompt) :]
 
@@ -124,15 +122,15 @@ def options(**changed: Any) -> dict[str, Any]:
 
 
 def read_prompt(tokens: np.ndarray, model: Model = MODEL) -> Prefix:
-    nothing = Prefix(transformer.initial_state(model, 1), np.empty(0, np.int32))
-    return draw.read_on(*small.parameters(model), nothing, np.asarray(tokens), model)
+    nothing = Prefix(transformer.start(model, 1), np.empty(0, np.int32))
+    return draw.read_on(small.parameters(model), nothing, np.asarray(tokens), model)
 
 
 def continuations(
     prefixes: Sequence[Prefix], sequences: Sequence[int], seed: int = 0, batch_size: int = 4, **changed: Any
 ) -> list[list[int]]:
     found = draw.continuations(
-        *small.parameters(MODEL), prefixes, sequences, jax.random.key(seed),
+        small.parameters(MODEL), prefixes, sequences, jax.random.key(seed),
         batch_size=batch_size, **options(**changed),
     )  # fmt: skip
     assert all(row.dtype == np.int32 for row in found)
@@ -143,13 +141,11 @@ def test_drawing_and_reading_tell_how_far_they_are():
     said = []
     drawn = options(length=20) | {"tell": said.append}
     prefixes = [read_prompt(prompts()[0])] * 3
-    draw.continuations(
-        *small.parameters(MODEL), prefixes, [0, 1, 2], jax.random.key(0), batch_size=2, **drawn
-    )
+    draw.continuations(small.parameters(MODEL), prefixes, [0, 1, 2], jax.random.key(0), batch_size=2, **drawn)
     assert said == [f"drawing: {done} of 40 tokens" for done in (16, 20, 36, 40)]
     del said[:]
     tokens, nothing = np.full(33 * L, 7), draw.empty(MODEL)
-    draw.read_on(*small.parameters(MODEL), nothing, tokens, MODEL, said.append)
+    draw.read_on(small.parameters(MODEL), nothing, tokens, MODEL, said.append)
     found = [line.partition(" tokens")[0] for line in said]
     assert found == [f"reading: {n * L:,} of {33 * L + 1:,}" for n in (0, 16, 32)]
 
@@ -195,7 +191,7 @@ def test_a_stream_is_the_same_text():
         prefix = read_prompt(prompt)
         (want,) = continuations([prefix], [3], temperature=2.0, length=40)
         pieces = draw.continuation(
-            *small.parameters(MODEL), prefix, 3, jax.random.key(0), **options(temperature=2.0, length=40)
+            small.parameters(MODEL), prefix, 3, jax.random.key(0), **options(temperature=2.0, length=40)
         )
         found = [piece.tolist() for piece in pieces]
         assert [token for piece in found for token in piece] == want
@@ -224,7 +220,7 @@ def test_a_text_stops_where_it_ends():
             assert continuations(prefixes, sequences, batch_size=batch_size, end=end, **drawn) == want
         for prefix, number, text in zip(prefixes, sequences, want, strict=True):
             pieces = draw.continuation(
-                *small.parameters(MODEL), prefix, number, jax.random.key(0), **options(end=end, **drawn)
+                small.parameters(MODEL), prefix, number, jax.random.key(0), **options(end=end, **drawn)
             )
             assert [token for piece in pieces for token in piece.tolist()] == text
 
@@ -236,7 +232,7 @@ def test_nothing_is_drawn_after_all_have_ended(monkeypatch):
     write = draw.write
     monkeypatch.setattr(draw, "write", lambda *a: calls.append(0) or write(*a))
     drawn = options(length=100, temperature=2.0, end=on[3], tell=said.append)
-    draw.continuations(*small.parameters(MODEL), [prefix], [0], jax.random.key(0), batch_size=1, **drawn)
+    draw.continuations(small.parameters(MODEL), [prefix], [0], jax.random.key(0), batch_size=1, **drawn)
     assert len(calls) == 1
     assert said == [f"drawing: {done} of 100 tokens" for done in (*range(16, 97, 16), 100)]
 
@@ -261,7 +257,7 @@ def test_a_saved_prefix_goes_on_bitwise(tmp_path):
     for name, x in tensors.named(prefix).items():
         y = tensors.named(loaded)[name]
         assert (np.asarray(x).tobytes(), x.dtype, x.shape) == (np.asarray(y).tobytes(), y.dtype, y.shape)
-    asked = [draw.read_on(*small.parameters(MODEL), p, question, MODEL) for p in (prefix, loaded)]
+    asked = [draw.read_on(small.parameters(MODEL), p, question, MODEL) for p in (prefix, loaded)]
     assert tensors.fingerprint(asked[0]) == tensors.fingerprint(asked[1])
     bits = np.zeros(4, np.float32)
     others = [{"a": bits}, {"b": bits}, {"a": bits.reshape(2, 2)}, {"a": bits.view(np.int32)}]

@@ -57,25 +57,25 @@ def batches(devices: jax.sharding.Mesh, size: int, data: dict | None = None) -> 
 def compiled(n_device: int, batch_size: int, piece_len: int):
     devices = mesh.make(config.Mesh(), jax.devices()[:n_device])
     first = batches(devices, batch_size)[0]
-    lowered = evaluate.make(MODEL, devices, piece_len).lower(*small.parameters(MODEL), first)
+    lowered = evaluate.make(MODEL, devices, piece_len).lower(small.parameters(MODEL), first)
     return devices, lowered.compile()
 
 
 def total(n_device: int, batch_size: int, piece_len: int = 8, data: dict | None = None) -> tuple[float, int]:
     devices, score = compiled(n_device, batch_size, piece_len)
     whole = jax.device_put(small.parameters(MODEL), mesh.sharding(devices, mesh.WHOLE))
-    return evaluate.total(score, *whole, batches(devices, batch_size, data))
+    return evaluate.total(score, whole, batches(devices, batch_size, data))
 
 
 @functools.cache
 def by_hand() -> tuple[float, int]:
     """One sequence after the other from the empty state, one token's loss after the other; no dropout."""
     data, nats, n_token = split(), 0.0, 0
-    params, codebooks = small.parameters(MODEL)
+    weights = small.parameters(MODEL)
     for b in range(N_SEQUENCE):
         inputs = data["inputs"][b : b + 1]
-        empty = transformer.initial_state(MODEL, 1)
-        log_probs = np.asarray(small.log_probs(params, codebooks, inputs, empty, small.MODEL)[0], np.float64)
+        empty = transformer.start(MODEL, 1)
+        log_probs = np.asarray(small.log_probs(weights, inputs, empty, small.MODEL)[0], np.float64)
         for t in range(T):
             if data["loss_mask"][b, t]:
                 nats -= log_probs[0, t, data["targets"][b, t]]
@@ -124,7 +124,7 @@ def test_padding_does_not_matter():
 def test_progress_counts_batches():
     devices, score = compiled(1, 2, 8)
     seen: list[int] = []
-    evaluate.total(score, *small.parameters(MODEL), batches(devices, 2), seen.append)
+    evaluate.total(score, small.parameters(MODEL), batches(devices, 2), seen.append)
     assert seen == [1, 2, 3]
 
 
@@ -185,20 +185,20 @@ def carried(made: Corpus, shape: config.Mesh, n_row: int, length: int) -> evalua
     devices = mesh.make(shape, jax.devices()[: shape.devices * shape.sequence])
     whole = jax.device_put(small.parameters(CARRIED), mesh.sharding(devices, mesh.WHOLE))
     streams = Streams(made, "test", n_row, length)
-    return evaluate.carried(*evaluate.make_carried(CARRIED, devices), *whole, streams, devices)
+    return evaluate.carried(*evaluate.make_carried(CARRIED, devices), whole, streams, devices)
 
 
 @pytest.fixture(scope="module")
 def by_place(made: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """Each document alone in one call, one token's loss after the other, by its place in the document."""
     nats, n_token = np.zeros(64), np.zeros(64, np.int64)
-    params, codebooks = small.parameters(CARRIED)
+    weights = small.parameters(CARRIED)
     ends = made.documents("test")[:-1, 0].astype(int)
     for targets in np.split(made.tokens("test").astype(np.int32), ends):
         inputs = np.zeros((1, 40), np.int32)
         inputs[0, : len(targets)] = [1, *targets[:-1]]
         model = dataclasses.replace(CARRIED, p_dropemb=0, p_dropsin=0, p_dropres=0, p_droplyr=0)
-        log_probs, _ = small.log_probs(params, codebooks, inputs, transformer.initial_state(model, 1), model)
+        log_probs, _ = small.log_probs(weights, inputs, transformer.start(model, 1), model)
         for t, target in enumerate(targets):
             nats[t] -= float(log_probs[0, t, target])
             n_token[t] += 1
@@ -261,6 +261,6 @@ def test_no_byte():
 
 def test_no_token():
     _, score = compiled(1, 2, 8)
-    assert evaluate.total(score, *small.parameters(MODEL), []) == (0.0, 0)
+    assert evaluate.total(score, small.parameters(MODEL), []) == (0.0, 0)
     with pytest.raises(ValueError, match="no token"):
         evaluate.result(0.0, 0, info())

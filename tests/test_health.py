@@ -6,6 +6,7 @@ import pytest
 from etils import epath
 
 from tvq import config, health, mesh
+from tvq import model as lm
 
 N, H, S, K, X = 2, 2, 12, 3, 5
 GAMMA = 0.5
@@ -14,12 +15,17 @@ KEY = RNG.normal(size=(N, H, X, K)).astype(np.float32)
 MASK = np.asarray([[1, 0, 1, 1, 1]] * N)
 
 
-def codebooks(seed: int) -> dict:
+def weights(seed: int) -> lm.Weights:
     rng = np.random.default_rng(seed)
     count = rng.uniform(1.0, 2.0, (N, H, S)).astype(np.float32)
     count[0, 1, 3:] = 0.001  # three codes in use
     count[1, 0, 0] = 1000.0  # nearly all keys choose one
-    return {"sum": rng.normal(size=(N, H, S, K)).astype(np.float32) * count[..., None], "count": count}
+    codebooks = {"sum": rng.normal(size=(N, H, S, K)).astype(np.float32) * count[..., None], "count": count}
+    return lm.Weights({}, {"codebooks": codebooks})
+
+
+def codebooks_of(weights: lm.Weights) -> dict:
+    return weights.extra["codebooks"]
 
 
 def written_out(now: dict, before: dict, initial: float) -> dict:
@@ -54,22 +60,22 @@ def written_out(now: dict, before: dict, initial: float) -> dict:
 @pytest.fixture
 def looks(tmp_path):
     return health.Looks(
-        mesh.make(config.Mesh(), jax.devices()[:1]), codebooks(1), GAMMA, epath.Path(tmp_path), 0, print
+        mesh.make(config.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 0, print
     )
 
 
 def test_a_look_compares_with_the_last(looks, tmp_path):
     probe = {"key": KEY, "mask": MASK}
     for step, seed in ((10, 2), (20, 3)):
-        averages = looks.look(step, codebooks(seed), probe)
+        averages = looks.look(step, weights(seed), probe)
         looks.save(step)
-        want = written_out(codebooks(seed), codebooks(seed - 1), GAMMA**step)
+        want = written_out(codebooks_of(weights(seed)), codebooks_of(weights(seed - 1)), GAMMA**step)
         got = health.load(epath.Path(tmp_path) / "codebook", step)
         assert set(got) == set(want)
         for name, value in want.items():
             tolerance = 1e-3 if name == "usage" else 1e-5  # its file has float16
             np.testing.assert_allclose(got[name], value, rtol=tolerance, atol=1e-6, err_msg=name)
-        for name in health.IN_ROWS:
+        for name in lm.IN_ROWS:
             np.testing.assert_allclose(averages[f"c_{name}"], want[name].mean(), rtol=1e-5, err_msg=name)
     assert want["churn"].any()
     assert want["dead"][0, 1] == 0.75
@@ -79,20 +85,20 @@ def test_a_look_compares_with_the_last(looks, tmp_path):
 def test_files_of_steps_that_are_repeated_go(looks, tmp_path):
     folder = epath.Path(tmp_path) / "codebook"
     assert health.steps(folder) == []
-    looks.look(1, codebooks(2), {"key": KEY, "mask": MASK})
+    looks.look(1, weights(2), {"key": KEY, "mask": MASK})
     for step in (2, 10, 100):
         looks.save(step)
     (folder / "step_3.npz.tmp").write_bytes(b"torn")
     assert health.steps(folder) == [2, 10, 100]
     health.Looks(
-        mesh.make(config.Mesh(), jax.devices()[:1]), codebooks(1), GAMMA, epath.Path(tmp_path), 10, print
+        mesh.make(config.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 10, print
     )
     assert health.steps(folder) == [2, 10]
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(looks, tmp_path, capsys):
     (tmp_path / "codebook").write_text("a file")
-    looks.look(1, codebooks(2), {"key": KEY, "mask": MASK})
+    looks.look(1, weights(2), {"key": KEY, "mask": MASK})
     looks.save(2)
     looks.save(4)
     assert health.steps(epath.Path(tmp_path) / "codebook") == [], "nor does it stop the next start"
@@ -101,7 +107,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(looks, tmp_path, capsys):
 
 def test_no_array_of_two_codes_and_a_width():
     """[S,S,K] would be the largest by far."""
-    jaxpr = jax.make_jaxpr(health.look_at_all)(
-        codebooks(1), {"key": KEY, "mask": MASK}, codebooks(2)["sum"], 0.0
+    jaxpr = jax.make_jaxpr(lm.snapshot)(
+        weights(1), {"key": KEY, "mask": MASK}, codebooks_of(weights(2))["sum"], 0.0
     )
     assert max(x.aval.size for e in jaxpr.eqns for x in e.outvars) <= N * H * X * S

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
     "errors", "atomic", "words", "paths", "schema", "rules", "config", "dims", "numerics", "cluster", "mesh",
-    "kernels", "model", "flops", "loss", "optimizer", "state",
+    "sums", "kernels", "model", "chips", "loss", "optimizer", "state", "accumulate",
     "train_step", "data", "tensors", "checkpoint", "metrics", "curves", "records", "results", "health",
     "workdir", "prepare", "trace",
     "evaluate", "recall", "draw", "image_samples", "sample", "describe", "train", "bench", "report", "doctor",
@@ -78,8 +78,16 @@ def test_there_are_no_cycles():
     graphlib.TopologicalSorter(graph).prepare()  # CycleError names the cycle
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name and part(name) != "model"])
+def test_the_model_is_known_by_its_front_alone(name):
+    assert not {other for other in imported(name) if other.startswith("model.")}
+
+
 def test_model_order():
-    inside = ("model.vq", "model.attention", "model.recurrence", "model.layers", "model.transformer")
+    inside = (
+        "model.parameters", "model.window", "model.cache", "model.attention", "model.full", "model.flash",
+        "model.recurrence", "model.vq", "model.layers", "model.parts", "model.unit", "model.transformer",
+    )  # fmt: skip
     assert set(inside) <= set(MODULES)
     for i, name in enumerate(inside):
         assert imported(name) & set(inside) <= set(inside[:i]), name

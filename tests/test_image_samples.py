@@ -21,7 +21,7 @@ def test_halves_are_completed(tmp_path):
     halves = image_samples.upper_halves(epath.Path(tmp_path), SIZE)
     c = config.Config(model=MODEL, sample=config.Sample(n_sample=2, batch_size=4))
     options = {"model": MODEL, "temperature": 1.0, "p_nucleus": 1.0}
-    found = image_samples.drawn(*small.parameters(MODEL), c, SIZE, halves, options)
+    found = image_samples.drawn(small.parameters(MODEL), c, SIZE, halves, options)
     assert found.shape == (4, SIZE, SIZE, 3)
     np.testing.assert_array_equal(found[:, : SIZE // 2], given[[0, 0, 1, 1], : SIZE // 2])
     assert not np.array_equal(found[0], found[1])

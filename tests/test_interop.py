@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import serialization
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from tests.model import small
@@ -18,6 +19,7 @@ from tests.test_parity import GOLDEN, check_forward, load, model_config, under
 from tvq import cluster, config, evaluate, interop, mesh, optimizer, state, tensors
 from tvq.checkpoint import Checkpoints
 from tvq.data.vocabulary import ByteVocabulary, to_json
+from tvq.model import original
 
 FORWARD = sorted(path for path in GOLDEN.glob("fwd_*.npz") if "bf16" not in path.name)
 PLACE = cluster.Place(how="a test")
@@ -36,7 +38,7 @@ def send_out(c: config.Config, workdir: Path, folder: Path) -> None:
 
 def original_file(path: Path, arrays: dict[str, np.ndarray], *, train_state: bool = True) -> Path:
     """What flax writes of the original program's TrainState, or of its parameters."""
-    params = interop.nested(arrays)
+    params = unflatten_dict(arrays, sep="/")
     tree = {"step": 7, "params": params, "opt_state": {"0": {"mu": params}}} if train_state else params
     path.write_bytes(serialization.msgpack_serialize(tree))
     return path
@@ -44,7 +46,7 @@ def original_file(path: Path, arrays: dict[str, np.ndarray], *, train_state: boo
 
 def newest(workdir: Path, c: config.Config) -> Any:
     """The whole state of the newest checkpoint."""
-    placed = state.place(c, optimizer.make(c.optimizer), mesh.make(config.Mesh(), jax.devices()[:1]))
+    placed = state.place(c, optimizer.make(c.optimizer, c.model), mesh.make(config.Mesh(), jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", keep=1, keep_every=0, read_only=True) as checkpoints:
         return checkpoints.restore(placed, print)
 
@@ -60,10 +62,10 @@ def test_a_file_of_the_original_gives_its_log_probs(path, train_state, tmp_path,
     bring_in(c, workdir, given)
     now = newest(workdir, c).state
     assert int(now.step) == 0
-    want = interop.parameters_from_original(under(arrays, "params"))
-    assert tensors.fingerprint((now.params, now.codebooks)) == tensors.fingerprint(want)
+    want = original.weights(under(arrays, "params"), c.model)
+    assert tensors.fingerprint(now.weights) == tensors.fingerprint(want)
     if train_state:
-        monkeypatch.setattr("tests.test_parity.parameters", lambda arrays: (now.params, now.codebooks))
+        monkeypatch.setattr("tests.test_parity.weights", lambda arrays, model: now.weights)
         check_forward(spec, arrays)
 
 
@@ -74,7 +76,7 @@ RUN = config.Config(model=dataclasses.replace(small.MODEL, n_vocab=259))
 def original_arrays(c: config.Config) -> dict[str, np.ndarray]:
     """Random parameters of the original program's."""
     rng = np.random.default_rng(0)
-    kinds = interop.original_kinds(c.model).items()
+    kinds = original.kinds(c.model).items()
     shapes = {name: json.loads(kind.removeprefix("float32")) for name, kind in kinds}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
@@ -113,10 +115,11 @@ def test_a_run_of_other_optimizer_or_revival_is_exported(tmp_path, capsys):
     )
     devices = mesh.make(config.Mesh(), jax.devices()[:1])
     ours, theirs = (evaluate.restore(c, epath.Path(tmp_path / "run"), devices, print) for c in (RUN, other))
-    assert tensors.fingerprint(ours.state) == tensors.fingerprint(
-        theirs.state._replace(codebooks={n: theirs.state.codebooks[n] for n in ours.state.codebooks})
+    mine, more = (restored.state.weights.extra["codebooks"] for restored in (ours, theirs))
+    assert not np.asarray(more.pop("idle")).any()
+    assert tensors.fingerprint((ours.state.weights.params, mine)) == tensors.fingerprint(
+        (theirs.state.weights.params, more)
     )
-    assert not np.asarray(theirs.state.codebooks["idle"]).any()
 
 
 def test_the_original_attends_across_documents(tmp_path, capsys):
@@ -158,8 +161,7 @@ def test_every_wrong_array_of_the_original_is_listed(tmp_path):
 
 
 def test_every_wrong_array_of_ours_is_listed(tmp_path):
-    params, codebooks = small.parameters(RUN.model)
-    arrays = tensors.named({"params": params, "codebooks": codebooks})
+    arrays = tensors.named(interop.in_file(small.parameters(RUN.model)))
     arrays["params.units.w2"] = arrays.pop("params.units.w")
     arrays["codebooks.count"] = np.zeros((2, 2, 3), np.float32)
     tensors.write(epath.Path(tmp_path) / "given" / interop.WEIGHTS, arrays, {})
@@ -201,8 +203,7 @@ def test_a_model_of_other_ids_needs_its_data(tmp_path):
 
 def exported(tmp_path: Path, c: config.Config = RUN) -> Path:
     """What `tvq export` writes, without a run."""
-    params, codebooks = small.parameters(c.model)
-    arrays = tensors.named({"params": params, "codebooks": codebooks})
+    arrays = tensors.named(interop.in_file(small.parameters(c.model)))
     facts = {"vocabulary": json.dumps(to_json(ByteVocabulary())), "image_size": "0"}
     tensors.write(epath.Path(tmp_path) / "given" / interop.WEIGHTS, arrays, facts)
     return tmp_path / "given" / interop.WEIGHTS
@@ -221,8 +222,8 @@ def test_weights_that_another_program_saved_again(facts, tmp_path):
     saved_again(path, facts)
     for given in (path, path.parent):
         found = interop.read_weights(epath.Path(given), RUN)
-        assert tensors.fingerprint(found[:2]) == tensors.fingerprint(want[:2])
-        assert found[2:] == want[2:] == (ByteVocabulary(), 0)
+        assert tensors.fingerprint(found[0]) == tensors.fingerprint(want[0])
+        assert found[1:] == want[1:] == (ByteVocabulary(), 0)
     # Of images, or of pieces, the data must tell.
     tokens = config.Data(source="tokens", path=str(tmp_path))
     with pytest.raises(ValueError, match="has lost what tvq export noted in it of vocabulary and images"):
@@ -237,9 +238,9 @@ def test_weights_that_another_program_saved_again(facts, tmp_path):
 def test_weights_of_other_dtypes_are_converted(dtype, tmp_path):
     path, said = exported(tmp_path), []
     saved_again(path, None, lambda arrays: arrays.update({k: x.astype(dtype) for k, x in arrays.items()}))
-    params, codebooks, *_ = interop.read_weights(epath.Path(path), RUN, said.append)
+    weights, *_ = interop.read_weights(epath.Path(path), RUN, said.append)
     want = tensors.named(small.parameters(RUN.model))
-    for name, x in tensors.named((params, codebooks)).items():
+    for name, x in tensors.named(weights).items():
         np.testing.assert_array_equal(x, np.asarray(want[name]).astype(dtype).astype(np.float32))
     assert f"arrays of {path} are converted, as codebooks.count: {dtype}" in said[0]
 

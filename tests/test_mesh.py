@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tvq import config, mesh
-from tvq.model import layers
+from tvq import config, mesh, sums
+from tvq.model import layers, parameters
 
 
 def on(n_device: int) -> jax.sharding.Mesh:
@@ -137,7 +137,7 @@ def test_a_sum_in_pairs_has_one_order(shape):
     }
     devices = mesh.make(config.Mesh(**shape), jax.devices())
     add = jax.shard_map(
-        lambda x: mesh.in_pairs(jax.tree.map(lambda row: row[0], x), mesh.DATA_AXES),
+        lambda x: sums.in_pairs(jax.tree.map(lambda row: row[0], x), mesh.DATA_AXES),
         mesh=devices, in_specs=mesh.BATCH, out_specs=mesh.WHOLE,
     )  # fmt: skip
     for n, total in jax.jit(add)(terms).items():
@@ -149,7 +149,7 @@ def test_a_sum_in_pairs_has_one_order(shape):
 
 def test_an_odd_number_of_devices_is_added_up_too():
     add = jax.shard_map(
-        lambda x: mesh.in_pairs(x, mesh.DATA_AXES), mesh=on(6), in_specs=mesh.BATCH, out_specs=mesh.WHOLE
+        lambda x: sums.in_pairs(x, mesh.DATA_AXES), mesh=on(6), in_specs=mesh.BATCH, out_specs=mesh.WHOLE
     )
     np.testing.assert_array_equal(jax.jit(add)(np.arange(6, dtype=np.int32)), [15])
 
@@ -162,18 +162,19 @@ def test_parameters_sent_in_few_bytes_are_as_if_cast_afterwards(D, narrow):
         jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(D, 5), (16, D)])
     )
 
-    def both(dtypes: dict[str, str], kernel_DX: jax.Array, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def both(dtype: str, kernel_DX: jax.Array, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         def output(kernel_DX: jax.Array) -> jax.Array:
-            whole = mesh.gather({"q": kernel_DX}, mesh.Axes(D="devices"), "units", dtypes)
+            like = {"q": parameters.declared(config.Model()).params["units"]["q"]}
+            whole = parameters.gather({"q": kernel_DX}, like, mesh.Axes(D="devices"), dtype)
             return layers.dense(x_TD.astype("bfloat16"), whole["q"])
 
         y_TX, back = jax.vjp(output, kernel_DX)
         return y_TX, *back(y_TX)
 
     found = []
-    for dtypes, sent in ({}, "f32"), ({"q": "bfloat16"}, narrow):
+    for dtype, sent in ("", "f32"), ("bfloat16", narrow):
         one = jax.shard_map(
-            functools.partial(both, dtypes), mesh=on(8), in_specs=(cut, cut), out_specs=(cut, cut)
+            functools.partial(both, dtype), mesh=on(8), in_specs=(cut, cut), out_specs=(cut, cut)
         )
         found.append(jax.jit(one)(kernel_DX, x_TD))
         text = str(jax.make_jaxpr(one)(kernel_DX, x_TD))

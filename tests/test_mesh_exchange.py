@@ -67,7 +67,7 @@ def test_the_default_mesh_sums_everything_once():
     like = state.abstract(small.MODEL, SGD)
     n_key = N_UNIT * N_PROBE
     keys, mask = 4 * n_key * small.MODEL.n_head * small.MODEL.d_k, 4 * n_key
-    reduced = size(like.params) + size(like.codebooks) + 4 * N_METRIC + keys + mask
+    reduced = size(like.weights) + 4 * N_METRIC + keys + mask
     assert links(devices=8) == {("all-reduce", "devices"): (2, 2 * 7 / 8 * reduced)}
 
 

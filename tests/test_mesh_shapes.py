@@ -68,8 +68,8 @@ def one_call(run: config.Config) -> tuple[TrainState, dict]:
         batch = mesh.global_batch(on(run), host_batch(), B)
         step = train_step.make(run, on(run), SGD).lower(now, batch).compile()
         now, metrics = step(now, batch)
-        assert jax.tree.map(lambda x: x.sharding.spec, now.params) == jax.tree.map(
-            lambda x: x.sharding.spec, placed(run, SGD).params
+        assert jax.tree.map(lambda x: x.sharding.spec, now.weights) == jax.tree.map(
+            lambda x: x.sharding.spec, placed(run, SGD).weights
         )
         return jax.device_get((now._replace(key=0), metrics))
 

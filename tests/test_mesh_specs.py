@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from tests.test_config import PRESETS
 from tvq import config, mesh, optimizer, state
-from tvq.model import transformer
+from tvq import model as lm
 
 GOLDEN = Path(__file__).parent / "golden_specs"
 EVERY_AXIS = config.Mesh(replica=2, devices=2, sequence=2, tensor=2, shard_params=True)
@@ -21,8 +21,8 @@ EVERY_AXIS = config.Mesh(replica=2, devices=2, sequence=2, tensor=2, shard_param
 
 def text(path: Path) -> str:
     c = config.build(config.load(str(path)))
-    like = state.abstract(c.model, optimizer.make(c.optimizer))
-    memory = jax.eval_shape(lambda: transformer.initial_state(c.model, 1))
+    like = state.abstract(c.model, optimizer.make(c.optimizer, c.model))
+    memory = jax.eval_shape(lambda: lm.start(c.model, 1))
     columns = []
     for shape in (c.mesh, EVERY_AXIS):
         sizes = [getattr(shape, axis) for axis in mesh.AXES]
@@ -30,7 +30,7 @@ def text(path: Path) -> str:
         axes = mesh.axes(devices, c.model, shape.shard_params)
         found = {
             "state": state.specs(like, c.model, axes),
-            "attention": transformer.state_specs(c.model, axes),
+            "attention": lm.state_specs(c.model, axes),
         }
         columns.append([str(tuple(spec)) for spec in jax.tree.leaves(found)])
     arrays = {"state": like, "attention": memory}

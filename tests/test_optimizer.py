@@ -10,12 +10,13 @@ import optax
 import pytest
 
 from tests.model import small
-from tvq import mesh, optimizer, state
+from tvq import mesh, optimizer, state, tensors
 from tvq.config import Mesh, Model, Optimizer
-from tvq.model import transformer
+from tvq.model import Weights, parameters
 from tvq.state import TrainState
 
 WARMUP, MAX = 10, 110
+KVG = optimizer.joints(small.MODEL, "units")
 CONFIG = Optimizer(n_warmup_step=WARMUP, n_max_step=MAX, lr_max=0.01, grad_clip=0.0, wd_lam=0.0)
 
 
@@ -62,8 +63,8 @@ def test_without_warm_up_the_first_factor_is_one(name):
 def test_decay_spares_what_is_a_vector_in_one_unit(tied):
     """The rule: every parameter whose rank is not 1 decays; the dim that stacks units does not count."""
     model = dataclasses.replace(small.MODEL, pe_abs=True, e_preln=True, e_tie=tied)
-    params, _ = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    flags = jax.tree.leaves(optimizer.decayed(params))
+    params, _ = jax.eval_shape(lambda: parameters.init(model, jax.random.key(0)))
+    flags = jax.tree.leaves(optimizer.decayed(params, model))
     spared = set()
     for (path, leaf), flag in zip(jax.tree.leaves_with_path(params), flags, strict=True):
         rank = leaf.ndim - (path[0].key == "units")
@@ -102,10 +103,12 @@ def select(full: dict, like: dict) -> dict:
 
 
 def test_adafactor_treats_each_unit_by_itself():
-    got, _ = run(optimizer.each_unit(optax.adafactor(0.01)), tree(0))
-    got["units"] = optimizer.joined(got["units"])
+    got, _ = run(optimizer.each_unit(optax.adafactor(0.01), small.MODEL), tree(0))
+    got["units"] = optimizer.joined(got["units"], KVG)
     for unit in range(2):
-        one = lambda seed, unit=unit: jax.tree.map(lambda x: x[unit], optimizer.joined(tree(seed)["units"]))
+        one = lambda seed, unit=unit: jax.tree.map(
+            lambda x: x[unit], optimizer.joined(tree(seed)["units"], KVG)
+        )
         tx = optax.adafactor(0.01)
         params = one(0)
         opt_state = tx.init(params)
@@ -119,7 +122,7 @@ def test_adafactor_treats_each_unit_by_itself():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_an_update_of_one_unit_does_not_depend_on_the_other(name):
-    tx = optimizer.make(dataclasses.replace(CONFIG, name=name, n_warmup_step=0))
+    tx = optimizer.make(dataclasses.replace(CONFIG, name=name, n_warmup_step=0), small.MODEL)
     alone = lambda x: {**x, "units": jax.tree.map(lambda a: a.at[0].set(1e-3), x["units"])}
     params, grads = tree(0), tree(1)
     update = jax.jit(tx.update)
@@ -132,7 +135,9 @@ def test_an_update_of_one_unit_does_not_depend_on_the_other(name):
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_clipping_is_by_the_norm_of_all_gradients_and_zero_leaves_it_out(name):
     def updates(grad_clip: float, scale: float = 1.0) -> list:
-        tx = optimizer.make(dataclasses.replace(CONFIG, name=name, grad_clip=grad_clip, n_warmup_step=0))
+        tx = optimizer.make(
+            dataclasses.replace(CONFIG, name=name, grad_clip=grad_clip, n_warmup_step=0), small.MODEL
+        )
         opt_state = tx.init(tree(0))
         found = []
         for seed in (1, 2):
@@ -147,26 +152,28 @@ def test_clipping_is_by_the_norm_of_all_gradients_and_zero_leaves_it_out(name):
     for a, b in zip(free, loose, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert any(np.abs(a - b).max() > 1e-6 for a, b in zip(free, tight, strict=True))
-    assert len(optimizer.make(dataclasses.replace(CONFIG, name=name)).init(tree(0))) == 2
+    assert len(optimizer.make(dataclasses.replace(CONFIG, name=name), small.MODEL).init(tree(0))) == 2
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_cut_arrays_are_updated_as_whole_ones(name):
     """Each device holds a part of parameters and moments: the norm, and Adafactor's means, are of all."""
-    tx = optimizer.make(dataclasses.replace(CONFIG, name=name, grad_clip=0.1, n_warmup_step=0, wd_lam=0.01))
+    tx = optimizer.make(
+        dataclasses.replace(CONFIG, name=name, grad_clip=0.1, n_warmup_step=0, wd_lam=0.01), small.MODEL
+    )
     params, grads = tree(0), tree(1)
     update = jax.jit(tx.update)
     want, want_state = update(grads, tx.init(params), params)
-    like = TrainState(jnp.int32(0), params, {}, tx.init(params), jax.random.key(0))
+    like = TrainState(jnp.int32(0), Weights(params, {}), tx.init(params), jax.random.key(0))
     devices = mesh.make(Mesh(devices=2), jax.devices()[:2])
     specs = state.specs(like, Model(d_model=130), mesh.Axes(D="devices"))
     placed = jax.tree.map(lambda x, spec: jax.device_put(x, mesh.sharding(devices, spec)), like, specs)
-    cut_grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, placed.params)
-    got, got_state = update(cut_grads, placed.opt_state, placed.params)
+    cut_grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, placed.weights.params)
+    got, got_state = update(cut_grads, placed.opt_state, placed.weights.params)
     small.close((got, got_state), (want, want_state), 1e-6)
     moments = [x for x in jax.tree.leaves(placed.opt_state) if 130 in x.shape]
     assert not any(x.sharding.is_fully_replicated for x in moments)
-    assert not placed.params["units"]["v"].sharding.is_fully_replicated
+    assert not placed.weights.params["units"]["v"].sharding.is_fully_replicated
 
 
 def test_clipping_scales_by_the_norm_without_epsilon():
@@ -176,7 +183,7 @@ def test_clipping_scales_by_the_norm_without_epsilon():
     clipped, _ = clip.update(grads, clip.init(params))
     adam = optax.adam(0.01, b1=0.9, b2=0.98, eps=1e-9)
     want, _ = adam.update(clipped, adam.init(params), params)
-    tx = optimizer.make(dataclasses.replace(CONFIG, grad_clip=1.0, n_warmup_step=0))
+    tx = optimizer.make(dataclasses.replace(CONFIG, grad_clip=1.0, n_warmup_step=0), small.MODEL)
     got, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(clipped["out"]["kernel"], 1 / math.sqrt(8), rtol=1e-6)
     np.testing.assert_allclose(got["out"]["kernel"], want["out"]["kernel"], rtol=1e-6)
@@ -184,7 +191,7 @@ def test_clipping_scales_by_the_norm_without_epsilon():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_weight_decay_is_scaled_by_neither_rate_nor_schedule(name):
-    tx = optimizer.make(dataclasses.replace(CONFIG, name=name, wd_lam=0.02))
+    tx = optimizer.make(dataclasses.replace(CONFIG, name=name, wd_lam=0.02), small.MODEL)
     params = tree(0)
     updates, opt_state = tx.update(tree(1), tx.init(params), params)
     # The factor of the first update is 0: only the decay is left, of the parameters before it.
@@ -193,3 +200,17 @@ def test_weight_decay_is_scaled_by_neither_rate_nor_schedule(name):
     np.testing.assert_array_equal(updates["units"]["u"], 0.0)
     updates, _ = tx.update(tree(2), opt_state, params)
     assert np.abs(updates["units"]["u"]).max() > 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_names_of_the_state_do_not_depend_on_what_else_is_in_the_chain(name):
+    """A run that diverged may be resumed with clipping, or with another decay."""
+
+    def names(**changed: float) -> list[str]:
+        config = dataclasses.replace(CONFIG, name=name, **changed)
+        return list(tensors.named(jax.eval_shape(optimizer.make(config, small.MODEL).init, tree(0))))
+
+    want = names()
+    assert all(part in {name, "schedule"} for part in (path.split(".")[0] for path in want))
+    for changed in ({"grad_clip": 1.0}, {"wd_lam": 0.1}, {"grad_clip": 1.0, "wd_lam": 0.1}):
+        assert names(**changed) == want

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
-from tvq import config, draw, evaluate, interop, mesh, optimizer, train_step
-from tvq.model import layers, recurrence, transformer, vq
+from tvq import config, draw, evaluate, mesh, optimizer, train_step
+from tvq.model import attention, layers, original, parameters, recurrence, transformer, vq
+from tvq.model.parameters import Weights
+from tvq.model.unit import gated_unit
 from tvq.state import TrainState
 
 GOLDEN = Path(os.environ.get("TVQ_GOLDEN", Path(__file__).parent / "golden"))
@@ -65,12 +68,27 @@ def on_device(tree: object) -> object:
     return jax.tree.map(jnp.asarray, tree)
 
 
-def parameters(arrays: dict) -> tuple[dict, dict]:
-    return on_device(interop.parameters_from_original(arrays))
+def weights(arrays: dict, model: config.Model) -> Weights:
+    return on_device(original.weights(arrays, model))
+
+
+def state_from_original(arrays: dict) -> transformer.State:
+    """Our attention state from its arrays by path, `layer/unit/...`; document ids, never read, go."""
+    places = sorted({tuple(int(i) for i in path.split("/")[:2]) for path in arrays})
+    stack = lambda name: jnp.stack([arrays[f"{i}/{j}/{name}"] for i, j in places])
+    count = stack("aggcache/lower")
+    units = attention.State(
+        z_BHM=stack("xlcache/z"),
+        k_BHMK=stack("xlcache/k_hat"),
+        v_BHMV=stack("xlcache/v"),
+        count_BHS=count,
+        sum_BHSV=stack("aggcache/upper_div_lower") * count[..., None],
+    )
+    return transformer.State(jnp.asarray(arrays[f"{places[0][0]}/{places[0][1]}/pos_offset"]), units)
 
 
 def state_close(name: str, got: transformer.State, arrays: dict, tolerance: float = TOLERANCE) -> None:
-    want = interop.state_from_original(arrays)
+    want = state_from_original(arrays)
     assert int(got.position) == int(want.position)
     got_units, want_units = jax.tree.map(np.asarray, (got.units, want.units))
     same_z = got_units.z_BHM == want_units.z_BHM
@@ -89,11 +107,10 @@ def state_close(name: str, got: transformer.State, arrays: dict, tolerance: floa
         close(f"{name}.{field}", a, b, tolerance)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "state_only"))
-def forward(params, codebooks, tokens, mask, state, *, model, state_only=False):
-    x, state, stats = transformer.forward(params, codebooks, tokens, mask, state, model)
-    metrics = jax.tree.map(jnp.mean, stats["metrics"]) | transformer.codebook_metrics(codebooks)
-    return transformer.log_probs(params, x, model), state, stats, metrics
+@functools.partial(jax.jit, static_argnames="model")
+def forward(weights, tokens, mask, state, *, model):
+    x, state, _, metrics = transformer.forward(weights, tokens, mask, state, model)
+    return transformer.log_probs(weights, x, model), state, metrics | transformer.measure(weights)
 
 
 def check_forward(spec: dict, arrays: dict) -> None:
@@ -101,22 +118,22 @@ def check_forward(spec: dict, arrays: dict) -> None:
     # Ours and the original's bfloat16 differ in which tensors are rounded: counts, means and scores are
     # float32 here.
     tolerance = BFLOAT16 if model.dtype == "bfloat16" else TOLERANCE
-    params, codebooks = parameters(under(arrays, "params"))
+    given = weights(under(arrays, "params"), model)
     batch = under(arrays, "batch")
-    state = transformer.initial_state(model, batch["inputs"].shape[0])
+    state = transformer.start(model, batch["inputs"].shape[0])
     log_probs, start = [], 0
     for call, n_block in enumerate(spec["call_blocks"]):
         piece = slice(start, start + n_block * model.block_len)
         start = piece.stop
-        got, state, stats, metrics = forward(
-            params, codebooks, batch["inputs"][:, piece], batch["loss_mask"][:, piece], state, model=model
+        got, state, metrics = forward(
+            given, batch["inputs"][:, piece], batch["loss_mask"][:, piece], state, model=model
         )
         log_probs.append(got)
         if call == 0:
             state_close("state_after_call0", state, under(arrays, "out/state_after_call0"), tolerance)
         if spec["transformer_config"]["is_train"]:
             want = under(arrays, f"out/call{call}")
-            close("l_commit", stats["commit"].sum(), want["l_commit"], tolerance)
+            close("l_commit", metrics["loss_commit_per_token"], want["l_commit"], tolerance)
             assert want["l_codebook"] == pytest.approx(0.0, abs=1e-6)
             metrics_close(metrics, under(want, "metrics"), tolerance)
     close("logprobs", np.concatenate(log_probs, 1), arrays["out/logprobs"], tolerance)
@@ -133,35 +150,33 @@ def metrics_close(got: dict, want: dict, tolerance: float = TOLERANCE) -> None:
 
 def check_lossgrad(spec: dict, arrays: dict) -> None:
     model = model_config(spec["transformer_config"])
-    params, codebooks = parameters(under(arrays, "params"))
+    given = weights(under(arrays, "params"), model)
     batch = on_device(under(arrays, "batch"))
-    state = on_device(interop.state_from_original(under(arrays, "state_in")))
+    state = on_device(state_from_original(under(arrays, "state_in")))
 
     @jax.jit
-    def gradient(params, codebooks, batch, state):
-        return jax.value_and_grad(train_step.loss_fn, has_aux=True)(
-            params, codebooks, batch, state, None, model
-        )
+    def gradient(given, batch, state):
+        return jax.value_and_grad(train_step.loss_fn, has_aux=True)(*given, batch, state, None, model)
 
-    (loss, (state_out, stats, metrics)), grads = gradient(params, codebooks, batch, state)
-    log_probs, _, _, _ = forward(params, codebooks, batch["inputs"], batch["loss_mask"], state, model=model)
+    (loss, (state_out, stats, metrics)), grads = gradient(given, batch, state)
+    log_probs, *_ = forward(given, batch["inputs"], batch["loss_mask"], state, model=model)
     close("loss", loss, arrays["out/loss"])
     close("l_lm", metrics["loss_lm_per_token_unscaled"], arrays["out/l_lm_unscaled"])
     close("l_commit", metrics["loss_commit_per_token"], arrays["out/l_commit"])
     assert arrays["out/l_codebook"] == pytest.approx(0.0, abs=1e-6)
     close("logprobs", log_probs, arrays["out/logprobs"])
-    metrics_close(metrics | transformer.codebook_metrics(codebooks), under(arrays, "out/metrics"))
+    metrics_close(metrics | transformer.measure(given), under(arrays, "out/metrics"))
     state_close("attn_state", state_out, under(arrays, "out/attn_state"))
 
-    want_grads, want_codebooks = interop.parameters_from_original(under(arrays, "out/grads"))
+    want_grads, want_extra = original.weights(under(arrays, "out/grads"), model)
     trees_close("grads", grads, want_grads)
     n_block = batch["inputs"].shape[1] // model.block_len
     (n_device,), (n_block_per_update,) = (
         set(np.asarray(spec["vq_spec"][name]).ravel().tolist()) for name in ("n_device", "n_block_per_update")
     )
     total = jax.tree.map(lambda x: x * n_device * n_block_per_update / n_block, stats)
-    new = vq.moving_average(codebooks, total, model.c_gamma)
-    trees_close("codebooks", jax.tree.map(jnp.subtract, codebooks, new), want_codebooks, CANCELLING)
+    new = transformer.learn(given, total, model).extra
+    trees_close("extra", jax.tree.map(jnp.subtract, given.extra, new), want_extra, CANCELLING)
 
 
 def optimizer_config(original: dict) -> config.Optimizer:
@@ -178,15 +193,11 @@ def optimizer_config(original: dict) -> config.Optimizer:
 
 def moments(opt_state: object, name: str) -> dict[str, object]:
     """Our optimizer's moments as trees of parameters, by the original's names."""
-    inner = next(part for part in opt_state if isinstance(part, dict | tuple) and len(part))
+    inner = opt_state[name]
     if name == "adafactor":
-        units, rest = inner["units"][0], inner["rest"][0]
-        return {
-            m: getattr(rest, m)
-            | {"units": getattr(units, m)["units"] if "units" in getattr(units, m) else getattr(units, m)}
-            for m in ("v_row", "v_col", "v")
-        }
-    return {m: getattr(inner[0], m) for m in (("mu", "nu") if name == "adamw" else ("mu",))}
+        units, rest = inner["each"]["factored"], inner["rest"]["factored"]
+        return {m: getattr(units, m) | getattr(rest, m) for m in ("v_row", "v_col", "v")}
+    return {m: getattr(inner, m) for m in (("mu", "nu") if name == "adamw" else ("mu",))}
 
 
 def opt_state_close(opt_state: object, spec: dict, arrays: dict, rename) -> None:
@@ -222,35 +233,34 @@ def check_train(spec: dict, arrays: dict) -> None:
     )
     assert [row for rows in spec["device_rows"] for row in rows] == list(range(B))
     devices = mesh.make(run.mesh, jax.devices()[: spec["n_device"]])
-    tx = optimizer.make(run.optimizer)
-    params, codebooks = parameters(under(arrays, "params"))
-    state = TrainState(jnp.int32(0), params, codebooks, jax.jit(tx.init)(params), jax.random.key(0))
+    tx = optimizer.make(run.optimizer, run.model)
+    given = weights(under(arrays, "params"), model)
+    state = TrainState(jnp.int32(0), given, jax.jit(tx.init)(given.params), jax.random.key(0))
     state = jax.device_put(state, mesh.sharding(devices, mesh.WHOLE))
     step = train_step.make(run, devices, tx)
     for i in range(spec["n_train_op_steps"]):
         state, metrics = step(state, mesh.global_batch(devices, under(arrays, f"batch{i}"), B))
-        want, want_codebooks = interop.parameters_from_original(under(arrays, f"out/step{i}/params"))
-        trees_close(f"step{i}.params", state.params, want)
-        trees_close(f"step{i}.codebooks", state.codebooks, want_codebooks)
+        want = original.weights(under(arrays, f"out/step{i}/params"), model)
+        trees_close(f"step{i}.weights", state.weights, want)
         metrics_close(metrics, under(arrays, f"out/step{i}/metrics"))
     assert int(state.step) == spec["final_train_state_step"]
     if spec["opt_state_stored"]:
         # Adafactor sees keys, values and gates as one array, as the original's does.
         joined = spec["optimizer"]["optimizer"] == "adafactor"
-        rename = interop.renamed if joined else interop.parameters_from_original
-        opt_state_close(state.opt_state, spec, arrays, lambda flat: rename(flat)[0])
+        rename = lambda flat: original.weights(flat, model, joined=joined)[0]
+        opt_state_close(state.opt_state, spec, arrays, rename)
 
 
 def check_eval(spec: dict, arrays: dict) -> None:
     model = model_config(spec["transformer_config"])
-    params, codebooks = parameters(under(arrays, "params"))
+    given = weights(under(arrays, "params"), model)
     batch = under(arrays, "batch")
     B, T = batch["inputs"].shape
     devices = mesh.make(config.Mesh(), jax.devices()[: spec["n_device"]])
     # Pieces of one block and of all blocks: the update length plays no part in evaluation.
     for piece_len in (model.block_len, T):
         score = evaluate.make(model, devices, piece_len)
-        nll_B, count_B = score(params, codebooks, mesh.global_batch(devices, batch, B))
+        nll_B, count_B = score(given, mesh.global_batch(devices, batch, B))
         close("loss_lm", nll_B.sum() / (B * T), arrays["out/stats/loss_lm_per_token_unscaled"])
         close("loss_mask", count_B.sum() / (B * T), arrays["out/stats/loss_mask_per_token"])
         close("loss", nll_B.sum() / count_B.sum(), arrays["out/loss_lm_per_token"])
@@ -258,13 +268,13 @@ def check_eval(spec: dict, arrays: dict) -> None:
 
 def check_decode(spec: dict, arrays: dict) -> None:
     model = model_config(spec["transformer_config"])
-    params, codebooks = parameters(under(arrays, "params"))
+    given = weights(under(arrays, "params"), model)
     inputs = on_device(arrays["batch/inputs"])
-    empty = transformer.initial_state(model, inputs.shape[0])
+    empty = transformer.start(model, inputs.shape[0])
 
     for name, block_len in (("block1", 1), ("blockL", model.block_len)):
-        log_probs, state, _, _ = forward(
-            params, codebooks, inputs, jnp.ones_like(inputs), empty,
+        log_probs, state, _ = forward(
+            given, inputs, jnp.ones_like(inputs), empty,
             model=dataclasses.replace(model, block_len=block_len),
         )  # fmt: skip
         close(name, log_probs, arrays[f"out/logprobs_{name}"])
@@ -272,15 +282,15 @@ def check_decode(spec: dict, arrays: dict) -> None:
             state_close(name, state, under(arrays, f"out/final_state_{name}"))
 
     @jax.jit
-    def decode(params, codebooks, inputs):
-        first = transformer.decoding(params, codebooks, empty, model)
-        step = lambda state, token_B: transformer.decode(params, token_B, state, model)[::-1]
+    def decode(given, inputs):
+        first = transformer.begin(given, empty, model)
+        step = lambda state, token_B: transformer.step(given, token_B, state, model)[::-1]
         last, log_probs = jax.lax.scan(step, first, inputs.T)
         return last, log_probs.swapaxes(0, 1)
 
-    last, log_probs = decode(params, codebooks, inputs)
+    last, log_probs = decode(given, inputs)
     close("decode", log_probs, arrays["out/logprobs_block1"])
-    want = interop.state_from_original(under(arrays, "out/final_state_block1"))
+    want = state_from_original(under(arrays, "out/final_state_block1"))
     ring = jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(on_device(want.units), want.position)
     # What rounding took is ours alone.
     trees_close("ring", last.rings._replace(lost_BHSV=ring.lost_BHSV), ring)
@@ -288,11 +298,11 @@ def check_decode(spec: dict, arrays: dict) -> None:
 
 def check_sample(spec: dict, arrays: dict) -> None:
     model = model_config(spec["transformer_config"])
-    params, codebooks = parameters(under(arrays, "params"))
+    given = weights(under(arrays, "params"), model)
     want = arrays["out/tokens_greedy_p0"]
     n = want.shape[0]
     tokens = draw.continuations(
-        params, codebooks, [draw.empty(model)] * n, range(n), jax.random.key(0),
+        given, [draw.empty(model)] * n, range(n), jax.random.key(0),
         batch_size=n, model=model, length=want.shape[1], temperature=1.0, p_nucleus=0.0,
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, want)
@@ -302,15 +312,16 @@ def made_up(flat: dict) -> dict:
     """The optimizer files' invented tree in our names."""
     names = {
         "emb/embs": "embed/table", "emb/bias_out": "embed/bias", "pe/scale": "position/scale",
-        "layer/q_proj/kernel": "units/q", "layer/kvg_proj/kernel": "units/kvg",
+        "layer/q_proj/kernel": "units/q", "layer/kvg_proj/kernel": "units/r",
         "layer/ln/g": "units/norm/gain", "layer/u": "units/u",
     }  # fmt: skip
     stack = lambda path, x: x[None] if path.startswith("units") else x
-    return on_device(interop.nested({new: stack(new, flat[old]) for old, new in names.items()}))
+    arrays = {new: stack(new, flat[old]) for old, new in names.items()}
+    return on_device(unflatten_dict(arrays, sep="/"))
 
 
 def check_optim(spec: dict, arrays: dict) -> None:
-    tx = optimizer.make(optimizer_config(spec["optimizer"]))
+    tx = optimizer.make(optimizer_config(spec["optimizer"]), config.Model(e_tie=True, pe_abs=True))
     params = made_up(under(arrays, "params"))
     opt_state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
@@ -390,18 +401,19 @@ def check_misc(spec: dict, arrays: dict) -> None:
     close("plain ln", layers.rms_norm(x), arrays["out/ln/plain"])
 
     model = dataclasses.replace(model_config(spec["attn_transformer_config"]), n_layer=1)
-    unit, codebook = jax.tree.map(
+    params, extra = jax.tree.map(
         lambda x: jnp.asarray(x)[0],
-        interop.parameters_from_original(
-            {f"transformer_layers_0/scanned_attn1/{k}": v for k, v in under(arrays, "attn/params").items()}
+        original.weights(
+            {f"transformer_layers_0/scanned_attn1/{k}": v for k, v in under(arrays, "attn/params").items()},
+            model,
         ),
     )
-    unit = unit["units"]
+    unit, codebook = params["units"], extra["codebooks"]
     features = arrays["attn/in/features"]
     n_block, B, L, _ = features.shape
-    state = jax.tree.map(lambda x: x[0], transformer.initial_state(model, B).units)
+    state = jax.tree.map(lambda x: x[0], transformer.start(model, B).units)
     distance = transformer.distances(model)
-    run = jax.jit(functools.partial(layers.gated_unit, config=model))
+    run = jax.jit(functools.partial(gated_unit, config=model))
     for i in range(n_block):
         res, state, stats = run(
             unit, codebook, jnp.asarray(features[i]), jnp.ones((B, L), jnp.int32),
@@ -445,26 +457,27 @@ def test_there_are_files() -> None:
 def test_recipe_shapes(name: str) -> None:
     recipe = json.loads((GOLDEN / "recipes.json").read_text())["recipes"][name]
     model = model_config(recipe["settings"])
-    ours = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    ours = jax.eval_shape(lambda: parameters.init(model, jax.random.key(0)))
     unused = 0 if model.e_tie else model.n_vocab  # the bias of the embedding that nothing reads
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(ours) + unused == recipe["n_param_total"]
-    assert count(ours[1]) == recipe["n_param_codebook"]
+    assert count(ours.extra) == recipe["n_param_codebook"]
     small = {path: np.empty(shape, np.uint8) for path, shape in recipe["shapes"].items()}
-    assert interop.original_kinds(model) == {p: f"float32{shape}" for p, shape in recipe["shapes"].items()}
+    assert original.kinds(model) == {p: f"float32{shape}" for p, shape in recipe["shapes"].items()}
     shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
-    assert shapes(interop.parameters_from_original(small)) == shapes(ours)
+    assert shapes(original.weights(small, model)) == shapes(ours)
 
 
 @pytest.mark.parametrize("case", ["e_tie0", "e_tie1_peabs"])
 def test_initial_values(case: str) -> None:
     stats = json.loads((GOLDEN / "init_stats.json").read_text())[case]
     model = model_config({"pe_lam": 100_000} | stats["config"])
-    params, codebooks = transformer.init(model, jax.random.key(0))
-    ours = params | {"units": optimizer.joined(params["units"])}, codebooks
+    ours = parameters.init(model, jax.random.key(0))
+    joined = optimizer.joined(ours.params["units"], optimizer.joints(model, "units"))
+    ours = ours._replace(params=ours.params | {"units": joined})
     for what in ("mean", "std"):
         flat = {path: np.float32(leaf[what]) for path, leaf in stats["leaves"].items()}
-        want = interop.renamed(flat)
+        want = original.weights(flat, model, joined=True)
         size = jax.tree.map(lambda x: x.size, ours)
         for (path, array), (_, wanted), (_, n) in zip(
             *map(jax.tree.leaves_with_path, (ours, want, size)), strict=True

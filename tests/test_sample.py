@@ -16,6 +16,7 @@ from tests.model import small
 from tvq import atomic, cluster, config, draw, image_samples, mesh, optimizer, sample, state
 from tvq.data.vocabulary import END, ByteVocabulary
 from tvq.errors import InputError
+from tvq.model import parameters
 
 BYTES = ByteVocabulary()
 
@@ -38,16 +39,16 @@ def test_a_sample_of_a_run(image_size):
     """Of parameters on the whole mesh, and cut over it: what one device draws."""
     model = dataclasses.replace(small.MODEL, n_vocab=259)
     c = config.Config(model=model, sample=config.Sample(prompt="a" * 9, n_sample=2, length=8))
-    params, codebooks = small.parameters(model)
+    weights = small.parameters(model)
     devices, said = mesh.make(config.Mesh(devices=1, tensor=2), jax.devices()[:2]), []
     draw_sample = sample.sampler(c, BYTES, image_size, devices)
     found = []
     for axes in (mesh.UNCUT, mesh.axes(devices, model, False)):
-        specs = mesh.specs(params, axes), mesh.specs(codebooks, axes, "codebooks")
+        specs = parameters.specs(model, axes)
         shardings = jax.tree.map(lambda spec: mesh.sharding(devices, spec), specs)
-        placed = jax.device_put((params, codebooks), shardings)
-        found.append(draw_sample(*placed, said.append))
-    assert not placed[0]["units"]["v"].is_fully_replicated
+        placed = jax.device_put(weights, shardings)
+        found.append(draw_sample(placed, said.append))
+    assert not placed.params["units"]["v"].is_fully_replicated
     assert found[0] == found[1]
     assert any(line.startswith("drawing: ") for line in said)
     if image_size:
@@ -55,7 +56,7 @@ def test_a_sample_of_a_run(image_size):
             assert sheet.size == (2 * image_size + image_samples.GAP, image_size)
     else:
         asked = ["a" * 9]
-        alone = sample.answers(params, codebooks, BYTES, c, draw.empty(model), asked, said.append)
+        alone = sample.answers(weights, BYTES, c, draw.empty(model), asked, said.append)
         assert found[0] == sample.show(alone) + "\n"
         assert alone[0] != alone[1]
 
@@ -76,7 +77,7 @@ def test_a_sample_of_a_run_stops_where_the_text_ends(monkeypatch):
 
 def placed(c):
     devices = mesh.make(c.mesh, jax.devices()[:2])
-    return state.place(c, optimizer.make(c.optimizer), devices)
+    return state.place(c, optimizer.make(c.optimizer, c.model), devices)
 
 
 def test_samples_of_images_need_a_package(monkeypatch):

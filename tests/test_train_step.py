@@ -67,7 +67,7 @@ def compile_step(run: config.Config, tx: optax.GradientTransformation, n_device:
     return step.lower(first_state(run, tx, n_device), batch(0, n_device)).compile()
 
 
-ADAMW = optimizer.make(RUN.optimizer)
+ADAMW = optimizer.make(RUN.optimizer, RUN.model)
 
 
 @functools.cache
@@ -97,8 +97,8 @@ def test_losses_do_not_depend_on_the_mesh(n_device):
             a["loss_lm_per_token_unscaled"], b["loss_lm_per_token_unscaled"], rtol=1e-5
         )
     # The codes of the first updates are the same: each count is a sum of whole numbers.
-    close(first.codebooks, want_first.codebooks, 1e-6)
-    close(first.params, want_first.params, 1e-5)
+    close(first.weights.extra, want_first.weights.extra, 1e-6)
+    close(first.weights.params, want_first.weights.params, 1e-5)
 
 
 @pytest.mark.slow
@@ -153,12 +153,12 @@ def test_the_old_state_is_donated_and_nothing_goes_to_the_host():
 def by_hand(run: config.Config, now: TrainState, one: dict, rate: float) -> tuple[dict, dict, list]:
     """The updates of one call with plain gradient descent, on one device, as SPEC.md has them."""
     gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
-    params, codebooks = now.params, now.codebooks
-    attention, rows = transformer.initial_state(run.model, B), []
+    params, codebooks = now.weights.params, now.weights.extra["codebooks"]
+    attention, rows = transformer.start(run.model, B), []
     for start in range(0, T, U):
         piece = {name: rows[:, start : start + U] for name, rows in one.items()}
         (_, (attention, stats, metrics)), grads = gradient(
-            params, codebooks, piece, attention, None, run.model
+            params, {"codebooks": codebooks}, piece, attention, None, run.model
         )
         rows.append(metrics)
         params = jax.tree.map(lambda p, g: p - rate * g, params, grads)
@@ -174,8 +174,8 @@ def test_a_call_on_eight_devices_is_its_updates_written_out():
     now = first_state(PLAIN, tx, n_device)
     want_params, want_codebooks, want_rows = by_hand(PLAIN, initial(PLAIN, tx), host_batch(0), rate)
     now, metrics = compile_step(PLAIN, tx, n_device)(now, batch(0, n_device))
-    close(now.params, want_params, 1e-5)
-    close(now.codebooks, want_codebooks, 1e-5)
+    close(now.weights.params, want_params, 1e-5)
+    close(now.weights.extra["codebooks"], want_codebooks, 1e-5)
     assert int(now.step) == N_UPDATE
     for name in want_rows[0]:
         want = np.mean([row[name] for row in want_rows])
@@ -187,13 +187,13 @@ def test_a_call_on_eight_devices_is_its_updates_written_out():
 @pytest.mark.slow
 def test_an_update_in_segments_is_the_update():
     """Loss, statistics, next state and gradients, with everything drawn."""
-    params, codebooks = small.parameters(DROPOUT)
+    weights = small.parameters(DROPOUT)
     piece = {name: jnp.asarray(rows) for name, rows in host_batch(0).items()}
-    attention = transformer.initial_state(DROPOUT, B)
+    attention = transformer.start(DROPOUT, B)
     draws = Draws(jax.random.key(0), jax.random.key(1), jnp.arange(B))
     gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=(5, 6))
-    want = gradient(params, codebooks, piece, attention, draws, DROPOUT, 0)
-    got = gradient(params, codebooks, piece, attention, draws, DROPOUT, small.MODEL.block_len)
+    want = gradient(*weights, piece, attention, draws, DROPOUT, 0)
+    got = gradient(*weights, piece, attention, draws, DROPOUT, small.MODEL.block_len)
     close(got, want, 1e-5)
 
 
@@ -233,7 +233,7 @@ def test_what_is_drawn_when(monkeypatch):
 
 def n_used(now: TrainState) -> np.ndarray:
     """Codes that hold more than a hundredth of an even share, of each unit and head."""
-    count_NHS = np.asarray(now.codebooks["count"])
+    count_NHS = np.asarray(now.weights.extra["codebooks"]["count"])
     return np.sum(count_NHS > 0.01 * count_NHS.mean(-1, keepdims=True), -1)
 
 
@@ -242,19 +242,21 @@ def n_used(now: TrainState) -> np.ndarray:
 def test_dead_codes_come_back_to_life(n_device):
     """All codewords but one lie where no key is."""
     now = first_state(RUN, ADAMW, n_device)
-    away = now.codebooks["sum"].at[:, :, 1:].add(100.0)
-    count = now.codebooks["count"].at[:, :, 1:].set(1e-6)
-    now = now._replace(codebooks=now.codebooks | {"sum": away, "count": count})
+    codebooks = now.weights.extra["codebooks"]
+    away = codebooks["sum"].at[:, :, 1:].add(100.0)
+    count = codebooks["count"].at[:, :, 1:].set(1e-6)
+    far = {"codebooks": codebooks | {"sum": away, "count": count}}
+    now = now._replace(weights=now.weights._replace(extra=far))
     assert (n_used(now) == 1).all()
     now, metrics = compiled(n_device)(now, batch(0, n_device))
     # After N_UPDATE updates all are seeded, the first of them with the first key; but none with a masked one.
     masked = np.asarray(metrics["probe"]["mask"])[:, None, : small.MODEL.n_code - 1] == 0
     assert masked.any()
     np.testing.assert_array_equal(
-        now.codebooks["idle"][:, :, 1:], np.where(masked, N_UPDATE, 0) + np.zeros((1, 2, 1))
+        now.weights.extra["codebooks"]["idle"][:, :, 1:], np.where(masked, N_UPDATE, 0) + np.zeros((1, 2, 1))
     )
     first_key = metrics["probe"]["key"][:, :, 0]
-    np.testing.assert_array_equal(now.codebooks["sum"][:, :, 1], first_key)
+    np.testing.assert_array_equal(now.weights.extra["codebooks"]["sum"][:, :, 1], first_key)
     for number in range(1, 10):
         now, _ = compiled(n_device)(now, batch(number, n_device))
     assert (n_used(now) > 12).all(), n_used(now)

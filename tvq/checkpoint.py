@@ -383,6 +383,8 @@ def _size_and_sum(path: epath.Path) -> list[int]:
 
 def _check_arrays(step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
     differing = tensors.differing(saved, wanted, "saved")
+    if any(name.startswith("weights.") for name in wanted) and any(n.startswith("params.") for n in saved):
+        raise InputError(f"checkpoint {step} is of an earlier version of tvq: tvq export there, import here")
     if differing:
         more = len(differing) - MAX_LISTED
         raise InputError(

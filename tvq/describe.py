@@ -7,11 +7,11 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from tvq import flops, mesh, metrics
+from tvq import chips, mesh, metrics
+from tvq import model as lm
 from tvq.config import Config
 from tvq.data import prepared
 from tvq.data.corpus import AnyCorpus
-from tvq.model import transformer
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 # Shares of the wall time that are worth a word, and the word.
@@ -39,8 +39,7 @@ def start(
     if unknown := prepared.unknown(info):
         without += f"; {unknown}"
     lines = {
-        "model": f"{n_param:,} parameters, {m.dtype}; {transformer.n_unit(m)} gated units of {m.n_head} x"
-        f" {m.n_code} codes, exact in a window of {m.mem_len} + {m.block_len} tokens",
+        "model": f"{n_param:,} parameters, {m.dtype}; {lm.describe(m)}",
         "mesh": f"{devices.size} x {devices.devices.flat[0].device_kind}: {', '.join(axes)}",
         "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents{without}",
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
@@ -117,11 +116,11 @@ def memory() -> dict[str, int]:
 
 def roof(c: Config, devices: Mesh) -> float | None:
     """Tokens a second at the peak of the devices, where that is known."""
-    chip = flops.chip(devices.devices.flat[0].device_kind)
+    chip = chips.chip(devices.devices.flat[0].device_kind)
     if chip is None or c.model.dtype == "float64":
         return None
     peak = chip.bfloat16 if c.model.dtype == "bfloat16" else chip.float32
-    return peak * devices.size / flops.train(c.model, c.train.update_len)
+    return peak * devices.size / lm.train_flops(c.model, c.train.update_len)
 
 
 def spent(seconds: Mapping[str, float]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from tvq import cluster, config, describe, evaluate, health, mesh, metrics, records
+from tvq import model as lm
 from tvq.config import Config
 from tvq.errors import InputError
 from tvq.report import runs
@@ -87,8 +88,7 @@ def newest_look(
         broken.append(str(error))
         return {}, 0
     initial = c.model.c_gamma**restored.step
-    use = jax.vmap(health.use, in_axes=(0, None))(restored.state.codebooks, initial)
-    return jax.device_get(use), restored.step
+    return jax.device_get(lm.use(restored.state.weights, initial)), restored.step
 
 
 def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.ndarray]) -> list[Finding]:
@@ -199,16 +199,16 @@ def of_time(row: metrics.Row) -> Iterator[Finding]:
 
 
 def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
-    """`looked` is what `health.look` finds, or `health.use` alone, or nothing."""
+    """`looked` is what `lm.snapshot` finds, or `lm.use` alone, or nothing."""
     if not looked:
         return
     m, o = c.model, c.optimizer
-    crowded_NHS = np.where(looked["usage"] > health.OVERUSED, looked["usage"], 0.0)
+    crowded_NHS = np.where(looked["usage"] > lm.OVERUSED, looked["usage"], 0.0)
     yield from over(looked["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, looked))
     yield from over(
         crowded_NHS.sum(-1) / m.n_code,
         CROWDED,
-        f"{{:.0%}} of the keys choose codes that have over {health.OVERUSED:g} times an even share",
+        f"{{:.0%}} of the keys choose codes that have over {lm.OVERUSED:g} times an even share",
         more_even(c, looked),
     )
     if "churn" not in looked:

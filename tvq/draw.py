@@ -11,10 +11,10 @@ import numpy as np
 from etils import epath
 
 from tvq import metrics, tensors
+from tvq import model as lm
 from tvq.config import CHANGEABLE, Model
 from tvq.data.vocabulary import END
 from tvq.errors import InputError
-from tvq.model import transformer
 
 REMOVED = -1e10
 # Blocks of a prompt read at a time: bounds memory, and the shapes to compile.
@@ -30,7 +30,7 @@ Tell = Callable[[str], Any]
 class Prefix(NamedTuple):
     """A text that has been read: the state after whole blocks, and the one or more tokens after them."""
 
-    state: transformer.State  # of one sequence
+    state: lm.State  # of one sequence
     rest_T: np.ndarray  # int32
 
 
@@ -71,17 +71,15 @@ def choose(
 
 
 @partial(jax.jit, static_argnames="model")
-def read(
-    params: dict, codebooks: dict, tokens_BT: jax.Array, state: transformer.State, model: Model
-) -> transformer.State:
+def read(weights: lm.Weights, tokens_BT: jax.Array, state: lm.State, model: Model) -> lm.State:
     """The state after more tokens, whole blocks of them, read in parallel."""
-    return transformer.forward(params, codebooks, tokens_BT, jnp.ones_like(tokens_BT), state, model)[1]
+    return lm.forward(weights, tokens_BT, jnp.ones_like(tokens_BT), state, model)[1]
 
 
 @partial(jax.jit, static_argnames=("model", "temperature", "p_nucleus"))
 def write(
-    params: dict,
-    decoding: transformer.Decoding,
+    weights: lm.Weights,
+    decoding: lm.Decoding,
     token_B: jax.Array,
     given_BT: jax.Array,
     sequence_B: jax.Array,
@@ -89,7 +87,7 @@ def write(
     model: Model,
     temperature: float,
     p_nucleus: float,
-) -> tuple[transformer.Decoding, jax.Array]:
+) -> tuple[lm.Decoding, jax.Array]:
     """The T tokens that follow `token_B`, `[B,T]` int32: those given, drawn where DRAWN stands.
 
     One loop on the device. Sequences of another length are then read and continued side by side.
@@ -98,7 +96,7 @@ def write(
     def follow(carry: tuple, given_B: jax.Array) -> tuple:
         decoding, token_B = carry
         position = decoding.position
-        log_probs_BC, decoding = transformer.decode(params, token_B, decoding, model)
+        log_probs_BC, decoding = lm.step(weights, token_B, decoding, model)
         token_B = choose(log_probs_BC, key, position, sequence_B, temperature, p_nucleus)
         token_B = jnp.where(given_B == DRAWN, token_B, given_B)
         return (decoding, token_B), token_B
@@ -107,17 +105,18 @@ def write(
     return decoding, tokens_TB.T
 
 
-begin = jax.jit(transformer.decoding, static_argnames="config")
+@partial(jax.jit, static_argnames="model")
+def begin(weights: lm.Weights, state: lm.State, model: Model) -> lm.Decoding:
+    return lm.begin(weights, state, model)
 
 
 def empty(model: Model) -> Prefix:
     """Before any text: the end id."""
-    return Prefix(transformer.initial_state(model, 1), np.array([END], np.int32))
+    return Prefix(lm.start(model, 1), np.array([END], np.int32))
 
 
 def read_on(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     before: Prefix,
     tokens_T: np.ndarray,
     model: Model,
@@ -133,22 +132,23 @@ def read_on(
         while len(rest_T) > piece:
             tell(progress.line(n_token - len(rest_T), n_token))
             behind = state
-            state = read(params, codebooks, jnp.asarray(rest_T[None, :piece]), state, model)
+            state = read(weights, jnp.asarray(rest_T[None, :piece]), state, model)
             jax.block_until_ready(behind)  # or what is told would run far ahead of the device
             rest_T = rest_T[piece:]
     return Prefix(state, rest_T)
 
 
-def beside(states: Sequence[transformer.State]) -> transformer.State:
+def beside(states: Sequence[lm.State], model: Model) -> lm.State:
     """One state of many sequences, which are equally long."""
-    join = lambda trees, axis: jax.tree.map(lambda *x: jnp.concatenate(x, axis), *trees)
-    units, start_BE = join([s.units for s in states], 1), join([s.start_BE for s in states], 0)
-    return states[0]._replace(units=units, start_BE=start_BE)
+
+    def join(dims: str, *x: jax.Array) -> jax.Array:
+        return jnp.concatenate(x, dims.index("B")) if "B" in dims else x[0]
+
+    return jax.tree.map(join, lm.state_dims(model), *states)
 
 
 def chunks(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     prefixes: Sequence[Prefix],
     sequences: Sequence[int],
     key: jax.Array,
@@ -164,7 +164,7 @@ def chunks(
     The prefixes' states are equally long; `sequences` are the numbers that draw. Once every sequence has
     drawn `end` the rest is filled with it: the number of chunks does not depend on what is drawn.
     """
-    decoding = begin(params, codebooks, beside([prefix.state for prefix in prefixes]), model)
+    decoding = begin(weights, beside([prefix.state for prefix in prefixes], model), model)
     n_token = max(len(prefix.rest_T) for prefix in prefixes) - 1 + length
     given_BT = np.full((len(prefixes), -(-n_token // CHUNK) * CHUNK), DRAWN, np.int32)
     for row, prefix in zip(given_BT, prefixes, strict=True):
@@ -178,7 +178,7 @@ def chunks(
             yield np.full_like(given, end)
             continue
         decoding, tokens_BT = write(
-            params, decoding, token_B, jnp.asarray(given), sequence_B, key, model, temperature, p_nucleus
+            weights, decoding, token_B, jnp.asarray(given), sequence_B, key, model, temperature, p_nucleus
         )
         token_B, drawn_BT = tokens_BT[:, -1], np.asarray(tokens_BT)
         if end is not None:
@@ -193,8 +193,7 @@ def until(tokens_T: np.ndarray, end: int | None) -> np.ndarray:
 
 
 def answers(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     before: Prefix,
     prompts: list[np.ndarray],
     n_sample: int,
@@ -205,11 +204,10 @@ def answers(
     **options: Any,
 ) -> list[np.ndarray]:
     """`n_sample` continuations of each prompt after `before`, with the prompt; options: `continuations`."""
-    prefixes = [read_on(params, codebooks, before, prompt_T, model, tell) for prompt_T in prompts]
+    prefixes = [read_on(weights, before, prompt_T, model, tell) for prompt_T in prompts]
     asked = [(i, number) for i in range(len(prompts)) for number in range(n_sample)]
     found = continuations(
-        params,
-        codebooks,
+        weights,
         [prefixes[i] for i, _ in asked],
         [number for _, number in asked],
         key,
@@ -221,8 +219,7 @@ def answers(
 
 
 def continuations(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     prefixes: Sequence[Prefix],
     sequences: Sequence[int],
     key: jax.Array,
@@ -249,7 +246,7 @@ def continuations(
         rows = batch + batch[-1:] * (B - len(batch))
         of_rows = [prefixes[i] for i in rows], [sequences[i] for i in rows]
         drawn: list[np.ndarray] = []
-        for more_BT in chunks(params, codebooks, *of_rows, key, length=length, end=end, **options):
+        for more_BT in chunks(weights, *of_rows, key, length=length, end=end, **options):
             drawn.append(more_BT)
             done = number * length + min(len(drawn) * CHUNK, length)
             tell(f"drawing: {done:,} of {len(batches) * length:,} tokens")
@@ -260,8 +257,7 @@ def continuations(
 
 
 def continuation(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     prefix: Prefix,
     sequence: int,
     key: jax.Array,
@@ -272,7 +268,7 @@ def continuation(
 ) -> Iterator[np.ndarray]:
     """The same continuation, some tokens at a time as they are drawn."""
     start, stop, last = len(prefix.rest_T) - 1, 0, len(prefix.rest_T) - 1 + length
-    for tokens_1T in chunks(params, codebooks, [prefix], [sequence], key, length=length, end=end, **options):
+    for tokens_1T in chunks(weights, [prefix], [sequence], key, length=length, end=end, **options):
         begun, stop = stop, stop + tokens_1T.shape[1]
         if stop > start:
             drawn_T = tokens_1T[0, max(start - begun, 0) : last - begun]
@@ -311,9 +307,7 @@ def load(path: epath.Path, model: Model, weights: str) -> Prefix:
             + "\n".join(differing)
         )
     rest_T = arrays.get("rest_T", np.empty(0, np.int32))
-    like = Prefix(
-        jax.eval_shape(lambda: transformer.initial_state(model, 1)), np.empty(max(rest_T.size, 1), np.int32)
-    )
+    like = Prefix(jax.eval_shape(lambda: lm.start(model, 1)), np.empty(max(rest_T.size, 1), np.int32))
     kinds = {name: tensors.kind(x) for name, x in arrays.items()}
     wanted = {name: tensors.kind(x) for name, x in tensors.named(like).items()}
     lines = tensors.differing(kinds, wanted, "in the file")

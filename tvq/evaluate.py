@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from tvq import cluster, config, loss, mesh, metrics, records, results, state, tensors
+from tvq import model as lm
 from tvq.checkpoint import NOT_FINITE, Restored, read_weights
 from tvq.config import Config, Model
 from tvq.data import prepared, vocabulary
@@ -25,34 +26,31 @@ from tvq.data.corpus import AnyCorpus, open_corpus
 from tvq.data.packing import Sequences, Streams
 from tvq.data.pipeline import evaluation_batches
 from tvq.errors import InputError
-from tvq.model import transformer
 
 # The perplexity of a word beyond this many nats is no number, nor of use: there are no spaces between words.
 MAX_NATS = 700.0
 
 
 def make(config: Model, devices: Mesh, piece_len: int, shard_params: bool = False) -> Callable:
-    """The jitted `(params, codebooks, batch [B_global,T]) -> (nats [B_global], unmasked tokens [B_global])`.
+    """The jitted `(weights, batch [B_global,T]) -> (nats [B_global], unmasked tokens [B_global])`.
 
     It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
     piece_len, a multiple of block_len that divides T.
     """
-    config = transformer.suited(config, mesh.platform(devices))
+    config = lm.suited(config, mesh.platform(devices))
     axes = mesh.axes(devices, config, shard_params)
     n_token = piece_len // devices.shape["sequence"]
 
-    def score(
-        params: dict, codebooks: dict, batch: dict, empty: transformer.State
-    ) -> tuple[jax.Array, jax.Array]:
+    def score(weights: lm.Weights, batch: dict, empty: lm.State) -> tuple[jax.Array, jax.Array]:
         B = batch["inputs"].shape[0]
         pieces = jax.tree.map(lambda x: x.reshape(B, -1, n_token).swapaxes(0, 1), batch)
-        params = transformer.gather_tables(params, axes)
+        weights = lm.gather(weights, config, axes)
 
-        def read(state: transformer.State, piece: dict) -> tuple:
-            x_BTD, state, _ = transformer.forward(
-                params, codebooks, piece["inputs"], piece["loss_mask"], state, config, None, axes
+        def read(state: lm.State, piece: dict) -> tuple:
+            x_BTD, state, *_ = lm.forward(
+                weights, piece["inputs"], piece["loss_mask"], state, config, None, axes
             )
-            nll_BT = loss.token_nll(params, x_BTD, piece["targets"], piece["loss_mask"], config)
+            nll_BT = loss.token_nll(weights, x_BTD, piece["targets"], piece["loss_mask"], config)
             return state, (nll_BT.sum(1), piece["loss_mask"].sum(1))
 
         _, sums = lax.scan(read, empty, pieces)
@@ -62,21 +60,24 @@ def make(config: Model, devices: Mesh, piece_len: int, shard_params: bool = Fals
     sharded = jax.shard_map(
         score,
         mesh=devices,
-        in_specs=(*model_specs(config, axes), mesh.spec("BT", axes), transformer.state_specs(config, axes)),
+        in_specs=(
+            lm.specs(config, axes),
+            mesh.spec("BT", axes),
+            lm.state_specs(config, axes),
+        ),
         out_specs=(mesh.BATCH, mesh.BATCH),
     )
 
-    def score_whole(params: dict, codebooks: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-        empty = transformer.initial_state(config, batch["inputs"].shape[0])
-        return sharded(params, codebooks, mesh.dealt(devices, batch, piece_len), empty)
+    def score_whole(weights: lm.Weights, batch: dict) -> tuple[jax.Array, jax.Array]:
+        empty = lm.start(config, batch["inputs"].shape[0])
+        return sharded(weights, mesh.dealt(devices, batch, piece_len), empty)
 
     return jax.jit(score_whole, out_shardings=mesh.sharding(devices, mesh.WHOLE))
 
 
 def total(
     score: Callable,
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     batches: Iterable[dict[str, jax.Array]],
     progress: Callable[[int], Any] = lambda n_batch: None,
 ) -> tuple[float, int]:
@@ -84,7 +85,7 @@ def total(
     nats, n_token, waiting = 0.0, 0, None
     for n_batch, batch in enumerate(batches):
         # Read the sums of a batch only once the next is under way.
-        ready, waiting = waiting, score(params, codebooks, batch)
+        ready, waiting = waiting, score(weights, batch)
         if ready is not None:
             nats, n_token = _add(nats, n_token, ready)
         progress(n_batch + 1)
@@ -98,44 +99,32 @@ def _add(nats: float, n_token: int, sums: tuple[jax.Array, jax.Array]) -> tuple[
     return nats, n_token + int(count_B.sum())
 
 
-def model_specs(config: Model, axes: mesh.Axes) -> tuple[dict, dict]:
-    """How parameters and codebooks lie on the mesh."""
-    params, codebooks = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    return mesh.specs(params, axes), mesh.specs(codebooks, axes, "codebooks")
-
-
 def make_carried(config: Model, devices: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
     """Two jitted functions: `empty(n_row)`, the state before the first token of every row, and `read`:
 
-    `(params, codebooks, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
+    `(weights, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
     each is read as if it were alone, whatever else is in its row. The old state is donated.
     """
-    config = dataclasses.replace(
-        transformer.suited(config, mesh.platform(devices)), attend_across_documents=False
-    )
+    config = dataclasses.replace(lm.suited(config, mesh.platform(devices)), attend_across_documents=False)
     axes = mesh.axes(devices, config, shard_params)
-    state_specs = transformer.state_specs(config, axes)
+    state_specs = lm.state_specs(config, axes)
     places = jax.tree.map(lambda spec: mesh.sharding(devices, spec), state_specs)
 
-    def read(params: dict, codebooks: dict, piece: dict, state: transformer.State) -> tuple:
+    def read(weights: lm.Weights, piece: dict, state: lm.State) -> tuple:
         inputs_BT, targets_BT, mask_BT = piece["inputs"], piece["targets"], piece["loss_mask"]
-        params = transformer.gather_tables(params, axes)
-        x_BTD, state, _ = transformer.forward(
-            params, codebooks, inputs_BT, mask_BT, state, config, None, axes
-        )
-        return loss.token_nll(params, x_BTD, targets_BT, mask_BT, config), state
+        weights = lm.gather(weights, config, axes)
+        x_BTD, state, *_ = lm.forward(weights, inputs_BT, mask_BT, state, config, None, axes)
+        return loss.token_nll(weights, x_BTD, targets_BT, mask_BT, config), state
 
     sharded = jax.shard_map(
         read,
         mesh=devices,
-        in_specs=(*model_specs(config, axes), mesh.spec("BT", axes), state_specs),
+        in_specs=(lm.specs(config, axes), mesh.spec("BT", axes), state_specs),
         out_specs=(mesh.spec("BT", axes), state_specs),
     )
     whole = mesh.sharding(devices, mesh.WHOLE)
-    empty = jax.jit(
-        lambda n_row: transformer.initial_state(config, n_row), static_argnums=0, out_shardings=places
-    )
-    return empty, jax.jit(sharded, donate_argnums=3, out_shardings=(whole, places))
+    empty = jax.jit(lambda n_row: lm.start(config, n_row), static_argnums=0, out_shardings=places)
+    return empty, jax.jit(sharded, donate_argnums=2, out_shardings=(whole, places))
 
 
 class ByContext:
@@ -168,8 +157,7 @@ class ByContext:
 def carried(
     empty: Callable,
     read: Callable,
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     streams: Streams,
     devices: Mesh,
     progress: Callable[[int], Any] = lambda n_piece: None,
@@ -179,7 +167,7 @@ def carried(
     local, state = mesh.local_rows(devices, n_row), empty(n_row)
     for number in range(len(streams)):
         piece = mesh.global_batch(devices, streams.piece(number, local), n_row)
-        nats_BT, state = read(params, codebooks, piece, state)
+        nats_BT, state = read(weights, piece, state)
         # Read the numbers of a piece only once the next is under way.
         ready, waiting = waiting, (nats_BT, number)
         if ready is not None:
@@ -266,7 +254,7 @@ def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
 
 
 def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
-    """`(params, codebooks, progress) -> (result, table by context)` of `evaluate.split`, as configured.
+    """`(weights, progress) -> (result, table by context)` of `evaluate.split`, as configured.
 
     The table is empty where context is not carried. `progress` hears steps done and steps in all.
     """
@@ -274,19 +262,17 @@ def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
     info, rows = corpus.info(name), mesh.local_rows(devices, n_row)
     Progress = Callable[[int, int], Any]
 
-    def of_sequences(params: dict, codebooks: dict, progress: Progress) -> tuple[dict, list]:
+    def of_sequences(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
         n_batch = -(-len(sequences) // n_row)
         with contextlib.closing(evaluation_batches(sequences, batch_size=n_row, rows=rows)) as batches:
             placed = (mesh.global_batch(devices, batch, n_row) for batch in batches)
-            nats, n_token = total(score, params, codebooks, placed, lambda done: progress(done, n_batch))
+            nats, n_token = total(score, weights, placed, lambda done: progress(done, n_batch))
         assert n_token == sequences.n_token, f"{n_token} of {sequences.n_token} tokens evaluated"
         return result(nats, n_token, info), []
 
-    def of_documents(params: dict, codebooks: dict, progress: Progress) -> tuple[dict, list]:
+    def of_documents(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
         n_piece = len(streams)
-        found = carried(
-            empty, read, params, codebooks, streams, devices, lambda done: progress(done, n_piece)
-        )
+        found = carried(empty, read, weights, streams, devices, lambda done: progress(done, n_piece))
         n_token = int(found.n_token.sum())
         assert n_token == streams.n_token, f"{n_token} of {streams.n_token} tokens evaluated"
         return result(found.nats.sum(), n_token, info), found.table()
@@ -301,7 +287,7 @@ def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
 
 
 def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], None]) -> Restored:
-    """The weights of the newest whole checkpoint of a run, on any mesh, as `state.Weights`. InputError: none.
+    """The weights of the newest whole checkpoint of a run, on any mesh. InputError: there is none.
 
     Says which arrays are not finite, where some are not.
     """
@@ -311,11 +297,10 @@ def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], 
     restored = read_weights(workdir / "checkpoints", wanted, say, state.OPTIONAL)
     if restored is None:
         raise InputError(f"--workdir={workdir} holds no checkpoint yet")
-    codebooks = restored.state.codebooks
+    codebooks = restored.state.weights.extra.get("codebooks", {})
     if codebooks.get("idle", ...) is None:
-        codebooks["idle"] = jax.device_put(
-            np.zeros(wanted.codebooks["idle"].shape, np.int32), wanted.codebooks["idle"].sharding
-        )
+        like = wanted.weights.extra["codebooks"]["idle"]
+        codebooks["idle"] = jax.device_put(np.zeros(like.shape, np.int32), like.sharding)
     broken = tensors.not_finite(restored.state)
     if broken:
         say(f"warning: checkpoint {restored.step} holds {NOT_FINITE} in {', '.join(broken)}")
@@ -337,10 +322,10 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     with metrics.Console(silent=not processes.is_main) as console:
         restored = restore(c, workdir, devices, console.say)
         check_same_vocabulary(corpus, restored)
-        weights = restored.state
+        weights = restored.state.weights
         so_far = metrics.Progress("evaluating", "batches")
         found, table = scorer(c, corpus, devices)(
-            *weights,
+            weights,
             lambda done, of: console.progress(so_far.line(done, of), brief=True),
         )
         row = {"step": restored.step, "split": c.evaluate.split, **found}

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from tvq import atomic, draw
+from tvq import model as lm
 from tvq.config import Config
 from tvq.data import images, optional
 from tvq.data.documents import Piece
@@ -28,8 +29,7 @@ def upper_halves(path: epath.Path, size: int) -> list[np.ndarray]:
 
 
 def drawn(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     c: Config,
     size: int,
     halves: list[np.ndarray],
@@ -39,8 +39,7 @@ def drawn(
     """`n_sample` images of each half `[N,size,size,3]` uint8; a special id, which none should hold, is 0."""
     options = options | {"length": size * size * 3 - len(halves[0]), "end": None}  # an image has no ends
     found = draw.answers(
-        params,
-        codebooks,
+        weights,
         draw.empty(options["model"]),
         halves,
         c.sample.n_sample,

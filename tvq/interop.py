@@ -1,8 +1,7 @@
-"""Weights in and out, and the names and layout of the original program's arrays (issues 2 and 6)."""
+"""Weights in and out: files of the original program, and our own."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,146 +10,17 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from tvq import atomic, cluster, config, evaluate, mesh, metrics, optimizer, state, tensors
+from tvq import model as lm
 from tvq.checkpoint import Checkpoints
-from tvq.config import Config, Model
+from tvq.config import Config
 from tvq.data.corpus import open_corpus
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
 from tvq.errors import InputError
-from tvq.model import attention, transformer
 from tvq.workdir import check_workdir, record
 
 # What `tvq export` writes beside config.json.
 WEIGHTS = "model.safetensors"
 Say = Callable[[str], None]
-
-# Within one of its attention modules -> within one of our units, or a codebook entry.
-UNIT_NAMES = {
-    "input_ln/g": "norm/gain",
-    "input_ln/b": "norm/bias",
-    "q_proj/kernel": "q",
-    "kvg_proj/kernel": "kvg",
-    "r_proj/kernel": "r",
-    "u": "u",
-    "v": "w",
-    "res_proj/kernel": "out",
-}
-CODEBOOK_NAMES = {"quantizer/c_sum": "sum", "quantizer/c_count": "count"}
-OTHER_NAMES = {
-    "token_embedder/embs": "embed/table",
-    "token_embedder/bias_out": "embed/bias",
-    "position_embedder/scale": "position/scale",
-    "out_ln/g": "out_norm/gain",
-    "out_ln/b": "out_norm/bias",
-    "out_proj/kernel": "out/kernel",
-    "out_proj/bias": "out/bias",
-}
-
-
-def nested(flat: Mapping[str, Any]) -> dict:
-    """`{"a/b": x}` as `{"a": {"b": x}}`."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
-
-
-def parameters_from_original(original: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
-    """Our (params, codebooks) from its arrays by path, `transformer_layers_I/scanned_attnJ/...`.
-
-    Where the output is not tied it holds a bias of the embedding that nothing reads; we have none.
-    InputError lists names that are not known.
-    """
-    params, codebooks = renamed(original)
-    units = params["units"]
-    kvg, width_k = units.pop("kvg"), units["q"].shape[-1]
-    width_v = (kvg.shape[-1] - width_k) // 2
-    pieces = np.split(kvg, [width_k, width_k + width_v], axis=-1)
-    units.update(zip(("k", "v", "g"), pieces, strict=True))
-    return params, codebooks
-
-
-def renamed(original: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
-    """The same with keys, values and gates in one array `units/kvg`, as it has them.
-
-    Its attention modules are stacked in order.
-    """
-    names = {f"units/{old}": f"units/{new}" for old, new in UNIT_NAMES.items()}
-    names |= {f"units/{old}": f"codebooks/{new}" for old, new in CODEBOOK_NAMES.items()} | OTHER_NAMES
-    units: dict[str, dict[tuple[int, int], np.ndarray]] = {}
-    ours: dict[str, Any] = {}
-    unknown = []
-    for path, value in original.items():
-        if path.startswith("transformer_layers_"):
-            layer, module, rest = path.split("/", 2)
-            place = int(layer.rpartition("_")[2]), int(module.removeprefix("scanned_attn"))
-            units.setdefault(f"units/{rest}", {})[place] = value
-        elif path in names:
-            ours[names[path]] = value
-        else:
-            unknown.append(path)
-    for path, by_place in units.items():
-        if path in names:
-            ours[names[path]] = np.stack([by_place[place] for place in sorted(by_place)])
-        else:
-            unknown.append(path)
-    if unknown:
-        raise InputError(f"no parameters of the original program: {', '.join(sorted(unknown))}")
-    if "out/kernel" in ours:
-        ours.pop("embed/bias", None)
-    tree = nested(ours)
-    codebooks = tree.pop("codebooks", {})
-    return tree, codebooks
-
-
-def state_from_original(original: Mapping[str, np.ndarray]) -> transformer.State:
-    """Our attention state from its arrays by path, `layer/unit/...`; document ids, never read, go."""
-    places = sorted({tuple(int(i) for i in path.split("/")[:2]) for path in original})
-    stack = lambda name: jnp.stack([original[f"{i}/{j}/{name}"] for i, j in places])
-    count = stack("aggcache/lower")
-    units = attention.State(
-        z_BHM=stack("xlcache/z"),
-        k_BHMK=stack("xlcache/k_hat"),
-        v_BHMV=stack("xlcache/v"),
-        count_BHS=count,
-        sum_BHSV=stack("aggcache/upper_div_lower") * count[..., None],
-    )
-    return transformer.State(jnp.asarray(original[f"{places[0][0]}/{places[0][1]}/pos_offset"]), units)
-
-
-def original_kinds(model: Model) -> dict[str, str]:
-    """The original program's parameters for a config: `{path: "float32[D, K]"}`."""
-    D, H, K, V = model.d_model, model.n_head, model.d_k, model.d_v
-    C, S = model.n_vocab, model.n_code
-    unit = {
-        "input_ln/g": (D,),
-        "input_ln/b": (D,),
-        "q_proj/kernel": (D, H * K),
-        "kvg_proj/kernel": (D, H * K + 2 * H * V),
-        "r_proj/kernel": (D, H * K),
-        "u": (H * K,),
-        "v": (H * K,),
-        "res_proj/kernel": (H * V, D),
-        "quantizer/c_sum": (H, S, K),
-        "quantizer/c_count": (H, S),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        f"transformer_layers_{i}/scanned_attn{j}/{name}": shape
-        for i in range(model.n_layer)
-        for j in (1, 2)
-        for name, shape in unit.items()
-    }
-    shapes |= {"token_embedder/embs": (C, D), "token_embedder/bias_out": (C,)}
-    if model.pe_abs:
-        shapes["position_embedder/scale"] = ()
-    if model.e_preln:
-        shapes |= {"out_ln/g": (D,), "out_ln/b": (D,)}
-    if not model.e_tie:
-        shapes |= {"out_proj/kernel": (D, C), "out_proj/bias": (C,)}
-    return {path: f"{model.param_dtype}{list(shape)}" for path, shape in shapes.items()}
 
 
 def read_original(path: epath.Path) -> dict[str, np.ndarray]:
@@ -175,20 +45,20 @@ def read_original(path: epath.Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in flat.items()}
 
 
-def read_weights(path: epath.Path, c: Config, say: Say = print) -> tuple[dict, dict, Vocabulary, int]:
-    """Params, codebooks, vocabulary, side of images: of the original's file, or of our folder or file.
+def read_weights(path: epath.Path, c: Config, say: Say = print) -> tuple[lm.Weights, Vocabulary, int]:
+    """Weights, vocabulary, side of images: of the original's file, or of our folder or file.
 
     InputError: it is neither, or its arrays are not those of the model; each that differs is listed.
     """
     if is_ours(path):
         arrays, facts = tensors.read("--input", path / WEIGHTS if path.is_dir() else path)
-        like = dict(zip(("params", "codebooks"), jax.eval_shape(lambda: _init(c.model)), strict=True))
+        like = in_file(jax.eval_shape(lambda: lm.init(c.model, jax.random.key(0))))
         arrays = check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()}, say)
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in tensors.named(like)])
-        return tree["params"], tree["codebooks"], *what_it_reads(path, facts, c)
+        return lm.Weights(tree.pop("params"), tree), *what_it_reads(path, facts, c)
     vocabulary = vocabulary_of(c)
-    arrays = check(path, read_original(path), original_kinds(c.model), say)
-    return *parameters_from_original(arrays), vocabulary, 0
+    arrays = check(path, read_original(path), lm.original.kinds(c.model), say)
+    return lm.original.weights(arrays, c.model), vocabulary, 0
 
 
 def what_it_reads(path: epath.Path, facts: dict[str, str], c: Config) -> tuple[Vocabulary, int]:
@@ -221,8 +91,9 @@ def is_ours(path: epath.Path) -> bool:
     return path.is_dir() or path.suffix == epath.Path(WEIGHTS).suffix
 
 
-def _init(model: Model) -> tuple[dict, dict]:
-    return transformer.init(model, jax.random.key(0))
+def in_file(weights: lm.Weights) -> dict:
+    """The tree whose names a file of weights has: `params.units.q`, `codebooks.sum`."""
+    return {"params": weights.params, **weights.extra}
 
 
 def check(
@@ -273,15 +144,15 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         raise InputError(f"--workdir={workdir} holds a run already; use another folder")
     check_workdir(workdir, c)
     console = metrics.Console()
-    params, codebooks, vocabulary, image_size = read_weights(epath.Path(input), c, console.say)
-    tx = optimizer.make(c.optimizer)
+    weights, vocabulary, image_size = read_weights(epath.Path(input), c, console.say)
+    tx = optimizer.make(c.optimizer, c.model)
     whole = mesh.sharding(mesh.make(config.Mesh(), jax.devices()[:1]), mesh.WHOLE)
 
-    def begin(params: dict, codebooks: dict) -> state.TrainState:
+    def begin(weights: lm.Weights) -> state.TrainState:
         fresh = state.init(c.model, tx, c.train.seed)  # of which only the key stays
-        return fresh._replace(params=params, codebooks=codebooks, opt_state=tx.init(params))
+        return fresh._replace(weights=weights, opt_state=tx.init(weights.params))
 
-    now = jax.jit(begin, out_shardings=whole)(params, codebooks)
+    now = jax.jit(begin, out_shardings=whole)(weights)
     data = {"next_batch": 0, "fingerprint": None, "seconds": {}}
     data |= {"vocabulary": to_json(vocabulary), "image_size": image_size}
     with cluster.writing("--workdir", workdir):
@@ -310,7 +181,7 @@ def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         raise InputError(f"--output={output} is not an empty folder; use another")
     restored = evaluate.restore(c, workdir, mesh.make(config.Mesh(), jax.devices()[:1]), log.say)
     now = restored.state
-    arrays = tensors.named({"params": now.params, "codebooks": now.codebooks})
+    arrays = tensors.named(in_file(now.weights))
     kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}
     facts = {"step": str(restored.step), **kept}
     with cluster.writing("--output", folder):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from tvq import dims
+from tvq import model as lm
 from tvq.config import Model
-from tvq.model import transformer
 
 # Tokens whose logits are held at once, or a block of each sequence if that is more: no product is too small.
 N_TOKEN = 2048
@@ -13,7 +13,7 @@ N_TOKEN = 2048
 
 @jax.named_scope("loss")
 def token_nll(
-    params: dict, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, config: Model
+    weights: lm.Weights, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, config: Model
 ) -> jax.Array:
     """Nats `[B,T]` of each target after the last hidden x; 0 where masked.
 
@@ -27,7 +27,7 @@ def token_nll(
     @jax.checkpoint
     def block(scanned: tuple) -> jax.Array:
         x_BLD, targets_BL = scanned
-        log_probs_BLC = transformer.log_probs(params, x_BLD, config)
+        log_probs_BLC = lm.log_probs(weights, x_BLD, config)
         return -jnp.take_along_axis(log_probs_BLC, targets_BL[..., None], -1)[..., 0]
 
     nll_RBL = jax.lax.map(block, (blocks(x_BTD), blocks(targets_BT)))

@@ -7,7 +7,7 @@ tensor     cuts the heads, or the value width of a single head
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ WHOLE = PartitionSpec()
 class Axes(NamedTuple):
     """The mesh axis that cuts each dim of the model's arrays inside `shard_map`; None: nothing cuts it."""
 
-    D: str | None = None  # of stored kernels and tables alone: `gather` makes them whole for their use
+    D: str | None = None  # of stored kernels and tables alone: `whole` is how they are used
     H: str | None = None
     V: str | None = None
     T: str | None = None
@@ -54,20 +54,6 @@ class Axes(NamedTuple):
 
 
 UNCUT = Axes()
-# The dims of the arrays that may be cut, by the end of their path; HV is all heads' values side by side.
-DIMS = {
-    "embed/table": ("C", "D"),
-    "out/kernel": ("D", "C"),
-    **{f"units/{name}": ("N", "D", "H") for name in ("q", "k", "r")},
-    **{f"units/{name}": ("N", "D", "HV") for name in ("v", "g")},
-    "units/kvg": ("N", "D", "X"),
-    "units/out": ("N", "HV", "D"),
-    "units/u": ("N", "H"),
-    "units/w": ("N", "H"),
-    "codebooks/sum": ("N", "H", "S", "K"),
-    "codebooks/count": ("N", "H", "S"),
-    "codebooks/idle": ("N", "H", "S"),
-}
 
 
 def make(shape: config.Mesh, devices: Sequence[jax.Device], for_config: config.Config | None = None) -> Mesh:
@@ -144,8 +130,17 @@ def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
 
 
 def check(mesh: Mesh, c: config.Config) -> None:
-    """InputError if the model or an update cannot be cut over the mesh."""
+    """InputError if the model or an update cannot be cut over the mesh, or has no kernel there."""
+    check_platform(mesh, c.model)
     _refuse(rules.misfits(c, dict(mesh.shape)))
+
+
+def check_platform(mesh: Mesh, model: config.Model) -> None:
+    """InputError if the devices have no kernel that the model asks for."""
+    if model.attention == "flash" and platform(mesh) != "gpu":
+        raise InputError(
+            f"config.model.attention=flash needs an NVIDIA GPU, not a {platform(mesh)}; use full"
+        )
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, accumulate: int = 1) -> None:
@@ -180,7 +175,15 @@ def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
 
 def spec(dims: Iterable[str], axes: Axes) -> PartitionSpec:
     """How an array of these dims lies on the mesh."""
-    cut = {"B": DATA_AXES, "D": axes.D, "H": axes.H, "V": axes.V, "HV": axes.tensor, "T": axes.T}
+    cut = {
+        "B": DATA_AXES,
+        "D": axes.D,
+        "H": axes.H,
+        "V": axes.V,
+        "HK": axes.H,
+        "HV": axes.tensor,
+        "T": axes.T,
+    }
     names = [cut.get(dim) for dim in dims]
     return PartitionSpec(*names) if any(names) else WHOLE
 
@@ -190,34 +193,7 @@ def name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def dims(path: str) -> tuple[str, ...]:
-    """The dims of a parameter, codebook or moment by its path; none where nothing may cut it."""
-    return next((dims for end, dims in DIMS.items() if f"/{path}".endswith(f"/{end}")), ())
-
-
-def specs(tree: Any, axes: Axes, root: str = "") -> Any:
-    """How each parameter or codebook of a tree that stands at `root` lies on the mesh."""
-    return jax.tree.map_with_path(lambda path, _: spec(dims(f"{root}/{name(path)}"), axes), tree)
-
-
-def gather(tree: Any, axes: Axes, root: str = "", dtypes: Mapping[str, str] | None = None) -> Any:
-    """Inside `shard_map`, the stored parameters of a tree at `root` with their dim D whole.
-
-    The gradient of each part is then the sum over the devices, cut in the same way. At root `units` the tree
-    is that of one unit, without the dim N. A parameter that `dtypes` names is cast before it is sent.
-    """
-    if axes.D is None:
-        return tree
-
-    def one(path: tuple, x: jax.Array) -> jax.Array:
-        cut = dims(f"{root}/{name(path)}")[1 if root == "units" else 0 :]
-        dtype = (dtypes or {}).get(name(path), x.dtype)
-        return _whole(x, axes, cut.index("D"), dtype) if "D" in cut else x
-
-    return jax.tree.map_with_path(one, tree)
-
-
-def _whole(x: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
+def whole(x: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
     """All parts of x along dim, cast. Gradients are summed in the dtype of x, as if that were done after."""
     if x.shape[dim] % 16 == 8:  # a TPU gathers tiles of 8 rows, in bfloat16 of 16, and else sums with zeros
         dtype = x.dtype
@@ -244,56 +220,6 @@ def varying(tree: Any, axes: Iterable[str]) -> Any:
     def one(x: jax.Array) -> jax.Array:
         new = tuple(axis for axis in axes if axis not in varies(jax.typeof(x)))
         return lax.pcast(x, new, to="varying") if new else x
-
-    return jax.tree.map(one, tree)
-
-
-def total(tree: Any, specs: Any, axes: tuple[str, ...], fixed_order: bool = False) -> Any:
-    """Inside `shard_map`, arrays summed over those of the axes that do not cut them, in few reductions.
-
-    In a fixed order: `in_pairs`.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    cut_by = [set(jax.tree.leaves(tuple(spec))) for spec in jax.tree.leaves(specs)]
-    over = [tuple(axis for axis in axes if axis not in cut) for cut in cut_by]
-    add = in_pairs if fixed_order else _total
-    for group in set(over):
-        members = [i for i, name in enumerate(over) if name == group]
-        for i, x in zip(members, add([leaves[i] for i in members], group), strict=True):
-            leaves[i] = x
-    return jax.tree.unflatten(structure, leaves)
-
-
-def _total(arrays: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
-    """Sums. Over several replicas, the slow network carries to each device but its part of them."""
-    if not set(DATA_AXES) <= set(axes) or lax.axis_size("replica") == 1:
-        return lax.psum(arrays, axes)
-    n_part = lax.axis_size("devices")
-    flat = jax.tree.map(lambda x: jax.numpy.pad(x.reshape(-1), (0, -x.size % n_part)), arrays)
-    rest = tuple(axis for axis in axes if axis != "devices")
-    parts = lax.psum(lax.psum_scatter(flat, "devices", tiled=True), rest)
-    flat = lax.all_gather(parts, "devices", tiled=True, to="invarying")
-    return [x[: like.size].reshape(like.shape) for x, like in zip(flat, arrays, strict=True)]
-
-
-def in_pairs(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Inside `shard_map`, arrays summed over the axes: two neighbours, two such sums, and so on.
-
-    For powers of two: an odd number is added up one by one. A device adds a part of each array, and sends as
-    many bytes as for a sum in any order.
-    """
-    n_part = lax.axis_size(axes)
-
-    def one(x: jax.Array) -> jax.Array:
-        part = jax.numpy.pad(x.reshape(-1), (0, -x.size % n_part))
-        for axis in reversed(axes):
-            terms = lax.all_to_all(part.reshape(lax.axis_size(axis), -1), axis, 0, 0, tiled=True)
-            while len(terms) % 2 == 0:
-                terms = terms[0::2] + terms[1::2]
-            part = terms.sum(0)
-        for axis in axes:
-            part = lax.all_gather(part, axis, tiled=True, to="invarying")
-        return part[: x.size].reshape(x.shape)
 
     return jax.tree.map(one, tree)
 

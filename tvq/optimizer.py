@@ -1,5 +1,6 @@
 """The optax chain of SPEC.md "Optimizer": clip, optimizer at the peak rate, schedule, weight decay."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -7,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tvq.config import Optimizer
-
-# Vectors of a unit and biases; every kernel, table and scale decays.
-NO_DECAY = frozenset({"gain", "bias", "u", "w"})
-KVG = ("k", "v", "g")
+from tvq import mesh
+from tvq import model as lm
+from tvq.config import Model, Optimizer
 
 
 def schedule(config: Optimizer) -> optax.Schedule:
@@ -28,62 +27,124 @@ def schedule(config: Optimizer) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), decays[config.schedule]], [warmup])
 
 
-def make(config: Optimizer) -> optax.GradientTransformation:
-    """Updates of the parameters; the codebooks have their moving average instead."""
-    rate = config.lr_max
+def make(config: Optimizer, model: Model) -> optax.GradientTransformation:
+    """Updates of the parameters of a model; its other weights have `lm.learn` instead."""
     optimizers = {
-        "adamw": lambda: optax.adam(rate, b1=0.9, b2=0.98, eps=1e-9),
-        "lion": lambda: optax.lion(rate, b1=0.95, b2=0.98, mu_dtype=jnp.bfloat16, weight_decay=0.0),
-        "adafactor": lambda: each_unit(optax.adafactor(rate)),
+        "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-9),
+        "lion": lambda: optax.scale_by_lion(b1=0.95, b2=0.98, mu_dtype=jnp.bfloat16),
+        "adafactor": lambda: each_unit(adafactor(config.lr_max), model),
     }
-    chain = [optax.clip_by_global_norm(config.grad_clip)] if config.grad_clip > 0 else []
-    chain += [optimizers[config.name](), optax.scale_by_schedule(schedule(config))]
+    chain = {"clip": optax.clip_by_global_norm(config.grad_clip)} if config.grad_clip > 0 else {}
+    chain[config.name] = optimizers[config.name]()
+    if config.name != "adafactor":
+        chain["rate"] = optax.scale_by_learning_rate(config.lr_max)
+    chain["schedule"] = optax.scale_by_schedule(schedule(config))
     if config.wd_lam > 0:
-        chain += [optax.add_decayed_weights(-config.wd_lam, mask=decayed)]
-    return optax.chain(*chain)
+        chain["decay"] = optax.add_decayed_weights(
+            -config.wd_lam, mask=functools.partial(decayed, model=model)
+        )
+    return named(**chain)
 
 
-def decayed(params: Any) -> Any:
+def named(**chain: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformations one after another; the state is a dict of theirs, of those that have one.
+
+    So an array has the same name in a checkpoint whatever stands beside its transformation.
+    """
+
+    def init(params: Any) -> dict:
+        states = {name: tx.init(params) for name, tx in chain.items()}
+        return {name: state for name, state in states.items() if jax.tree.leaves(state)}
+
+    def update(grads: Any, state: dict, params: Any) -> tuple[Any, dict]:
+        after = {}
+        for name, tx in chain.items():
+            before = state[name] if name in state else tx.init(params)
+            grads, after[name] = tx.update(grads, before, params)
+        return grads, {name: after[name] for name in state}
+
+    return optax.GradientTransformation(init, update)
+
+
+def adafactor(rate: float) -> optax.GradientTransformation:
+    """`optax.adafactor`, with its one state by name."""
+    return named(
+        factored=optax.scale_by_factored_rms(),
+        clip=optax.clip_by_block_rms(1.0),
+        rate=optax.scale_by_learning_rate(rate, flip_sign=False),
+        scale=optax.scale_by_param_block_rms(),
+        sign=optax.scale(-1),
+    )
+
+
+def decayed(params: Any, model: Model) -> Any:
     """True where weight decay applies."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
+    declared = lm.named(model)
+    return jax.tree.map_with_path(lambda path, _: declared[mesh.name(path)].decays, params)
 
 
-def each_unit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def dims(model: Model) -> dict[str, tuple[str, ...]]:
+    """The dims of all arrays of a model, by path; and of those that Adafactor sees joined."""
+    declared = lm.named(model)
+    joint = {
+        f"{folder}/{name}": (*declared[f"{folder}/{parts[0]}"].dims[:-1], "X")
+        for folder in stacks(model)
+        for name, parts in joints(model, folder).items()
+    }
+    return {path: like.dims for path, like in declared.items()} | joint
+
+
+def stacks(model: Model) -> set[str]:
+    """The names under which the parameters of all units or layers are stacked, with a leading dim N."""
+    return {path.partition("/")[0] for path, like in lm.named(model).items() if like.dims[:1] == ("N",)}
+
+
+def joints(model: Model, folder: str) -> dict[str, tuple[str, ...]]:
+    """The parameters in a folder that are one array in the original program: `{"kvg": ("k", "v", "g")}`."""
+    declared = {path: like for path, like in lm.named(model).items() if path.startswith(f"{folder}/")}
+    return {"".join(like.parts): like.parts for like in declared.values() if like.parts}
+
+
+def each_unit(tx: optax.GradientTransformation, model: Model) -> optax.GradientTransformation:
     """`tx` applied to each gated unit by itself, where it would see the whole stack as one array.
 
     Adafactor scales by the root mean square of an array: of a unit's parameter, not of all 2 n_layer. Keys,
     values and gates of a unit are one array to it, as in the original.
     """
 
-    def split(tree: Any) -> tuple[Any, Any]:
-        return joined(tree["units"]), {name: value for name, value in tree.items() if name != "units"}
+    def split(tree: dict) -> tuple[dict, dict]:
+        each = {name: joined(tree[name], joints(model, name)) for name in sorted(stacks(model) & set(tree))}
+        return each, {name: value for name, value in tree.items() if name not in each}
 
-    def init(params: Any) -> dict:
-        units, rest = split(params)
-        return {"units": jax.vmap(tx.init)(units), "rest": tx.init(rest)}
+    def init(params: dict) -> dict:
+        each, rest = split(params)
+        return {"each": jax.vmap(tx.init)(each), "rest": tx.init(rest)}
 
-    def update(grads: Any, state: dict, params: Any) -> tuple[Any, dict]:
-        (unit_grads, rest_grads), (units, rest) = split(grads), split(params)
-        unit_updates, unit_state = jax.vmap(tx.update)(unit_grads, state["units"], units)
+    def update(grads: dict, state: dict, params: dict) -> tuple[dict, dict]:
+        (each_grads, rest_grads), (each, rest) = split(grads), split(params)
+        each_updates, each_state = jax.vmap(tx.update)(each_grads, state["each"], each)
         updates, rest_state = tx.update(rest_grads, state["rest"], rest)
-        updates |= {"units": parted(unit_updates, params["units"])}
-        return updates, {"units": unit_state, "rest": rest_state}
+        for name, x in each_updates.items():
+            updates[name] = parted(x, params[name], joints(model, name))
+        return updates, {"each": each_state, "rest": rest_state}
 
     return optax.GradientTransformation(init, update)
 
 
-def joined(units: dict) -> dict:
-    """The units' kernels k, v and g, where there are such, as one: `kvg`."""
-    if "k" not in units:
-        return units
-    kvg = jnp.concatenate([units[name] for name in KVG], -1)
-    return {name: value for name, value in units.items() if name not in KVG} | {"kvg": kvg}
+def joined(units: dict, joints: dict[str, tuple[str, ...]]) -> dict:
+    """The parameters with those that are joint, where there are such, side by side as one."""
+    for name, parts in joints.items():
+        if set(parts) <= set(units):
+            whole = jnp.concatenate([units[part] for part in parts], -1)
+            units = {other: value for other, value in units.items() if other not in parts} | {name: whole}
+    return units
 
 
-def parted(units: dict, like: dict) -> dict:
+def parted(units: dict, like: dict, joints: dict[str, tuple[str, ...]]) -> dict:
     """The inverse of `joined`, with the widths of `like`."""
-    if "k" not in like:
-        return units
-    edges = list(itertools.accumulate(like[name].shape[-1] for name in KVG))[:-1]
-    pieces = zip(KVG, jnp.split(units["kvg"], edges, -1), strict=True)
-    return {name: value for name, value in units.items() if name != "kvg"} | dict(pieces)
+    for name, parts in joints.items():
+        if name in units:
+            edges = list(itertools.accumulate(like[part].shape[-1] for part in parts))[:-1]
+            pieces = zip(parts, jnp.split(units[name], edges, -1), strict=True)
+            units = {other: value for other, value in units.items() if other != name} | dict(pieces)
+    return units

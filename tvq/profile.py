@@ -51,7 +51,7 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     B, T = c.train.global_batch_size, c.train.sequence_len
     mesh.check(devices, c)
     mesh.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
-    tx = optimizer.make(c.optimizer)
+    tx = optimizer.make(c.optimizer, c.model)
     places = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
     now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=places)()
     tokens_BT = np.random.default_rng(0).integers(0, c.model.n_vocab, (B, T), np.int32)

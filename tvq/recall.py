@@ -111,8 +111,10 @@ def show(table: list[dict[str, Any]], chance: float) -> str:
 
 def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Probes the newest checkpoint; prints a table and, for programs, a row of JSON, kept in the workdir."""
-    if c.model.attention == "full":
-        raise InputError("config.model.attention=full carries no state for the probe to be read in pieces")
+    if not c.model.carries_state:
+        raise InputError(
+            f"config.model.attention={c.model.attention} carries no state for the probe to be read in pieces"
+        )
     piece = evaluate.piece_len(c)
     length, n_row = -(-c.recall.length // piece) * piece, c.recall.n_sequence
     made = probe(n_row, length, c.model.n_vocab, c.recall.seed)
@@ -129,7 +131,7 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])
             inputs_BT, targets_BT = cut(made.inputs_BT), cut(made.targets_BT)
             batch = {"inputs": inputs_BT, "targets": targets_BT, "loss_mask": np.ones_like(inputs_BT)}
-            nats_BT, state = read(now.params, now.codebooks, mesh.global_batch(devices, batch, n_row), state)
+            nats_BT, state = read(now.weights, mesh.global_batch(devices, batch, n_row), state)
             found.append(np.asarray(nats_BT))
             console.progress(so_far.line(start + piece, length), brief=True)
         window_BT = in_window(made.distance_BT, c.model.block_len, c.model.mem_len)

@@ -74,8 +74,10 @@ def _misfits(config: Config, sizes: Mapping[str, int]) -> list[str]:
     if sizes["sequence"] > 1:
         name = "segment_len" if t.segment_len else "update_len"
         length = t.segment_len or t.update_len
-        if m.attention == "full":
-            errors.append("config.model.attention=full reads whole sequences; use config.mesh.sequence 1")
+        if not m.carries_state:
+            errors.append(
+                f"config.model.attention={m.attention} reads whole sequences; use config.mesh.sequence 1"
+            )
         elif length % m.block_len == 0:
             what = f"config.train.{name} {length}, in blocks of config.model.block_len {m.block_len},"
             fit(what, length, "sequence", m.block_len)
@@ -176,19 +178,29 @@ def validate(config: Config) -> None:
         )
     one_of("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
     one_of("model.param_dtype", m.param_dtype, ("float32", "float64"))
-    one_of("model.attention", m.attention, ("vq", "full"))
-    if m.attention == "full" and (t.update_len != t.sequence_len or t.segment_len):
+    one_of("model.attention", m.attention, ("vq", "full", "flash"))
+    if not m.carries_state and (t.update_len != t.sequence_len or t.segment_len):
         errors.append(
-            "config.model.attention=full carries no state: it needs train.update_len equal to"
+            f"config.model.attention={m.attention} carries no state: it needs train.update_len equal to"
             f" train.sequence_len {t.sequence_len}, not {t.update_len}, and train.segment_len 0"
         )
-    if m.attention == "full" and m.n_parallel > 1:
+    if not m.carries_state and m.n_parallel:
         errors.append(
-            f"config.model.n_parallel {m.n_parallel} must be 1 (a block at a time) or 0 where"
-            " config.model.attention is full"
+            f"config.model.n_parallel {m.n_parallel} is for config.model.attention=vq;"
+            f" use 0 with {m.attention}"
         )
-    if m.attention == "full" and config.evaluate.carry:
-        errors.append("config.evaluate.carry needs config.model.attention=vq: full carries no state")
+    if not m.carries_state and config.evaluate.carry:
+        errors.append(f"config.evaluate.carry needs config.model.attention=vq: {m.attention} carries none")
+    if m.attention == "flash" and (m.dtype != "bfloat16" or m.d_k > 128 or m.d_k % 8):
+        errors.append(
+            "config.model.attention=flash needs config.model.dtype=bfloat16 and a config.model.d_k of at most"
+            f" 128 that is a multiple of 8, not {m.dtype} and {m.d_k}; or use full"
+        )
+    if m.attention == "flash" and not m.attend_across_documents:
+        errors.append(
+            "config.model.attention=flash cannot keep documents apart: use"
+            " config.model.attend_across_documents=true, or full"
+        )
     one_of("model.remat", m.remat, ("all", "names", "nothing"))
     one_of("optimizer.name", o.name, ("adamw", "lion", "adafactor"))
     one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))

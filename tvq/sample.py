@@ -15,12 +15,12 @@ import numpy as np
 from etils import epath
 
 from tvq import atomic, cluster, draw, evaluate, image_samples, mesh, metrics, records, tensors
+from tvq import model as lm
 from tvq.config import Config, Mesh
 from tvq.data import detokenize, optional
 from tvq.data.vocabulary import END, Vocabulary, from_json
 from tvq.draw import Prefix, Tell
 from tvq.errors import InputError
-from tvq.model import transformer
 from tvq.state import TrainState
 
 # What is written to a folder.
@@ -29,14 +29,14 @@ RESULTS = re.compile(r"\d{4,}\.(txt|png)|sheet\.png")
 
 def check(c: Config, image_size: int, placed: TrainState) -> None:
     """InputError if a run with its state so placed could not draw or write its samples."""
-    if not c.sample.every or c.model.attention == "full":
+    if not c.sample.every or not c.model.carries_state:
         return
     if image_size:
         optional.load("PIL.Image")
     there = mesh.device_memory("bytes_limit")
     mib = lambda shape, x: math.prod(shape) * x.dtype.itemsize / 2**20
     held = sum(mib(x.sharding.shard_shape(x.shape), x) for x in jax.tree.leaves(placed))
-    model = jax.tree.leaves((placed.params, placed.codebooks))
+    model = jax.tree.leaves(placed.weights)
     whole = sum(mib(x.shape, x) for x in model if not x.sharding.is_fully_replicated)
     if there is not None and whole and held + whole > there / 2**20:
         raise InputError(
@@ -47,7 +47,7 @@ def check(c: Config, image_size: int, placed: TrainState) -> None:
 
 
 def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sharding.Mesh) -> Callable:
-    """`(params, codebooks, tell) -> records.Sample`: `sample.n_sample` texts that begin with `sample.prompt`.
+    """`(weights, tell) -> records.Sample`: `sample.n_sample` texts that begin with `sample.prompt`.
 
     Or as many images, on one sheet. Each process draws the same, on one device, so that all can be stopped.
     """
@@ -56,27 +56,29 @@ def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sha
     def here(x: jax.Array) -> jax.Array:
         return (x if x.is_fully_replicated else gather(x)).addressable_data(0)
 
-    def draw_sample(params: dict, codebooks: dict, tell: Tell) -> records.Sample:
-        params, codebooks = jax.tree.map(here, (params, codebooks))
+    def draw_sample(weights: lm.Weights, tell: Tell) -> records.Sample:
+        weights = jax.tree.map(here, weights)
         if image_size:
             nothing, options = [np.empty(0, np.int32)], drawing(c)
-            found = image_samples.drawn(params, codebooks, c, image_size, nothing, options, tell)
+            found = image_samples.drawn(weights, c, image_size, nothing, options, tell)
             return image_samples.png(image_samples.sheet(found))
         before = draw.empty(c.model)
-        return show(answers(params, codebooks, vocabulary, c, before, [c.sample.prompt], tell)) + "\n"
+        return show(answers(weights, vocabulary, c, before, [c.sample.prompt], tell)) + "\n"
 
     return draw_sample
 
 
 def check_decodes(c: Config) -> None:
-    if c.model.attention == "full":
-        raise InputError("config.model.attention=full cannot decode; train with vq to draw samples")
+    if not c.model.carries_state:
+        raise InputError(
+            f"config.model.attention={c.model.attention} cannot decode; train with vq to draw samples"
+        )
 
 
 def drawing(c: Config) -> dict[str, Any]:
     """The options of `draw.chunks`, of texts."""
     return {
-        "model": transformer.suited(c.model, jax.devices()[0].platform),
+        "model": lm.suited(c.model, jax.devices()[0].platform),
         "length": c.sample.length,
         "temperature": c.sample.temperature,
         "p_nucleus": c.sample.nucleus,
@@ -98,8 +100,7 @@ def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
 
 
 def answers(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     vocabulary: Vocabulary,
     c: Config,
     before: Prefix,
@@ -108,8 +109,7 @@ def answers(
 ) -> list[str]:
     """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
     found = draw.answers(
-        params,
-        codebooks,
+        weights,
         before,
         [encoded(vocabulary, prompt) for prompt in prompts],
         c.sample.n_sample,
@@ -123,8 +123,7 @@ def answers(
 
 
 def streams(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     vocabulary: Vocabulary,
     c: Config,
     before: Prefix,
@@ -135,10 +134,10 @@ def streams(
     options, key = drawing(c), jax.random.key(c.sample.seed)
     for prompt in prompts:
         ids = encoded(vocabulary, prompt)
-        prefix = draw.read_on(params, codebooks, before, ids, options["model"], tell)
+        prefix = draw.read_on(weights, before, ids, options["model"], tell)
         tell("")
         for number in range(c.sample.n_sample):
-            drawn = draw.continuation(params, codebooks, prefix, number, key, **options)
+            drawn = draw.continuation(weights, prefix, number, key, **options)
             yield spoken(vocabulary, ids, drawn)
 
 
@@ -216,8 +215,7 @@ def keep(found: list[str], folder: epath.Path, log: cluster.Log) -> int:
 
 
 def prefix(
-    params: dict,
-    codebooks: dict,
+    weights: lm.Weights,
     vocabulary: Vocabulary,
     c: Config,
     say: Callable[[str], None],
@@ -227,15 +225,15 @@ def prefix(
     from_state: str | None,
 ) -> Prefix:
     """What stands before every prompt: nothing, a saved state, a document, or both; saved if asked."""
-    weights = tensors.fingerprint((params, codebooks)) if save_state or from_state else ""
-    found = draw.load(epath.Path(from_state), c.model, weights) if from_state else draw.empty(c.model)
+    read_by = tensors.fingerprint(weights) if save_state or from_state else ""
+    found = draw.load(epath.Path(from_state), c.model, read_by) if from_state else draw.empty(c.model)
     if document:
         ids = read_document(epath.Path(document), vocabulary)
-        found = draw.read_on(params, codebooks, found, ids, drawing(c)["model"], tell)
+        found = draw.read_on(weights, found, ids, drawing(c)["model"], tell)
         tell("")
     if save_state:
         with cluster.writing("--save_state", save_state):
-            n_byte = draw.save(epath.Path(save_state), found, c.model, weights)
+            n_byte = draw.save(epath.Path(save_state), found, c.model, read_by)
         n_token = int(found.state.position) + len(found.rest_T)
         say(f"state after {n_token:,} tokens in {save_state}: {n_byte / 1e6:,.1f} MB, as after any number")
     return found
@@ -317,7 +315,7 @@ def sample(
         check_save_state(epath.Path(save_state), inputs)
     restored = evaluate.restore(c, workdir, mesh.make(Mesh(), jax.devices()[:1]), log.say)
     vocabulary = from_json(restored.data["vocabulary"])
-    model = restored.state.params, restored.state.codebooks
+    weights = restored.state.weights
     if restored.data["image_size"]:
         if stream or document or save_state or from_state or c.sample.prompt:
             raise InputError("this model draws images: it takes --prompts of images and --output, no text")
@@ -326,17 +324,17 @@ def sample(
         size = restored.data["image_size"]
         halves = image_samples.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]
         with metrics.Console() as console, cluster.writing("--output", folder):
-            images = image_samples.drawn(*model, c, size, halves, drawing(c), telling(console))
+            images = image_samples.drawn(weights, c, size, halves, drawing(c), telling(console))
             console.say(image_samples.write(images, folder))
         return 0
     asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
     with metrics.Console() as console:
         tell = telling(console)
-        before = prefix(*model, vocabulary, c, log.say, tell, document, save_state, from_state)
+        before = prefix(weights, vocabulary, c, log.say, tell, document, save_state, from_state)
         if stream:
-            texts = streams(*model, vocabulary, c, before, asked, tell)
+            texts = streams(weights, vocabulary, c, before, asked, tell)
             return deliver(streamed(texts, len(asked) * c.sample.n_sample), log)
-        found = answers(*model, vocabulary, c, before, asked, tell)
+        found = answers(weights, vocabulary, c, before, asked, tell)
     return keep(found, epath.Path(output), log) if output else deliver([show(found) + "\n"], log)
 
 

@@ -25,11 +25,14 @@ class Model:
     n_code: int = field(512, "codewords of a head", at_least=1)
     block_len: int = field(512, "tokens of one attention block", at_least=1)
     mem_len: int = field(512, "tokens before a block that are attended to exactly", at_least=1)
-    attention: str = field("vq", "vq: linear time; full: exact and quadratic, the baseline of benchmarks")
+    attention: str = field(
+        "vq",
+        "vq: linear time; full: exact and quadratic, the baseline of benchmarks; flash: the same by cuDNN's"
+        " kernel on an NVIDIA GPU",
+    )
     n_parallel: int = field(
         0,
-        "blocks of all sequences of a device that attention computes at once; 0: what suits the device, and"
-        " for full attention cuDNN's kernel on an NVIDIA GPU, where it fits",
+        "blocks of all sequences of a device that vq attention computes at once; 0: what suits the device",
         at_least=0,
     )
     attend_across_documents: bool = field(
@@ -55,6 +58,11 @@ class Model:
     remat: str = field("names", "kept of a unit for the backward pass: all, names (the costly) or nothing")
     dtype: str = field("float32", "dtype of activations: float32, bfloat16 or float64")
     param_dtype: str = field("float32", "dtype of parameters")
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether attention carries a state from call to call, so that it can read in pieces and decode."""
+        return self.attention == "vq"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +168,7 @@ class Bench:
     n_token: int = field(0, "tokens of a step, the same at each length; 0: the largest length", at_least=0)
     formulations: str = field(
         "auto,serial,all,full",
-        "vq by model.n_parallel 0, 1 or all blocks; full by 0, or 1 (chunked); auto:nothing sets model.remat",
+        "vq by model.n_parallel: auto (0), serial (1), all; full; flash; auto:nothing sets model.remat",
     )
     contexts: str = field("1024,10240,102400", "tokens before those that decode measures")
     batch_sizes: str = field("1,8", "sequences that decode works on at once")

@@ -8,63 +8,63 @@ import optax
 from jax.sharding import Mesh
 from jax.tree_util import DictKey, GetAttrKey
 
-from tvq import mesh
+from tvq import mesh, optimizer
+from tvq import model as lm
 from tvq.config import Config, Model
-from tvq.model import transformer
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, parameter updates done
-    params: dict
-    codebooks: dict
+    weights: lm.Weights
     opt_state: Any
     key: jax.Array  # never changes: random numbers are functions of it and the step
 
 
-class Weights(NamedTuple):
+# Only training reads it, and only where codes are revived.
+OPTIONAL = frozenset({"weights.extra.codebooks.idle"})
+
+
+class Evaluated(NamedTuple):
     """What evaluates and draws: the part of a TrainState without what trains it."""
 
-    params: dict
-    codebooks: dict
+    weights: lm.Weights
 
 
-# Only training reads it, and only where codes are revived.
-OPTIONAL = frozenset({"codebooks.idle"})
-
-
-def init(config: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init(config: Model, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first update."""
     params_key, key = jax.random.split(jax.random.key(seed))
-    params, codebooks = transformer.init(config, params_key)
-    return TrainState(jnp.zeros((), jnp.int32), params, codebooks, optimizer.init(params), key)
+    weights = lm.init(config, params_key)
+    return TrainState(jnp.zeros((), jnp.int32), weights, tx.init(weights.params), key)
 
 
-def abstract(config: Model, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract(config: Model, tx: optax.GradientTransformation) -> TrainState:
     """Shapes and dtypes of the state, without making one."""
-    return jax.eval_shape(lambda: init(config, optimizer, 0))
+    return jax.eval_shape(lambda: init(config, tx, 0))
 
 
-def place(config: Config, optimizer: optax.GradientTransformation, devices: Mesh) -> TrainState:
+def place(config: Config, tx: optax.GradientTransformation, devices: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on a mesh."""
-    like = abstract(config.model, optimizer)
+    like = abstract(config.model, tx)
     axes = mesh.axes(devices, config.model, config.mesh.shard_params)
     return mesh.with_sharding(devices, like, specs(like, config.model, axes))
 
 
-def place_weights(config: Config, devices: Mesh) -> Weights:
+def place_weights(config: Config, devices: Mesh) -> Evaluated:
     """The same of the weights alone."""
-    like = Weights(*jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0))))
+    like = Evaluated(jax.eval_shape(lambda: lm.init(config.model, jax.random.key(0))))
     axes = mesh.axes(devices, config.model, config.mesh.shard_params)
     return mesh.with_sharding(devices, like, specs(like, config.model, axes))
 
 
 def specs(like: Any, config: Model, axes: mesh.Axes) -> Any:
     """How each array of a state, or of weights, lies on the mesh: moments as their parameters."""
+    declared = optimizer.dims(config)
 
     def spec(path: tuple, x: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
         # A moment stands under its parameter's names, with fields and numbers of the optimizer's between.
         names = [entry.key for entry in path if isinstance(entry, DictKey)]
-        dims = mesh.dims("/".join([path[0].name, *names]))
+        ends = ("/".join([path[0].name, *names][i:]) for i in range(len(names) + 1))
+        dims = next((declared[end] for end in ends if end in declared), ())
         fields = {entry.name for entry in path if isinstance(entry, GetAttrKey)}
         if fields & {"v_row", "v_col"}:  # Adafactor keeps means of rows and of columns,
             wide = dims and x.shape[-1] == config.d_model
@@ -76,7 +76,6 @@ def specs(like: Any, config: Model, axes: mesh.Axes) -> Any:
     return jax.tree.map_with_path(spec, like)
 
 
-def n_param(state: TrainState | Weights) -> int:
-    """Parameters and codebook entries."""
-    codebooks = {name: state.codebooks[name] for name in ("sum", "count")}
-    return sum(x.size for x in jax.tree.leaves((state.params, codebooks)))
+def n_param(state: TrainState | Evaluated) -> int:
+    """Parameters, and other weights that are no whole numbers."""
+    return sum(x.size for x in jax.tree.leaves(state.weights) if jnp.issubdtype(x.dtype, jnp.floating))

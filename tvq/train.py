@@ -86,7 +86,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     mesh.check(devices, c)
     mesh.check_batch(devices, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
     mesh.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
-    tx = optimizer.make(c.optimizer)
+    tx = optimizer.make(c.optimizer, c.model)
     placed = state.place(c, tx, devices)
     sample.check(c, corpus.image_size, placed)
     if processes.is_main:
@@ -114,7 +114,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         stack.enter_context(console)  # here: its live line ends before the rows do, which may print too
         # The stop that made this checkpoint may have left out the evaluation and the sample of its step.
         missed = processes.gather("missed", sorted(due(c, step) - rows.done if rows is not None else ()))[0]
-        looks = health.Looks(devices, now.codebooks, c.model.c_gamma, workdir, step, console.say)
+        looks = health.Looks(devices, now.weights, c.model.c_gamma, workdir, step, console.say)
         run = Run(
             c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, home, looks
         )
@@ -231,7 +231,7 @@ def loop(
             is_logged = last or is_due(c.log.every, step, n_update)
             probe = numbers.pop("probe")
             if is_logged:
-                numbers |= run.looks.look(step, now.codebooks, probe)
+                numbers |= run.looks.look(step, now.weights, probe)
             unread.append((step, numbers))
             stopped = run.processes.stop_requested()
 
@@ -293,8 +293,10 @@ def look_for_workdir(run: Run) -> None:
 def due(c: Config, step: int) -> set[str]:
     """What belongs to a step: the split to evaluate, and samples."""
     n_update = c.train.sequence_len // c.train.update_len
-    can_draw = c.model.attention == "vq"
-    every = {c.evaluate.split: c.evaluate.every, records.SAMPLES: c.sample.every if can_draw else 0}
+    every = {
+        c.evaluate.split: c.evaluate.every,
+        records.SAMPLES: c.sample.every if c.model.carries_state else 0,
+    }
     last = step == c.train.steps
     return {name for name, n in every.items() if n and step and (last or is_due(n, step, n_update))}
 
@@ -358,13 +360,13 @@ def take_stock(
             run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
             with run.clock.spending("evaluate"):
                 so_far = metrics.Progress("evaluating", "batches")
-                result, _ = score(now.params, now.codebooks, lambda *n: tell("evaluate", so_far.line(*n)))
+                result, _ = score(now.weights, lambda *n: tell("evaluate", so_far.line(*n)))
             run.write({"step": step, "split": c.evaluate.split, **result})
             run.console.say(f"step {step:,}: " + evaluate.line(c.evaluate.split, result, run.corpus))
         if records.SAMPLES in wanted:
             run.watchdog.beat("sample", step, c.cluster.compile_timeout)
             with run.clock.spending("sample"):
-                found = draw(now.params, now.codebooks, lambda line: tell("sample", line))
+                found = draw(now.weights, lambda line: tell("sample", line))
             if run.records is not None:
                 run.records.show(step, found)
             run.console.say(f"step {step:,}: {sample.line(found, run.workdir / records.SAMPLES)}")

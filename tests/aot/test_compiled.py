@@ -7,6 +7,7 @@ the other; here they are a loop, which also copies what is kept to its place.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from tvq import config, flops, train_step
-from tvq.model import full, transformer
+from tvq import chips, config, train_step
+from tvq import model as lm
+from tvq.model import flash, full, parameters, transformer
 from tvq.plan import targets
 from tvq.plan.program import Kernel, Program
 
@@ -40,9 +42,9 @@ def compiled(recipe: str, topology: str, n_layer: int, n_parallel: int = 0) -> t
     model = transformer.suited(model, device.platform)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
     inputs = lambda: (
-        *transformer.init(model, jax.random.key(0)),
+        *parameters.init(model, jax.random.key(0)),
         dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), jnp.zeros((B, T), jnp.int32)),
-        transformer.initial_state(model, B),
+        transformer.start(model, B),
     )
     loss = lambda *inputs: train_step.loss_fn(*inputs, None, model)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -90,11 +92,11 @@ def test_work_is_what_the_mathematics_needs(recipe, topology):
     """The backward pass computes the scores again, which does not count."""
     kernels, _, _ = compiled(recipe, topology, 1)
     model = dataclasses.replace(config.build(config.load(str(CONFIGS / f"{recipe}.py"))).model, n_layer=1)
-    parts = flops.unit(model, T)
+    parts = lm.unit_flops(model, T)
     again = 2 * (parts["scores"] + parts["relative scores"] + parts["cache scores"])
     logits = 2 * model.d_model * model.n_vocab  # computed a second time, a block at a time
     work = sum(kernel.n * kernel.flops for kernel in kernels) / B / T
-    assert work == pytest.approx(flops.train(model, T) + again + logits, rel=0.03)
+    assert work == pytest.approx(lm.train_flops(model, T) + again + logits, rel=0.03)
 
 
 @pytest.mark.parametrize("topology", ["h200", "v5e:2x2"])
@@ -114,7 +116,7 @@ def test_no_log_probabilities_are_kept(topology):
 
 def test_auto_takes_the_faster_on_a_tpu():
     """One block after the other, whose state stays in fast memory, against all at once."""
-    chip = flops.chip("TPU v5 lite")
+    chip = chips.chip("TPU v5 lite")
 
     def seconds(n_parallel: int) -> float:
         kernels, _, _ = compiled("enwik8", "v5e:2x2", 1, n_parallel)
@@ -133,20 +135,18 @@ def test_full_attention_is_a_kernel_on_a_gpu():
     device = need("h200")
     model = config.build(config.load(str(CONFIGS / "enwik8.py"))).model
 
-    def moved(n_parallel: int) -> float:
-        how = dataclasses.replace(model, attention="full", n_parallel=n_parallel)
-        how = transformer.suited(how, device.platform)
+    def moved(attend: Callable) -> float:
         place = lambda *shape: jax.ShapeDtypeStruct(
             shape, jnp.bfloat16, sharding=SingleDeviceSharding(device)
         )
-        K, V, E, length = how.d_k, how.d_v, how.mem_len + 1, 4 * T
+        K, V, E, length = model.d_k, model.d_v, model.mem_len + 1, 4 * T
         shapes = ((1, 1, length, K), (1, 1, length, K), (1, 1, length, V), (1, K), (1, K), (1, 1, E, K))
-        attend = lambda *x: full.attend(*x, block_len=how.block_len, n_parallel=how.n_parallel)
-        gradient = jax.jit(lambda do, *x: jax.vjp(attend, *x)[1](do))
+        core = lambda *x: attend(*x, block_len=model.block_len)
+        gradient = jax.jit(lambda do, *x: jax.vjp(core, *x)[1](do))
         text = (
             gradient.lower(place(1, 1, length, V), *(place(*shape) for shape in shapes)).compile().as_text()
         )
         return sum(kernel.n * kernel.nbytes for kernel in Program.read(text).kernels()) / length
 
-    print(found := {"kernel": moved(0), "a block at a time": moved(1)})
+    print(found := {"kernel": moved(flash.attend), "a block at a time": moved(full.attend)})
     assert 3 * found["kernel"] < found["a block at a time"]

@@ -98,11 +98,10 @@ class Program:
         with subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=environment(
-                JAX_NUM_CPU_DEVICES="1",
                 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
                 XLA_FLAGS=QUICK_TO_COMPILE,
                 PYTHONWARNINGS="error",
-                **variables,
+                **{"JAX_NUM_CPU_DEVICES": "1"} | variables,
             ),
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
@@ -172,7 +171,7 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 def newest(workdir: Path) -> Restored:
     """The newest checkpoint of a run."""
     c = config.build(config.recorded(epath.Path(workdir) / config.FILE))
-    placed = state.place(c, optimizer.make(c.optimizer), mesh.make(config.Mesh(), jax.devices()[:1]))
+    placed = state.place(c, optimizer.make(c.optimizer, c.model), mesh.make(config.Mesh(), jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", keep=1, keep_every=0, read_only=True) as checkpoints:
         restored = checkpoints.restore(placed, print)
     assert restored is not None

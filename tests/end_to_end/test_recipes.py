@@ -11,7 +11,7 @@ from tests.data import raw
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, Program, newest, rows
 from tvq import config
-from tvq.model import transformer
+from tvq.model import parameters
 
 RECIPES = json.loads((REPOSITORY / "tests" / "golden" / "recipes.json").read_text())["recipes"]
 # Names of the original's settings that are others here.
@@ -34,11 +34,11 @@ def test_settings_are_the_papers(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_at_full_size(name: str) -> None:
     model = recipe(name).model
-    params, codebooks = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    weights = jax.eval_shape(lambda: parameters.init(model, jax.random.key(0)))
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     unused = 0 if model.e_tie else model.n_vocab  # the original's bias of the embedding, which nothing reads
-    assert count(codebooks) == RECIPES[name]["n_param_codebook"]
-    assert count((params, codebooks)) + unused == RECIPES[name]["n_param_total"]
+    assert count(weights.extra) == RECIPES[name]["n_param_codebook"]
+    assert count(weights) + unused == RECIPES[name]["n_param_total"]
 
 
 SMALL = [

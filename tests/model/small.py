@@ -8,6 +8,7 @@ import numpy as np
 
 from tvq import config
 from tvq.model import transformer
+from tvq.model.parameters import Weights, init
 
 MODEL = config.Model(
     n_vocab=11, n_layer=1, n_head=2, d_model=16, d_k=8, d_v=8, n_code=16, block_len=4, mem_len=6,
@@ -16,14 +17,14 @@ MODEL = config.Model(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def parameters(model: config.Model) -> tuple[dict, dict]:
+def parameters(model: config.Model) -> Weights:
     """Random ones everywhere: as they start out, biases are 0 and the position's scale hides it."""
     key = jax.random.key(0)
-    params, codebooks = transformer.init(model, key)
-    leaves, structure = jax.tree.flatten(params)
+    weights = init(model, key)
+    leaves, structure = jax.tree.flatten(weights.params)
     keys = jax.random.split(key, len(leaves))
     leaves = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, leaves), codebooks
+    return weights._replace(params=jax.tree.unflatten(structure, leaves))
 
 
 def tokens(n_sequence: int, n_token: int, seed: int = 0) -> jax.Array:
@@ -32,16 +33,14 @@ def tokens(n_sequence: int, n_token: int, seed: int = 0) -> jax.Array:
 
 
 def forward(
-    params: dict, codebooks: dict, tokens_BT: jax.Array, state: transformer.State, model: config.Model
+    weights: Weights, tokens_BT: jax.Array, state: transformer.State, model: config.Model
 ) -> tuple[jax.Array, transformer.State]:
     """Log-probabilities `[B,T,C]` of evaluation, and the next state."""
-    x_BTD, state, _ = transformer.forward(
-        params, codebooks, tokens_BT, jnp.ones_like(tokens_BT), state, model
-    )
-    return transformer.log_probs(params, x_BTD, model), state
+    x_BTD, state, *_ = transformer.forward(weights, tokens_BT, jnp.ones_like(tokens_BT), state, model)
+    return transformer.log_probs(weights, x_BTD, model), state
 
 
-log_probs = jax.jit(forward, static_argnums=4)
+log_probs = jax.jit(forward, static_argnums=3)
 
 
 def close(got: object, want: object, tolerance: float) -> None:

@@ -12,8 +12,10 @@ import pytest
 from tests.model import small
 from tests.model.small import MODEL, close
 from tvq.config import Model
-from tvq.model import layers, transformer
+from tvq.model import layers, parameters, transformer
 from tvq.model.layers import Draws
+from tvq.model.parameters import Weights
+from tvq.model.unit import gated_unit
 from tvq.schema import END
 
 # Every option that changes what is computed without randomness.
@@ -22,16 +24,18 @@ APART, OTHER_APART = (dataclasses.replace(m, attend_across_documents=False) for 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def sensitivity(model: Model, params: dict, codebooks: dict, tokens: jax.Array) -> jax.Array:
+def sensitivity(model: Model, weights: Weights, tokens: jax.Array) -> jax.Array:
     """How much each output depends on each row of the table `[T,C]`: the largest entry of their Jacobian."""
     toward = jax.random.normal(jax.random.key(1), (tokens.shape[1], model.n_vocab))
 
     def outputs(table: jax.Array) -> jax.Array:
-        tree = params | {"embed": params["embed"] | {"table": table}}
-        log_probs, _ = small.forward(tree, codebooks, tokens, transformer.initial_state(model, 1), model)
+        params = weights.params | {"embed": weights.params["embed"] | {"table": table}}
+        log_probs, _ = small.forward(
+            weights._replace(params=params), tokens, transformer.start(model, 1), model
+        )
         return jnp.sum(log_probs[0] * toward, 1)
 
-    return jnp.abs(jax.jacrev(outputs)(params["embed"]["table"])).max(-1)
+    return jnp.abs(jax.jacrev(outputs)(weights.params["embed"]["table"])).max(-1)
 
 
 @pytest.mark.parametrize("agg_cache", [True, False])
@@ -39,7 +43,7 @@ def test_causality_by_jacobian(agg_cache):
     T, M = 30, 3
     model = dataclasses.replace(MODEL, n_vocab=T, block_len=5, mem_len=M, agg_cache=agg_cache)
     # Token t is id t, so that a row of the table is one position.
-    got = np.asarray(sensitivity(model, *small.parameters(model), jnp.arange(T)[None]))
+    got = np.asarray(sensitivity(model, small.parameters(model), jnp.arange(T)[None]))
     back = np.arange(T)[:, None] - np.arange(T)[None, :]
     assert (got[back < 0] == 0).all(), "an output sees a later token"
     # Two units reach back twice the memory; everything before comes through the cache alone.
@@ -53,13 +57,13 @@ def test_causality_by_jacobian(agg_cache):
 
 def test_a_later_token_changes_no_earlier_output():
     """A Jacobian does not see codes change: here the token itself does."""
-    params, codebooks = small.parameters(MODEL)
-    empty = transformer.initial_state(MODEL, 1)
+    weights = small.parameters(MODEL)
+    empty = transformer.start(MODEL, 1)
     tokens = small.tokens(1, 24)
-    want, _ = small.log_probs(params, codebooks, tokens, empty, MODEL)
+    want, _ = small.log_probs(weights, tokens, empty, MODEL)
     for t in (0, 5, 13, 23):
         changed = tokens.at[0, t].set((tokens[0, t] + 1) % MODEL.n_vocab)
-        got, _ = small.log_probs(params, codebooks, changed, empty, MODEL)
+        got, _ = small.log_probs(weights, changed, empty, MODEL)
         np.testing.assert_array_equal(got[:, :t], want[:, :t])
         assert np.all(np.abs(got - want)[0, t:].max(-1) > 0)
 
@@ -75,14 +79,14 @@ def test_a_document_is_the_same_alone_and_behind_others():
         model = dataclasses.replace(
             OTHER_APART, n_vocab=42, e_tie=False, dtype="float64", param_dtype="float64"
         )
-        params, codebooks = small.parameters(model)
-        empty = transformer.initial_state(model, 1)
-        packed, _ = small.log_probs(params, codebooks, tokens, empty, model)
+        weights = small.parameters(model)
+        empty = transformer.start(model, 1)
+        packed, _ = small.log_probs(weights, tokens, empty, model)
         for start, stop in documents:
             alone = np.pad(tokens[:, start:stop], [(0, 0), (0, 40 - (stop - start))])
-            got, _ = small.log_probs(params, codebooks, alone, empty, model)
+            got, _ = small.log_probs(weights, alone, empty, model)
             close(got[:, : stop - start], packed[:, start:stop], 1e-9)
-        pull = np.asarray(sensitivity(model, params, codebooks, tokens))[:, tokens[0]]
+        pull = np.asarray(sensitivity(model, weights, tokens))[:, tokens[0]]
     number = np.searchsorted([start for start, _ in documents], np.arange(40), "right")
     other, end = number[:, None] != number[None], tokens == END
     assert (pull[other & ~end] == 0).all(), "a document pulls at another"
@@ -92,23 +96,21 @@ def test_a_document_is_the_same_alone_and_behind_others():
 @pytest.mark.slow
 def test_decoding_goes_on_only_with_the_document():
     """What a carried state holds of documents that have ended is as if it never was."""
-    params, codebooks = small.parameters(APART)
+    weights = small.parameters(APART)
     head = jnp.full((1, 8), 5).at[0, [0, 6]].set(END)
     states = []
     for tokens in (head, head.at[0, 1:6].set(7)):
-        _, state = small.log_probs(params, codebooks, tokens, transformer.initial_state(APART, 1), APART)
-        states.append(decode_all(params, codebooks, small.tokens(1, 12), state, APART))
+        _, state = small.log_probs(weights, tokens, transformer.start(APART, 1), APART)
+        states.append(decode_all(weights, small.tokens(1, 12), state, APART))
     np.testing.assert_array_equal(*states)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def decode_all(
-    params: dict, codebooks: dict, tokens: jax.Array, state: transformer.State, model: Model
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=3)
+def decode_all(weights: Weights, tokens: jax.Array, state: transformer.State, model: Model) -> jax.Array:
     def step(decoding: transformer.Decoding, token: jax.Array) -> tuple:
-        return transformer.decode(params, token, decoding, model)[::-1]
+        return transformer.step(weights, token, decoding, model)[::-1]
 
-    first = transformer.decoding(params, codebooks, state, model)
+    first = transformer.begin(weights, state, model)
     return jax.lax.scan(step, first, tokens.T)[1].swapaxes(0, 1)
 
 
@@ -124,14 +126,14 @@ def test_decoding_is_the_forward(model, dtype):
     tolerance = {"float32": 1e-5, "float64": 1e-9}[dtype]
     with jax.enable_x64(dtype == "float64"):
         model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
-        params, codebooks = small.parameters(model)
+        weights = small.parameters(model)
         L = model.block_len
-        tokens, empty = small.tokens(2, 5 * L), transformer.initial_state(model, 2)
-        want, _ = small.log_probs(params, codebooks, tokens, empty, model)
+        tokens, empty = small.tokens(2, 5 * L), transformer.start(model, 2)
+        want, _ = small.log_probs(weights, tokens, empty, model)
         assert want.dtype == dtype
-        close(decode_all(params, codebooks, tokens, empty, model), want, tolerance)
-        head, state = small.log_probs(params, codebooks, tokens[:, : 2 * L], empty, model)
-        tail = decode_all(params, codebooks, tokens[:, 2 * L :], state, model)
+        close(decode_all(weights, tokens, empty, model), want, tolerance)
+        head, state = small.log_probs(weights, tokens[:, : 2 * L], empty, model)
+        tail = decode_all(weights, tokens[:, 2 * L :], state, model)
         close(jnp.concatenate([head, tail], 1), want, tolerance)
 
 
@@ -140,13 +142,13 @@ def test_decoding_is_the_forward(model, dtype):
 )
 def test_pieces_are_the_whole(model):
     """One call, or one for each block, with the state carried: the same outputs and the same last state."""
-    params, codebooks = small.parameters(model)
+    weights = small.parameters(model)
     L = model.block_len
-    tokens, state = small.tokens(2, 4 * L), transformer.initial_state(model, 2)
-    want, last = small.log_probs(params, codebooks, tokens, state, model)
+    tokens, state = small.tokens(2, 4 * L), transformer.start(model, 2)
+    want, last = small.log_probs(weights, tokens, state, model)
     got = []
     for t in range(0, 4 * L, L):
-        piece, state = small.log_probs(params, codebooks, tokens[:, t : t + L], state, model)
+        piece, state = small.log_probs(weights, tokens[:, t : t + L], state, model)
         got.append(piece)
     close(jnp.concatenate(got, 1), want, 1e-5)
     close(state, last, 1e-5)
@@ -159,12 +161,12 @@ def draws(n_sequence: int, first: int = 0, ephemeral: int = 0, timeless: int = 0
     return Draws(jax.random.key(ephemeral), jax.random.key(1000 + timeless), first + jnp.arange(n_sequence))
 
 
-run = jax.jit(transformer.forward, static_argnums=5)
+run = jax.jit(transformer.forward, static_argnums=4)
 
 
 def hidden(model: Model, tokens: jax.Array, d: Draws | None) -> jax.Array:
-    state = transformer.initial_state(model, tokens.shape[0])
-    return run(*small.parameters(model), tokens, jnp.ones_like(tokens), state, model, d)[0]
+    state = transformer.start(model, tokens.shape[0])
+    return run(small.parameters(model), tokens, jnp.ones_like(tokens), state, model, d)[0]
 
 
 @pytest.mark.slow
@@ -202,13 +204,13 @@ def test_nothing_is_drawn_in_evaluation():
     model = dataclasses.replace(MODEL, **RATES)
     tokens = small.tokens(4, 8)
     np.testing.assert_array_equal(hidden(model, tokens, None), hidden(MODEL, tokens, None))
-    params, codebooks = small.parameters(model)
+    weights = small.parameters(model)
 
     def traced(d: Draws | None) -> str:
-        state = transformer.initial_state(model, 4)
+        state = transformer.start(model, 4)
         return str(
-            jax.make_jaxpr(lambda p: transformer.forward(p, codebooks, tokens, tokens, state, model, d))(
-                params
+            jax.make_jaxpr(lambda weights: transformer.forward(weights, tokens, tokens, state, model, d))(
+                weights
             )
         )
 
@@ -253,19 +255,25 @@ def test_layer_drop_skips_a_unit_for_a_whole_sequence():
     pairs = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)]
     with jax.enable_x64(True):
         got = hidden(model, tokens, draws(n_sequence))
-        params, codebooks = small.parameters(model)
+        weights = small.parameters(model)
 
         @jax.jit
         def skipping(keep: jax.Array) -> jax.Array:
-            x = transformer.embed(params, tokens, jnp.arange(8)[None], model)
-            state = transformer.initial_state(model, n_sequence).units
+            x = transformer.embed(weights, tokens, jnp.arange(8)[None], model)
+            state = transformer.start(model, n_sequence).units
             sinusoid = jnp.broadcast_to(
                 transformer.distances(model)[None], (n_sequence, model.mem_len + 1, 16)
             )
             for unit in range(2):
                 at = lambda tree, unit=unit: jax.tree.map(lambda a: a[unit], tree)
-                y, _, _ = layers.gated_unit(
-                    at(params["units"]), at(codebooks), x, jnp.ones_like(tokens), sinusoid, at(state), model
+                y, _, _ = gated_unit(
+                    at(weights.params["units"]),
+                    at(weights.extra["codebooks"]),
+                    x,
+                    jnp.ones_like(tokens),
+                    sinusoid,
+                    at(state),
+                    model,
                 )
                 x = x + y * keep[unit] / 0.5
             return x
@@ -282,15 +290,15 @@ def test_layer_drop_skips_a_unit_for_a_whole_sequence():
 def test_the_program_does_not_grow_with_depth():
     def lowered(n_layer: int) -> int:
         model = dataclasses.replace(MODEL, n_layer=n_layer, **RATES)
-        params, codebooks = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+        weights = jax.eval_shape(lambda: parameters.init(model, jax.random.key(0)))
         tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-        state = jax.eval_shape(lambda: transformer.initial_state(model, 2))
+        state = jax.eval_shape(lambda: transformer.start(model, 2))
 
-        def loss(params, codebooks, tokens, state):
-            x, _, stats = transformer.forward(params, codebooks, tokens, tokens, state, model, draws(2))
-            return transformer.log_probs(params, x, model).sum() + stats["commit"].sum()
+        def loss(weights, tokens, state):
+            x, *_, metrics = transformer.forward(weights, tokens, tokens, state, model, draws(2))
+            return transformer.log_probs(weights, x, model).sum() + metrics["loss_commit_per_token"]
 
-        return len(jax.jit(jax.grad(loss)).lower(params, codebooks, tokens, state).as_text())
+        return len(jax.jit(jax.grad(loss)).lower(weights, tokens, state).as_text())
 
     shallow, deep = lowered(2), lowered(6)
     # Sizes are written out: 12 units take a digit more than 4.
@@ -299,19 +307,19 @@ def test_the_program_does_not_grow_with_depth():
 
 @pytest.mark.slow
 def test_rematerialisation_changes_memory_and_nothing_else():
-    params, codebooks = small.parameters(dataclasses.replace(MODEL, n_layer=2, d_v=64))
+    weights = small.parameters(dataclasses.replace(MODEL, n_layer=2, d_v=64))
     tokens = small.tokens(2, 32)
     grads, sizes = {}, {}
     for remat in ("nothing", "names", "all"):
         model = dataclasses.replace(MODEL, n_layer=2, d_v=64, remat=remat, **RATES)
 
-        def loss(params, codebooks, model=model):
-            state = transformer.initial_state(model, 2)
-            x, _, stats = transformer.forward(params, codebooks, tokens, tokens, state, model, draws(2))
-            return transformer.log_probs(params, x, model).sum() + stats["commit"].sum()
+        def loss(weights, model=model):
+            state = transformer.start(model, 2)
+            x, *_, metrics = transformer.forward(weights, tokens, tokens, state, model, draws(2))
+            return transformer.log_probs(weights, x, model).sum() + metrics["loss_commit_per_token"]
 
-        compiled = jax.jit(jax.grad(loss)).lower(params, codebooks).compile()
-        grads[remat] = compiled(params, codebooks)
+        compiled = jax.jit(jax.grad(loss)).lower(weights).compile()
+        grads[remat] = compiled(weights)
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
     close(grads["names"], grads["nothing"], 1e-5)
     close(grads["all"], grads["nothing"], 1e-5)

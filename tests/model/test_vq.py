@@ -161,22 +161,22 @@ def test_key_metrics():
 def test_codes_are_the_same_in_training_evaluation_and_decoding(dtype):
     n_token = 16
     model = dataclasses.replace(small.MODEL, dtype=dtype, mem_len=n_token)
-    params, codebooks = small.parameters(model)
+    weights = small.parameters(model)
     tokens = small.tokens(2, n_token)
     batch = {"inputs": tokens, "targets": tokens, "loss_mask": jnp.ones_like(tokens)}
-    empty = transformer.initial_state(model, 2)
+    empty = transformer.start(model, 2)
 
     gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
-    (_, (trained, _, _)), _ = gradient(params, codebooks, batch, empty, None, model)
+    (_, (trained, _, _)), _ = gradient(*weights, batch, empty, None, model)
     # Blocks of another length make other shapes of every product.
     longer = dataclasses.replace(model, block_len=8)
-    _, evaluated = small.log_probs(params, codebooks, tokens, empty, longer)
+    _, evaluated = small.log_probs(weights, tokens, empty, longer)
     np.testing.assert_array_equal(evaluated.units.z_BHM, trained.units.z_BHM)
 
-    decode = jax.jit(transformer.decode, static_argnums=3)
-    decoded = transformer.decoding(params, codebooks, empty, model)
+    decode = jax.jit(transformer.step, static_argnums=3)
+    decoded = transformer.begin(weights, empty, model)
     for t in range(n_token):
-        _, decoded = decode(params, tokens[:, t], decoded, model)
+        _, decoded = decode(weights, tokens[:, t], decoded, model)
     np.testing.assert_array_equal(decoded.rings.z_BHM, trained.units.z_BHM)
     assert len(np.unique(trained.units.z_BHM)) > 4
 

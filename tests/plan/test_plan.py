@@ -13,7 +13,8 @@ from etils import epath
 
 from tests.model import small
 from tvq import __main__ as door
-from tvq import cluster, config, flops, mesh, optimizer, plan, state, train_step
+from tvq import chips, cluster, config, mesh, optimizer, plan, state, train_step
+from tvq import model as lm
 from tvq.model import layers
 from tvq.plan import bound, step, targets
 from tvq.plan import sweep as sweeping
@@ -21,7 +22,7 @@ from tvq.plan.step import TooLargeError
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = cluster.find(config.Cluster(), {}, None)
-CHIP = flops.Chip(1e12, 1e12, 1e12, 1e11, 16 * flops.GIB, 1e10)
+CHIP = chips.Chip(1e12, 1e12, 1e12, 1e11, 16 * chips.GIB, 1e10)
 CONFIG = config.Config(
     model=dataclasses.replace(small.MODEL, d_model=128, d_k=32, d_v=256, n_code=64, block_len=64, mem_len=64),
     train=config.Train(global_batch_size=8, sequence_len=512, update_len=256, steps=2),
@@ -32,7 +33,7 @@ CONFIG = config.Config(
 @pytest.fixture(autouse=True)
 def eight_chips(monkeypatch):
     monkeypatch.setattr(targets, "devices", lambda topology: jax.devices())
-    monkeypatch.setattr(flops, "chip", lambda kind: CHIP)
+    monkeypatch.setattr(chips, "chip", lambda kind: CHIP)
 
 
 ESTIMATE = step.estimate  # the real one, where a test has put another in its place
@@ -49,14 +50,17 @@ def run(c: config.Config) -> int:
 
 def test_work_is_what_the_mathematics_needs():
     """The backward pass computes the scores again, which does not count."""
-    parts = flops.unit(CONFIG.model, CONFIG.train.update_len)
+    parts = lm.unit_flops(CONFIG.model, CONFIG.train.update_len)
     again = 2 * (parts["scores"] + parts["relative scores"] + parts["cache scores"])  # two units
     needed = found().analytic + again * found().n_token / 8
     assert found().compiled == pytest.approx(needed, rel=0.03)
 
 
 def test_memory_is_that_of_one_device():
-    memory, params = found().memory, state.abstract(CONFIG.model, optimizer.make(CONFIG.optimizer)).params
+    memory, params = (
+        found().memory,
+        state.abstract(CONFIG.model, optimizer.make(CONFIG.optimizer, CONFIG.model)).weights.params,
+    )
     assert memory["parameters"] == sum(4 * x.size for x in jax.tree.leaves(params))
     assert memory["optimizer state"] == pytest.approx(2 * memory["parameters"], rel=0.01)
     assert memory["batch"] == 4 * 4 * 512  # four arrays of one sequence
@@ -102,7 +106,7 @@ def test_the_old_state_is_donated():
 def test_a_deeper_model_is_no_longer_program():
     def lines(n_layer: int) -> int:
         c = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layer=n_layer))
-        devices, tx = mesh.make(config.Mesh(), jax.devices()), optimizer.make(c.optimizer)
+        devices, tx = mesh.make(config.Mesh(), jax.devices()), optimizer.make(c.optimizer, c.model)
         carried = mesh.with_sharding(devices, state.abstract(c.model, tx))
         batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), jnp.zeros((8, 512), jnp.int32))
         return len(train_step.make(c, devices, tx).lower(carried, batch).as_text().splitlines())
@@ -187,7 +191,7 @@ def test_a_sweep_compiles_the_most_promising(capsys, monkeypatch):
 
 
 def test_what_cannot_fit_is_not_compiled(capsys, monkeypatch):
-    monkeypatch.setattr(flops, "chip", lambda kind: CHIP._replace(memory=1e6))
+    monkeypatch.setattr(chips, "chip", lambda kind: CHIP._replace(memory=1e6))
     assert sweep(monkeypatch) == 1
     text = capsys.readouterr().out
     assert "4 shapes, of which 0 may fit" in text

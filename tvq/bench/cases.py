@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tvq import config, draw, flops, loss, mesh, optimizer, state, train_step
+from tvq import config, draw, loss, mesh, optimizer, state, train_step
+from tvq import model as lm
 from tvq.bench.session import STEP, Case, Row, Session, compiled
 from tvq.config import Config, Model
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.errors import DisagreementError, InputError
-from tvq.model import attention, full, transformer, vq
 
 # model.attention and model.n_parallel of each; `serial:nothing` also sets model.remat.
 FORMULATIONS = {
     "auto": ("vq", 0), "serial": ("vq", 1), "all": ("vq", sys.maxsize),
-    "full": ("full", 0), "chunked": ("full", 1),
+    "full": ("full", 0), "flash": ("flash", 0),
 }  # fmt: skip
 N_BATCH = 100  # batches of one timed call of the data pipeline, many more than it reads ahead
 
@@ -62,7 +62,7 @@ def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
             c.train, sequence_len=T, update_len=T, segment_len=0, global_batch_size=n_token // T
         )
         trial = dataclasses.replace(c, train=trained, model=formulated(c.model, name.strip()))
-        if trial.model.attention == "full" and not (c.model.agg_cache and c.model.grad_thru_cache):
+        if not trial.model.carries_state and not (c.model.agg_cache and c.model.grad_thru_cache):
             raise InputError(
                 "config.model.agg_cache and config.model.grad_thru_cache must be true where full attention is"
                 " the baseline: without them vq attention is another function; or leave out full"
@@ -75,7 +75,7 @@ class Carried:
     """The training state, which each timed step takes from the one before: a step donates its own."""
 
     def __init__(self, c: Config, devices: Mesh):
-        self.tx = optimizer.make(c.optimizer)
+        self.tx = optimizer.make(c.optimizer, c.model)
         self.abstract = state.place(c, self.tx, devices)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         self.init = jax.jit(lambda: state.init(c.model, self.tx, c.train.seed), out_shardings=shardings)
@@ -105,7 +105,7 @@ def train_case(s: Session, trial: Config, carried: Carried, labels: Row) -> dict
     first = carried.first(update, batch)
     numbers = {name: float(first[name]) for name in ("loss_lm_per_token_unscaled", "grad_norm")}
     call = lambda: carried.step(update, batch)
-    products = flops.train(trial.model, trial.train.update_len)
+    products = lm.train_flops(trial.model, trial.train.update_len)
     s.cases.append(Case(labels, call, B * T, facts, products, s.devices.size))
     return numbers
 
@@ -114,7 +114,7 @@ def prepare_train(s: Session) -> None:
     """The whole train step over lengths and formulations."""
     carried = Carried(s.config, s.devices)
     trials = list(sweep(s.config))
-    for name, trial in {name: trial for _, name, trial in trials if trial.model.attention == "full"}.items():
+    for name, trial in {name: trial for _, name, trial in trials if not trial.model.carries_state}.items():
         agree_with_full(s, name, trial.model)
     found: dict[int, tuple[str, dict]] = {}
     for T, name, trial in trials:
@@ -122,81 +122,27 @@ def prepare_train(s: Session) -> None:
             if not go:
                 continue
             got = train_case(s, trial, carried, {"formulation": name, "T": T})
-            if trial.model.attention == "vq" and T in found:
+            if trial.model.carries_state and T in found:
                 s.agree(got, found[T][1], f"loss and gradient norm of {name} and {found[T][0]} at T={T}")
-            elif trial.model.attention == "vq":
+            elif trial.model.carries_state:
                 found[T] = name, got
 
 
 def agree_with_full(s: Session, name: str, model: Model) -> None:
     """Where keys are codewords, full and vq attention are one function: as vq past the window, so full."""
+    mesh.check_platform(s.devices, model)
     T = model.block_len * (-(-2 * model.mem_len // model.block_len) + 2)
-    inputs = core_inputs(model, 1, T)
-    suited = (transformer.suited(m, mesh.platform(s.devices)) for m in (model, formulated(model, "all")))
-    got, want = (jax.jit(core(m))(*inputs) for m in suited)
+    inputs = lm.core.inputs(model, 1, T)
+    suited = (lm.suited(m, mesh.platform(s.devices)) for m in (model, formulated(model, "all")))
+    got, want = (jax.jit(lm.core.both_ways(m))(*inputs) for m in suited)
     what = f"output and gradients (queries, values) of {name} and vq attention over codewords, T={T},"
     s.agree(but_keys(got), but_keys(want), what)
 
 
 def but_keys(found: tuple) -> tuple:
-    """What `core` gives the same for full attention: the gradient of a vq key ends with the next block."""
+    """What full attention gives too: the gradient of a vq key ends with the next block."""
     o_BHTV, dq_BHTK, _, dv_BHTV = found
     return o_BHTV, dq_BHTK, dv_BHTV
-
-
-def core_inputs(model: Model, n_sequence: int, sequence_len: int) -> tuple:
-    """Random arguments of `core`; keys are codewords."""
-    B, T, H, K, V, S = n_sequence, sequence_len, model.n_head, model.d_k, model.d_v, model.n_code
-    E, dtype = model.mem_len + 1, jnp.dtype(model.dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
-
-    @jax.jit
-    def make() -> tuple:
-        keys = iter(jax.random.split(jax.random.key(0), 8))
-        scaled = lambda *shape: K**-0.25 * jax.random.normal(next(keys), shape, wide)
-        c_HSK, z_BHT = scaled(H, S, K), jax.random.randint(next(keys), (B, H, T), 0, S)
-        v_BHTV, do_BHTV = (jax.random.normal(next(keys), (B, H, T, V), dtype) for _ in range(2))
-        fixed = (z_BHT, c_HSK, scaled(H, K), scaled(H, K), scaled(B, H, E, K))
-        return scaled(B, H, T, K), vq.lookup(z_BHT, c_HSK), v_BHTV, fixed, do_BHTV
-
-    return make()
-
-
-def core(model: Model) -> Callable[..., tuple]:
-    """The attention core, forward and backward: `(q, k, v, fixed, do) -> (o, dq, dk, dv)`."""
-
-    def attend(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTV: jax.Array, fixed: tuple) -> jax.Array:
-        z_BHT, c_HSK, u_HK, w_HK, r_BHEK = fixed
-        B, H, T, K, V, E = *q_BHTK.shape[:3], model.d_k, model.d_v, model.mem_len + 1
-        start_BX = None if model.attend_across_documents else jnp.zeros((B, E + T), jnp.int32)
-        if model.attention == "full":
-            return full.attend(
-                q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK,
-                block_len=model.block_len, n_parallel=model.n_parallel, start_BX=start_BX,
-            )  # fmt: skip
-        o_BHTV, _ = attention.attend(
-            q_BHTK,
-            k_BHTK,
-            v_BHTV,
-            z_BHT,
-            c_HSK,
-            u_HK,
-            w_HK,
-            r_BHEK,
-            attention.initial_state(B, H, model.mem_len, model.n_code, K, V, v_BHTV.dtype),
-            block_len=model.block_len,
-            n_parallel=model.n_parallel,
-            agg_cache=model.agg_cache,
-            grad_thru_cache=model.grad_thru_cache,
-            start_BX=start_BX,
-        )
-        return o_BHTV
-
-    def both(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTV: jax.Array, fixed: tuple, do: jax.Array) -> tuple:
-        o_BHTV, back = jax.vjp(lambda q, k, v: attend(q, k, v, fixed), q_BHTK, k_BHTK, v_BHTV)
-        return o_BHTV, *back(do)
-
-    return both
 
 
 def prepare_attention(s: Session) -> None:
@@ -207,9 +153,10 @@ def prepare_attention(s: Session) -> None:
             with s.trying(formulation=name, T=T) as go:
                 if not go:
                     continue
-                model = transformer.suited(trial.model, mesh.platform(s.devices))
-                inputs = inputs or core_inputs(model, trial.train.global_batch_size, T)
-                program, facts = compiled(jax.jit(core(model)), *inputs)
+                mesh.check_platform(s.devices, trial.model)
+                model = lm.suited(trial.model, mesh.platform(s.devices))
+                inputs = inputs or lm.core.inputs(model, trial.train.global_batch_size, T)
+                program, facts = compiled(jax.jit(lm.core.both_ways(model)), *inputs)
                 got = program(*inputs)
                 if reference is None:
                     reference = name, model.attention, got
@@ -218,7 +165,7 @@ def prepare_attention(s: Session) -> None:
                 else:
                     got, want = but_keys(got), but_keys(reference[2])
                     s.agree(got, want, f"output and gradients but of keys, {name} and {reference[0]}, T={T}")
-                parts = flops.unit(model, T, backward=True)
+                parts = lm.unit_flops(model, T, backward=True)
                 core_flops = sum(n for part, n in parts.items() if "scores" in part or "sum" in part)
                 call = functools.partial(program, *inputs)
                 n_token = trial.train.global_batch_size * T
@@ -228,64 +175,62 @@ def prepare_attention(s: Session) -> None:
 def prepare_decode(s: Session) -> None:
     """Reading on in parallel and writing on token by token, after several contexts, on one device."""
     c, L = s.config, s.config.model.block_len
-    if c.model.attention != "vq":
-        raise InputError("config.model.attention=full does not decode; use vq")
-    model = transformer.suited(c.model, mesh.platform(s.devices))
-    params, codebooks = jax.jit(lambda: transformer.init(model, jax.random.key(c.train.seed)))()
+    if not c.model.carries_state:
+        raise InputError(f"config.model.attention={c.model.attention} does not decode; use vq")
+    model = lm.suited(c.model, mesh.platform(s.devices))
+    weights = jax.jit(lambda: lm.init(model, jax.random.key(c.train.seed)))()
     contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]
-    states, now = {}, transformer.initial_state(model, 1)
+    states, now = {}, lm.start(model, 1)
     for context in contexts:
         for start in range(int(now.position), context, draw.READ_BLOCKS * L):
             n_token = min(draw.READ_BLOCKS * L, context - start)
-            now = draw.read(params, codebooks, random_tokens(model, 1, n_token, start), now, model)
+            now = draw.read(weights, random_tokens(model, 1, n_token, start), now, model)
         states[context] = now
-    agree_decoding(s, params, codebooks, states[contexts[0]], random_tokens(model, 1, L, 1), model)
+    agree_decoding(s, weights, states[contexts[0]], random_tokens(model, 1, L, 1), model)
     jax.clear_caches()  # or a program used above would seem to compile in no time
     for B in numbers(c.bench.batch_sizes, "batch_sizes"):
-        add_decoding(s, params, codebooks, {n: draw.beside([now] * B) for n, now in states.items()}, model)
+        add_decoding(s, weights, B, {n: draw.beside([now] * B, model) for n, now in states.items()}, model)
 
 
 def random_tokens(model: Model, n_sequence: int, n_token: int, seed: int) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (n_sequence, n_token), 0, model.n_vocab)
 
 
-def add_decoding(
-    s: Session, params: dict, codebooks: dict, states: dict[int, transformer.State], model: Model
-) -> None:
+def add_decoding(s: Session, weights: lm.Weights, B: int, states: dict[int, lm.State], model: Model) -> None:
     """A case of reading and one of writing after each state, compiled once for all."""
     like, c = next(iter(states.values())), s.config
-    B, piece = like.units.z_BHM.shape[1], draw.READ_BLOCKS * model.block_len
+    piece = draw.READ_BLOCKS * model.block_len
     more_BT, first_B = random_tokens(model, B, piece, 1), random_tokens(model, B, 1, 2)[:, 0]
-    decodings = {context: draw.begin(params, codebooks, now, model) for context, now in states.items()}
+    decodings = {context: draw.begin(weights, now, model) for context, now in states.items()}
     rows = (jnp.full((B, c.bench.n_draw), draw.DRAWN), jnp.arange(B), jax.random.key(0))
     how = (model, c.sample.temperature, c.sample.nucleus)
-    read, read_facts = compiled(draw.read, params, codebooks, more_BT, like, model)
-    write, write_facts = compiled(draw.write, params, next(iter(decodings.values())), first_B, *rows, *how)
+    read, read_facts = compiled(draw.read, weights, more_BT, like, model)
+    write, write_facts = compiled(draw.write, weights, next(iter(decodings.values())), first_B, *rows, *how)
     for context, now in states.items():
         labels = {"batch": B, "context": context}
         with s.trying(**labels) as go:
             if go:
-                prefill = functools.partial(read, params, codebooks, more_BT, now)
-                decode = functools.partial(write, params, decodings[context], first_B, *rows)
+                prefill = functools.partial(read, weights, more_BT, now)
+                decode = functools.partial(write, weights, decodings[context], first_B, *rows)
                 jax.block_until_ready((prefill(), decode()))
                 s.cases.append(Case({"work": "prefill", **labels}, prefill, B * piece, read_facts))
                 s.cases.append(Case({"work": "decode", **labels}, decode, B * c.bench.n_draw, write_facts))
 
 
 def agree_decoding(
-    s: Session, params: dict, codebooks: dict, now: transformer.State, tokens_1T: jax.Array, model: Model
+    s: Session, weights: lm.Weights, now: lm.State, tokens_1T: jax.Array, model: Model
 ) -> None:
     """Reading a block in parallel and token by token gives the same log-probability to what follows."""
     targets_1T, mask_1T = tokens_1T[:, ::-1], jnp.ones_like(tokens_1T)
 
     @jax.jit
     def both() -> tuple[jax.Array, jax.Array]:
-        x_1TD, _, _ = transformer.forward(params, codebooks, tokens_1T, mask_1T, now, model)
-        step = lambda decoding, token_B: transformer.decode(params, token_B, decoding, model)[::-1]
-        decoding = transformer.decoding(params, codebooks, now, model)
+        x_1TD, *_ = lm.forward(weights, tokens_1T, mask_1T, now, model)
+        step = lambda decoding, token_B: lm.step(weights, token_B, decoding, model)[::-1]
+        decoding = lm.begin(weights, now, model)
         _, log_probs_T1C = jax.lax.scan(step, decoding, tokens_1T.T)
         chosen_T11 = jnp.take_along_axis(log_probs_T1C, targets_1T.T[..., None], -1)
-        return loss.token_nll(params, x_1TD, targets_1T, mask_1T, model).mean(), -chosen_T11.mean()
+        return loss.token_nll(weights, x_1TD, targets_1T, mask_1T, model).mean(), -chosen_T11.mean()
 
     parallel, recurrent = both()
     context = int(now.position)

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tvq import atomic, flops
+from tvq import atomic, chips
 from tvq.bench.session import STEP, Row, Session
 
 # Every number that a row may have, and how a table shows it; what else is in a row tells it apart.
 COLUMNS = {
     "ms": ".4g", "10 %": ".4g", "90 %": ".4g", "tokens/s": ",.0f", "ns/token": ",.4g", "x full": ".3g",
-    "x step": ".3g", "MFU": ".1%", "compile s": ".3g", "MiB": ",.0f",
+    "x flash": ".3g", "x step": ".3g", "MFU": ".1%", "compile s": ".3g", "MiB": ",.0f",
 }  # fmt: skip
 
 
 def rows(s: Session, seconds: list[list[float]]) -> list[Row]:
     """A row a case: median and 10-90 % range of the milliseconds a call, and what follows from the median."""
-    chip = flops.chip(s.devices.devices.flat[0].device_kind) if s.config.model.dtype == "bfloat16" else None
+    chip = chips.chip(s.devices.devices.flat[0].device_kind) if s.config.model.dtype == "bfloat16" else None
     found = []
     for case, times in zip(s.cases, seconds, strict=True):
         middle = statistics.median(times)
@@ -39,10 +39,11 @@ def rows(s: Session, seconds: list[list[float]]) -> list[Row]:
             row["MFU"] = case.flops * row["tokens/s"] / (chip.bfloat16 * case.n_device)
         found.append(row)
     eaten = [row["tokens/s"] for row in found if row.get("work") == STEP]
-    baseline = {row["T"]: row["tokens/s"] for row in found if row.get("formulation") == "full"}
+    baseline = {(row.get("formulation"), row.get("T")): row["tokens/s"] for row in found}
     for row in found:
-        if row.get("T") in baseline:
-            row["x full"] = row["tokens/s"] / baseline[row["T"]]
+        for name in ("full", "flash"):
+            if (name, row.get("T")) in baseline:
+                row[f"x {name}"] = row["tokens/s"] / baseline[name, row["T"]]
         if eaten:
             row["x step"] = row["tokens/s"] / eaten[0]
     return found

@@ -17,8 +17,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn  # its public call
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims
-from tvq.config import Model
-from tvq.model import attention
+from tvq.model import window
 
 
 class Kernel(NamedTuple):
@@ -30,12 +29,6 @@ class Kernel(NamedTuple):
 
     forward: Callable
     backward: Callable
-
-
-def fits(model: Model) -> bool:
-    """Whether cuDNN has a kernel for the model: half precision, narrow keys, one document."""
-    narrow = model.d_k <= 128 and model.d_k % 8 == 0
-    return model.dtype == "bfloat16" and narrow and model.attend_across_documents
 
 
 def _options(q_BTXK: jax.Array) -> tuple[list, dict]:
@@ -128,43 +121,31 @@ def attend(
     qw_BHTK = (q_BHTK + w_HK[None, :, None]).astype(narrow)
     blocks = lambda x: x.reshape(B, H, T // L, L, *x.shape[3:])
 
-    def windows(x: jax.Array, empty: int = 0) -> list[jax.Array]:
-        before = [(0, 0), (0, 0), (M, 0)] + [(0, 0)] * (x.ndim - 3)
-        return attention.pieces(jnp.pad(x, before, constant_values=empty), L, M, lambda x: x, fill=empty)
-
-    window = (
-        blocks(qu_BHTK),
-        blocks(qw_BHTK),
-        r_BHEK[:, :, ::-1].astype(narrow),
-        windows(k_BHTK),
-        windows(v_BHTV),
-        windows(jnp.zeros((B, H, T), jnp.int32), empty=1),
+    windows = lambda x: window.pieces(jnp.pad(x, [(0, 0), (0, 0), (M, 0)] + [(0, 0)] * (x.ndim - 3)), L, M)
+    near = window.Window(
+        qu_BHRLK=blocks(qu_BHTK),
+        qw_BHRLK=blocks(qw_BHTK),
+        r_BHEK=r_BHEK[:, :, ::-1].astype(narrow),
+        ks_BHRLK=windows(k_BHTK),
+        vs_BHRLV=windows(v_BHTV),
+        filled_BHRL=windows(jnp.ones((B, H, T), bool)),
     )
     return window_and_rest(
-        window, (qu_BHTK[:, :, M + 1 :], k_BHTK[:, :, : -M - 1], v_BHTV[:, :, : -M - 1]), kernel
+        near, (qu_BHTK[:, :, M + 1 :], k_BHTK[:, :, : -M - 1], v_BHTV[:, :, : -M - 1]), kernel
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def window_and_rest(window: tuple, rest: tuple, kernel: Kernel) -> jax.Array:
-    """The output `[B,H,T,V]` over keys in the window (see `attention.window_and_cache`) and before it.
+def window_and_rest(near: window.Window, rest: tuple, kernel: Kernel) -> jax.Array:
+    """The output `[B,H,T,V]` over keys in the window and before it.
 
     `rest` holds the queries that have keys before their window, and those keys and their values.
     """
-    return _attend_forward(window, rest, kernel)[0]
+    return _attend_forward(near, rest, kernel)[0]
 
 
-def _without_cache(window: tuple) -> tuple:
-    """Arguments of `attention.window_and_cache` without its cache."""
-    qu_BHRLK, v_BHRLV = window[0], window[4][-1]
-    B, H, R, _, K = qu_BHRLK.shape
-    wide = jnp.promote_types(v_BHRLV.dtype, jnp.float32)
-    c_HSK, mean_BHRSV = jnp.zeros((H, 1, K), qu_BHRLK.dtype), jnp.zeros_like(v_BHRLV[:, :, :, :1])
-    return *window, None, c_HSK, mean_BHRSV, jnp.zeros((B, H, R, 1), wide), False
-
-
-def _attend_forward(window: tuple, rest: tuple, kernel: Kernel) -> tuple[jax.Array, tuple]:
-    o_BHRLV, (_, _, lse_BHRL1) = attention.attend_forward(*_without_cache(window))
+def _attend_forward(near: window.Window, rest: tuple, kernel: Kernel) -> tuple[jax.Array, tuple]:
+    o_BHRLV, (_, _, lse_BHRL1) = window.forward(near)
     B, H, R, L, V = o_BHRLV.shape
     o_BHTV, lse_BHT1 = o_BHRLV.reshape(B, H, R * L, V), lse_BHRL1.reshape(B, H, R * L, 1)
     n_rest = rest[0].shape[2]
@@ -176,22 +157,21 @@ def _attend_forward(window: tuple, rest: tuple, kernel: Kernel) -> tuple[jax.Arr
         o_both = part(o_BHTV[:, :, last], lse_BHT1[:, :, last]) + part(o_rest, lse_rest)
         o_BHTV = jnp.concatenate([o_BHTV[:, :, :-n_rest], o_both.astype(o_BHTV.dtype)], 2)
         lse_BHT1 = jnp.concatenate([lse_BHT1[:, :, :-n_rest], lse_both], 2)
-    o_BHTV, lse_BHT1 = (checkpoint_name(x, attention.KEPT) for x in (o_BHTV, lse_BHT1))
-    return o_BHTV, (window, rest, o_BHTV, lse_BHT1)
+    o_BHTV, lse_BHT1 = (checkpoint_name(x, window.KEPT) for x in (o_BHTV, lse_BHT1))
+    return o_BHTV, (near, rest, o_BHTV, lse_BHT1)
 
 
-def _attend_backward(kernel: Kernel, kept: tuple, do_BHTV: jax.Array) -> tuple[tuple, tuple]:
-    window, rest, o_BHTV, lse_BHT1 = kept
-    B, H, R, L, _ = window[0].shape
+def _attend_backward(kernel: Kernel, kept: tuple, do_BHTV: jax.Array) -> tuple[window.Window, tuple]:
+    near, rest, o_BHTV, lse_BHT1 = kept
+    B, H, R, L, _ = near.qu_BHRLK.shape
     blocks = lambda x: x.reshape(B, H, R, L, -1)
-    inputs = _without_cache(window)[:-1]
-    dwindow = attention.attend_backward(False, (inputs, blocks(o_BHTV), blocks(lse_BHT1)), blocks(do_BHTV))
+    (dnear,) = window.backward((near, blocks(o_BHTV), blocks(lse_BHT1)), blocks(do_BHTV))
     n_rest = rest[0].shape[2]
     if not n_rest:
-        return dwindow[:6], jax.tree.map(jnp.zeros_like, rest)
+        return dnear, jax.tree.map(jnp.zeros_like, rest)
     last = slice(R * L - n_rest, None)
     drest = kernel.backward(*rest, o_BHTV[:, :, last], lse_BHT1[:, :, last], do_BHTV[:, :, last])
-    return dwindow[:6], drest
+    return dnear, drest
 
 
 window_and_rest.defvjp(_attend_forward, _attend_backward)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tvq import dims
-from tvq.model import flash
-from tvq.model.attention import UNSEEN, skew, softmax_sum
+from tvq.model.window import UNSEEN, skew, softmax_sum
 
 # Queries are taken in groups that read the keys up to the group's end: of the half of all scores that the
 # causal mask removes, all but an eighth are never computed.
@@ -29,17 +28,13 @@ def attend(
     r_BHEK: jax.Array,
     *,
     block_len: int,
-    n_parallel: int = 1,
     start_BX: jax.Array | None = None,
 ) -> jax.Array:
     """Output `[B,H,T,V]` in the dtype of v, for a whole sequence from its first token on.
 
     Arguments as for `attention.attend`, with the keys themselves. One block of queries at a time, whose
-    scores are computed again in the backward pass, so that memory grows with T alone. With n_parallel above
-    1, and one document, all at once: see `flash`.
+    scores are computed again in the backward pass, so that memory grows with T alone.
     """
-    if n_parallel > 1 and start_BX is None:
-        return flash.attend(q_BHTK, k_BHTK, v_BHTV, u_HK, w_HK, r_BHEK, block_len=block_len)
     size = dims.check(q_BHTK=q_BHTK, k_BHTK=k_BHTK, v_BHTV=v_BHTV, u_HK=u_HK, w_HK=w_HK, r_BHEK=r_BHEK)
     B, H, T, M, L = size["B"], size["H"], size["T"], size["E"] - 1, block_len
     assert T % L == 0, f"{T} tokens in blocks of {L}"

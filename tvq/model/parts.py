@@ -13,7 +13,22 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq import mesh
-from tvq.model import attention, cache
+from tvq.model import attention, cache, window
+
+
+def shared(tree: Any, axes: mesh.Axes) -> Any:
+    """What each part of the values reads whole: the sum of its gradients over them is one reduction."""
+    return mesh.varying(tree, (axes.V,)) if axes.V else tree
+
+
+def with_neighbours(
+    state: attention.State, z_BHT: jax.Array, k_BHTK: jax.Array, axes: mesh.Axes
+) -> attention.State:
+    """The state with the codes and keys of the M tokens before this part."""
+    if not axes.T:
+        return state
+    z_BHM, k_BHMK = halo(state.z_BHM, z_BHT, axes.T), halo(state.k_BHMK, k_BHTK, axes.T)
+    return state._replace(z_BHM=z_BHM, k_BHMK=k_BHMK)
 
 
 def halo(memory: jax.Array, x: jax.Array, axis: str) -> jax.Array:
@@ -33,7 +48,7 @@ def halo(memory: jax.Array, x: jax.Array, axis: str) -> jax.Array:
     older = lax.dynamic_slice_in_dim(mesh.varying(older, (axis,)), jnp.minimum(n_newer, M), M, axis=2)
     is_newer_M = jnp.arange(M) >= M - n_newer
     found = jnp.where(is_newer_M.reshape(-1, *[1] * (x.ndim - 3)), newer, older)
-    return checkpoint_name(found, attention.KEPT)  # or the backward pass would send it again
+    return checkpoint_name(found, window.KEPT)  # or the backward pass would send it again
 
 
 def starts(memory_BE: jax.Array, begun_BT: jax.Array, axis: str) -> jax.Array:
@@ -88,7 +103,7 @@ def carried_in(
         sum_BHSV = jnp.where(is_own_B[:, None, None, None], sum_BHSV, 0.0)
     count_BHS += earlier_sum(count_BHRS[:, :, -1, :, None], own_XXB, axis)[..., 0]
     sum_BHSV += earlier_sum(sum_BHRSV[:, :, -1], own_XXB, axis)
-    count_BHS, sum_BHSV = checkpoint_name((count_BHS, sum_BHSV), attention.KEPT)
+    count_BHS, sum_BHSV = checkpoint_name((count_BHS, sum_BHSV), window.KEPT)
     return state._replace(v_BHMV=v_BHMV, count_BHS=count_BHS, sum_BHSV=sum_BHSV)
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from tvq import dims
-from tvq.model.attention import UNSEEN, State, log_count, softmax_sum
+from tvq.model.attention import State
+from tvq.model.window import UNSEEN, log_count, softmax_sum
 
 
 class Ring(NamedTuple):

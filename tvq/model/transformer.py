@@ -1,92 +1,18 @@
-"""The model: embedding, a scanned stack of gated units, output projection.
-
-Flax modules hold the parameters; everything else is a pure function of plain dictionaries:
-
-    params     embed/table, [position/scale], units/{norm/{gain,bias}, q, k, v, g, r, u, w, out},
-               [out_norm/{gain,bias}], embed/bias if tied, else out/{kernel,bias}
-    codebooks  {sum [N,H,S,K], count [N,H,S], [idle [N,H,S]]}
-
-All N = 2 n_layer units are one stack: their parameters have a leading dim N.
-"""
+"""The model: embedding, a scanned stack of gated units, output projection. All functions are pure."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from tvq import mesh
 from tvq.config import Model
-from tvq.model import attention, flash, layers, parts, recurrence, vq
+from tvq.model import attention, layers, parts, recurrence, vq, window
+from tvq.model.parameters import Weights, declared, gather, n_unit, paired, specs, unpaired
+from tvq.model.unit import gated_unit, gated_unit_next, position_keys
 from tvq.schema import END
-
-# Applied to kernels [in, out] and to codebook sums [H,S,K].
-kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-class Codebook(nnx.Variable):
-    """Moving averages; no parameters, so no optimizer sees them."""
-
-
-class GatedUnit(nnx.Module):
-    def __init__(self, config: Model, rngs: nnx.Rngs):
-        D, H, K, V, S = config.d_model, config.n_head, config.d_k, config.d_v, config.n_code
-        dtype = jnp.dtype(config.param_dtype)
-        kernel = lambda *shape: nnx.Param(kernel_init(rngs.params(), shape, dtype))
-        self.norm = Norm(D, dtype)
-        self.q = kernel(D, H * K)
-        self.k = kernel(D, H * K)
-        self.v = kernel(D, H * V)
-        self.g = kernel(D, H * V)
-        self.r = kernel(D, H * K)
-        self.u = nnx.Param(jnp.zeros(H * K, dtype))
-        self.w = nnx.Param(jnp.zeros(H * K, dtype))
-        self.out = kernel(H * V, D)
-        self.sum = Codebook(kernel_init(rngs.params(), (H, S, K), dtype))
-        self.count = Codebook(jnp.ones((H, S), dtype))
-        if config.revive_codes:
-            self.idle = Codebook(jnp.zeros((H, S), jnp.int32))
-
-
-class Norm(nnx.Module):
-    def __init__(self, width: int, dtype: jnp.dtype):
-        self.gain = nnx.Param(jnp.ones(width, dtype))
-        self.bias = nnx.Param(jnp.zeros(width, dtype))
-
-
-class Embed(nnx.Module):
-    def __init__(self, config: Model, rngs: nnx.Rngs):
-        C, D, dtype = config.n_vocab, config.d_model, jnp.dtype(config.param_dtype)
-        self.table = nnx.Param(jax.random.normal(rngs.params(), (C, D), dtype))
-        if config.e_tie:
-            self.bias = nnx.Param(jnp.zeros(C, dtype))
-
-
-class Output(nnx.Module):
-    def __init__(self, config: Model, rngs: nnx.Rngs):
-        C, D, dtype = config.n_vocab, config.d_model, jnp.dtype(config.param_dtype)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (D, C), dtype))
-        self.bias = nnx.Param(jnp.zeros(C, dtype))
-
-
-class Position(nnx.Module):
-    def __init__(self, config: Model):
-        self.scale = nnx.Param(jnp.zeros((), jnp.dtype(config.param_dtype)))
-
-
-class Transformer(nnx.Module):
-    def __init__(self, config: Model, rngs: nnx.Rngs):
-        self.embed = Embed(config, rngs)
-        self.units = nnx.vmap(lambda rngs: GatedUnit(config, rngs))(rngs.split(n_unit(config)))
-        if config.pe_abs:
-            self.position = Position(config)
-        if config.e_preln:
-            self.out_norm = Norm(config.d_model, jnp.dtype(config.param_dtype))
-        if not config.e_tie:
-            self.out = Output(config, rngs)
 
 
 class State(NamedTuple):
@@ -101,32 +27,25 @@ class State(NamedTuple):
     start_BE: jax.Array | None = None  # int32
 
 
-def n_unit(config: Model) -> int:
-    return 2 * config.n_layer
-
-
 def suited(config: Model, platform: str) -> Model:
     """The config with n_parallel chosen for cpu, gpu or tpu, where it is 0.
 
     A CPU is fastest while the scores of a few blocks stay in its cache, a TPU block by block with the state
-    in its fast memory, a GPU with all blocks at once. Full attention takes all at once where there
-    is a kernel for it, else one.
+    in its fast memory, a GPU with all blocks at once.
     """
-    if config.attention == "full":
-        at_once = sys.maxsize if platform == "gpu" and flash.fits(config) else 1
-        return dataclasses.replace(config, n_parallel=config.n_parallel or at_once)
     best = {"cpu": max(1, 2048 // config.block_len), "tpu": 1}
     return dataclasses.replace(config, n_parallel=config.n_parallel or best.get(platform, 0))
 
 
-def init(config: Model, key: jax.Array) -> tuple[dict, dict]:
-    """Fresh parameters and codebooks."""
-    model = Transformer(config, nnx.Rngs(params=key))
-    params, codebooks = nnx.state(model, nnx.Param, Codebook)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(codebooks)["units"]
+def describe(config: Model) -> str:
+    """What it is, in a few words."""
+    return (
+        f"{n_unit(config)} gated units of {config.n_head} x {config.n_code} codes, exact in a window of"
+        f" {config.mem_len} + {config.block_len} tokens"
+    )
 
 
-def initial_state(config: Model, n_sequence: int) -> State:
+def start(config: Model, n_sequence: int) -> State:
     """The state before the first token."""
     one = attention.initial_state(
         n_sequence,
@@ -144,18 +63,16 @@ def initial_state(config: Model, n_sequence: int) -> State:
     return State(jnp.zeros((), jnp.int32), jax.tree.map(stack, one), start_BE)
 
 
+def state_dims(config: Model) -> State:
+    """The letters of the dims of each array of the state, as far as a mesh may cut them."""
+    like = jax.eval_shape(lambda: start(config, 1))
+    letters = lambda path, _: "N" + mesh.name(path).rpartition("_")[2]
+    return State("", jax.tree.map_with_path(letters, like.units), None if like.start_BE is None else "B")  # type: ignore[arg-type]
+
+
 def state_specs(config: Model, axes: mesh.Axes) -> State:
-    """How each array of the state lies on the mesh: the letters of its name are its dims."""
-    like = jax.eval_shape(lambda: initial_state(config, 1))
-    letters = lambda path: mesh.name(path).rpartition("_")[2]
-    units = jax.tree.map_with_path(lambda path, _: mesh.spec(("N", *letters(path)), axes), like.units)
-    starts = None if like.start_BE is None else mesh.BATCH
-    return State(mesh.WHOLE, units, starts)  # type: ignore[arg-type]
-
-
-def gather_tables(params: dict, axes: mesh.Axes) -> dict:
-    """All parameters whole but those of units, which `forward` makes whole one unit at a time."""
-    return {name: x if name == "units" else mesh.gather(x, axes, name) for name, x in params.items()}
+    """How each array of the state lies on the mesh."""
+    return jax.tree.map(lambda dims: mesh.spec(dims, axes), state_dims(config))
 
 
 def starts(inputs_BT: jax.Array, first: jax.Array, state: State, axes: mesh.Axes) -> jax.Array | None:
@@ -170,14 +87,14 @@ def starts(inputs_BT: jax.Array, first: jax.Array, state: State, axes: mesh.Axes
 
 
 @jax.named_scope("embed")
-def embed(params: dict, inputs_BT: jax.Array, position_BT: jax.Array, config: Model) -> jax.Array:
+def embed(weights: Weights, inputs_BT: jax.Array, position_BT: jax.Array, config: Model) -> jax.Array:
     """`[B,T,D]`; positions count from the first token, or from that of the document: `[1,T]` or `[B,T]`."""
     dtype = jnp.dtype(config.dtype)
-    x_BTD = params["embed"]["table"].astype(dtype)[inputs_BT]
+    x_BTD = weights.params["embed"]["table"].astype(dtype)[inputs_BT]
     if config.pe_abs:
         wide = jnp.promote_types(dtype, jnp.float32)
         sinusoid_BTD = layers.sinusoid(position_BT, config.d_model, config.pe_lam, wide)
-        x_BTD = x_BTD + (params["position"]["scale"] * sinusoid_BTD).astype(dtype)
+        x_BTD = x_BTD + (weights.params["position"]["scale"] * sinusoid_BTD).astype(dtype)
     return x_BTD
 
 
@@ -188,18 +105,18 @@ def distances(config: Model) -> jax.Array:
 
 
 def forward(
-    params: dict,
-    codebooks: dict,
+    weights: Weights,
     inputs_BT: jax.Array,
     mask_BT: jax.Array,
     state: State,
     config: Model,
     draws: layers.Draws | None = None,
     axes: mesh.Axes = mesh.UNCUT,
-) -> tuple[jax.Array, State, dict]:
-    """The last hidden `[B,T,D]`, the next state, and each unit's statistics stacked along N.
+) -> tuple[jax.Array, State, dict, dict]:
+    """The last hidden `[B,T,D]`, the next state, statistics for `learn`, and metrics.
 
-    Dropout acts where `draws` are given. T must be a multiple of block_len.
+    Statistics are sums over tokens, metrics means. Dropout acts where `draws` are given. T must be a multiple
+    of block_len.
     """
     T, E, n_part = inputs_BT.shape[1], config.mem_len + 1, 1
     assert (state.start_BE is None) == config.attend_across_documents, "a state of the other kind"
@@ -210,7 +127,7 @@ def forward(
     start_BX, position_BT = starts(inputs_BT, first, state, axes), (first + jnp.arange(T))[None]
     if start_BX is not None:
         position_BT = position_BT - start_BX[:, E:]
-    x_BTD = embed(params, inputs_BT, position_BT, config)
+    x_BTD = embed(weights, inputs_BT, position_BT, config)
     if draws is not None:
         keys_B = layers.sequence_keys(draws.ephemeral, layers.EMBEDDING, 0, draws.sequence_B)
         x_BTD = layers.token_dropout(x_BTD, config.p_dropemb, keys_B, config.block_len, first)
@@ -219,52 +136,65 @@ def forward(
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
         pairs, codebook, unit_state, index = scanned
-        unit_params = mesh.gather(unpaired(pairs), axes, "units", dict.fromkeys(layers.KERNELS, config.dtype))
+        unit_params = gather(unpaired(pairs, config), declared(config).params["units"], axes, config.dtype)
         sinusoid_BED = jnp.broadcast_to(distance_ED[None], (x_BTD.shape[0], *distance_ED.shape))
         if draws is not None:
             keys_B = layers.sequence_keys(draws.timeless, layers.SINUSOID, index, draws.sequence_B)
             sinusoid_BED = layers.dropout(sinusoid_BED, config.p_dropsin, keys_B)
-        y_BTD, unit_state, stats = layers.gated_unit(
+        y_BTD, unit_state, stats = gated_unit(
             unit_params, codebook, x_BTD, mask_BT, sinusoid_BED, unit_state, config, start_BX, probe, axes
         )
         if draws is not None:
-            keys_B = layers.sequence_keys(draws.ephemeral, layers.RESIDUAL, index, draws.sequence_B)
-            y_BTD = layers.token_dropout(y_BTD, config.p_dropres, keys_B, config.block_len, first)
-            keys_B = layers.sequence_keys(draws.timeless, layers.LAYER, index, draws.sequence_B)
-            keep_B11 = layers.dropout(jnp.ones((x_BTD.shape[0], 1, 1), y_BTD.dtype), config.p_droplyr, keys_B)
-            y_BTD = y_BTD * keep_B11
+            y_BTD = drop(y_BTD, draws, index, first, config)
         means_X = jnp.stack([stats["commit"], *stats["metrics"].values()])
         return x_BTD + y_BTD, (unit_state, stats["codebook"], means_X)
 
-    scanned = (paired(params["units"]), codebooks, state.units, jnp.arange(n_unit(config)))
+    units, codebooks = weights.params["units"], weights.extra["codebooks"]
+    scanned = (paired(units, config), codebooks, state.units, jnp.arange(n_unit(config)))
     unit = rematerialised(unit, config.remat)
-    x_BTD, (units, codebook_stats, means_NX) = jax.lax.scan(unit, x_BTD, scanned)
-    metrics = dict(zip(vq.KEY_METRICS, means_NX[:, 1:].T, strict=True))
-    stats = {"commit": means_NX[:, 0], "codebook": codebook_stats, "metrics": metrics}
+    x_BTD, (state_units, stats, means_NX) = jax.lax.scan(unit, x_BTD, scanned)
+    commit, metrics = means_NX[:, 0].sum(), dict(zip(vq.KEY_METRICS, means_NX[:, 1:].T, strict=True))
+    metrics = jax.tree.map(jnp.mean, metrics)
+    if axes.H:
+        commit, metrics = jax.lax.psum(commit, axes.H), jax.lax.pmean(metrics, axes.H)
     after_BE = None if start_BX is None else start_BX[:, T:]
     if axes.T:
         after_BE = parts.carried_out(after_BE, axes.T)
-    return x_BTD, State(state.position + n_part * T, units, after_BE), stats
+    after = State(state.position + n_part * T, state_units, after_BE)
+    return x_BTD, after, stats, {"loss_commit_per_token": commit, **metrics}
 
 
-def paired(units: dict) -> dict:
-    """The parameters of all units with small ones side by side: each array that a loop reads, or makes the
-    gradient of, is copied on its own.
-    """
-    pair = lambda one, other: jnp.concatenate([one, other], -1)
-    pairs = {
-        "norm": pair(units["norm"]["gain"], units["norm"]["bias"]),
-        "qk": pair(units["q"], units["k"]),
-        "uw": pair(units["u"], units["w"]),
-    }
-    return pairs | {name: units[name] for name in ("r", "v", "g", "out")}
+def drop(
+    y_BTD: jax.Array, draws: layers.Draws, index: jax.Array, first: jax.Array, config: Model
+) -> jax.Array:
+    """The output of a unit with dropout: of entries, and of the unit for whole sequences."""
+    keys_B = layers.sequence_keys(draws.ephemeral, layers.RESIDUAL, index, draws.sequence_B)
+    y_BTD = layers.token_dropout(y_BTD, config.p_dropres, keys_B, config.block_len, first)
+    keys_B = layers.sequence_keys(draws.timeless, layers.LAYER, index, draws.sequence_B)
+    keep_B11 = layers.dropout(jnp.ones((y_BTD.shape[0], 1, 1), y_BTD.dtype), config.p_droplyr, keys_B)
+    return y_BTD * keep_B11
 
 
-def unpaired(pairs: dict) -> dict:
-    """The parameters of one unit."""
-    (gain, bias), (q, k), (u, w) = (jnp.split(pairs[name], 2, -1) for name in ("norm", "qk", "uw"))
-    kernels = {name: pairs[name] for name in ("r", "v", "g", "out")}
-    return {"norm": {"gain": gain, "bias": bias}, "q": q, "k": k, "u": u, "w": w} | kernels
+def auxiliary_loss(metrics: dict, config: Model) -> jax.Array:
+    """What is added to the loss of the tokens."""
+    return config.c_beta * metrics["loss_commit_per_token"]
+
+
+def stats_specs(config: Model, axes: mesh.Axes) -> dict:
+    """How the statistics of `forward` lie on the mesh."""
+    codebooks = specs(config, axes).extra["codebooks"]
+    probe = {"key": mesh.spec("NHXK", axes), "mask": mesh.WHOLE}
+    return {"sum": codebooks["sum"], "count": codebooks["count"], "probe": probe}
+
+
+def learn(weights: Weights, stats: dict, config: Model) -> Weights:
+    """The weights after an update with codebooks that have followed its keys."""
+    codebooks = weights.extra["codebooks"]
+    averaged = vq.moving_average(codebooks, stats, config.c_gamma)
+    if config.revive_codes:
+        revive = jax.vmap(vq.revive, in_axes=(0, 0, 0, None))
+        averaged = revive(codebooks, averaged, stats, config.revive_codes)
+    return weights._replace(extra={"codebooks": averaged})
 
 
 def rematerialised(unit: Callable, remat: str) -> Callable:
@@ -272,15 +202,16 @@ def rematerialised(unit: Callable, remat: str) -> Callable:
     if remat == "all":
         return unit
     policies = {
-        "names": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+        "names": jax.checkpoint_policies.save_only_these_names(window.KEPT),
         "nothing": jax.checkpoint_policies.nothing_saveable,
     }
     # The scan keeps the two passes apart already.
     return jax.checkpoint(unit, prevent_cse=False, policy=policies[remat])
 
 
-def log_probs(params: dict, x_BTD: jax.Array, config: Model) -> jax.Array:
+def log_probs(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
     """Log-probabilities `[B,T,C]` in float32 at least."""
+    params = weights.params
     if config.e_preln:
         x_BTD = layers.norm(x_BTD, params["out_norm"])
     x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
@@ -293,7 +224,7 @@ def log_probs(params: dict, x_BTD: jax.Array, config: Model) -> jax.Array:
 
 
 class Decoding(NamedTuple):
-    """What `decode` needs and changes. Keys of codes and distances are made once, not at every token."""
+    """What `step` needs and changes. Keys of codes and distances are made once, not at every token."""
 
     position: jax.Array  # int32, tokens seen
     rings: recurrence.Ring  # every array with a leading N
@@ -302,7 +233,7 @@ class Decoding(NamedTuple):
     start_B: jax.Array | None  # of the document, where documents are kept apart
 
 
-def decoding(params: dict, codebooks: dict, state: State, config: Model) -> Decoding:
+def begin(weights: Weights, state: State, config: Model) -> Decoding:
     """Where decoding goes on after `forward`."""
     units, start_B = state.units, None
     if state.start_BE is not None:  # of what the memory and the cache hold, only the last document goes on
@@ -313,37 +244,37 @@ def decoding(params: dict, codebooks: dict, state: State, config: Model) -> Deco
             count_BHS=jnp.where(own_BE[None, :, None, :1], units.count_BHS, 0.0),
         )
     distance_1ED = distances(config)[None]
-    position_keys = lambda unit_params: layers.position_keys(unit_params, distance_1ED, config.n_head)[0]
+    keys_of = lambda unit_params: position_keys(unit_params, distance_1ED, config.n_head)[0]
     return Decoding(
         position=state.position,
         rings=jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(units, state.position),
-        c_NHSK=jax.vmap(vq.codewords)(codebooks),
-        r_NHEK=jax.lax.map(position_keys, params["units"]),
+        c_NHSK=jax.vmap(vq.codewords)(weights.extra["codebooks"]),
+        r_NHEK=jax.lax.map(keys_of, weights.params["units"]),
         start_B=start_B,
     )
 
 
-def decode(params: dict, token_B: jax.Array, state: Decoding, config: Model) -> tuple[jax.Array, Decoding]:
+def step(weights: Weights, token_B: jax.Array, state: Decoding, config: Model) -> tuple[jax.Array, Decoding]:
     """Log-probabilities `[B,C]` after one more token: those of `forward`, at constant cost."""
     position_B1, rings, start_B = state.position[None, None], state.rings, state.start_B
     if start_B is not None:
         start_B = jnp.where(token_B == END, state.position, start_B)
         position_B1 = position_B1 - start_B[:, None]
         rings = jax.vmap(recurrence.emptied, in_axes=(0, None))(rings, token_B == END)
-    x_BTD = embed(params, token_B[:, None], position_B1, config)
+    x_BTD = embed(weights, token_B[:, None], position_B1, config)
 
     def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
         unit_params, c_HSK, r_HEK, ring = scanned
-        y_BTD, ring = layers.gated_unit_next(unit_params, c_HSK, r_HEK, x_BTD, ring, state.position, config)
+        y_BTD, ring = gated_unit_next(unit_params, c_HSK, r_HEK, x_BTD, ring, state.position, config)
         return x_BTD + y_BTD, ring
 
-    scanned = (params["units"], state.c_NHSK, state.r_NHEK, rings)
+    scanned = (weights.params["units"], state.c_NHSK, state.r_NHEK, rings)
     x_BTD, rings = jax.lax.scan(unit, x_BTD, scanned)
     state = state._replace(position=state.position + 1, rings=rings, start_B=start_B)
-    return log_probs(params, x_BTD, config)[:, 0], state
+    return log_probs(weights, x_BTD, config)[:, 0], state
 
 
-def codebook_metrics(codebooks: dict) -> dict[str, jax.Array]:
-    """`vq.codebook_metrics` averaged over units, one unit at a time."""
-    means = jax.lax.map(vq.codebook_metrics, codebooks)
+def measure(weights: Weights) -> dict[str, jax.Array]:
+    """Metrics of the codebooks, averaged over units, one unit at a time."""
+    means = jax.lax.map(vq.codebook_metrics, weights.extra["codebooks"])
     return jax.tree.map(jnp.mean, means)

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tvq import flops, mesh, optimizer, state
+from tvq import chips, mesh, optimizer, state
+from tvq import model as lm
 from tvq.config import Config, Model
-from tvq.model import transformer
 from tvq.plan import step
 
 
 class Bound(NamedTuple):
     """Of one device and one call of the step."""
 
-    chip: flops.Chip
+    chip: chips.Chip
     bytes_needed: float
     step_seconds: float
 
@@ -29,36 +29,27 @@ class Bound(NamedTuple):
 
 def bound(c: Config, devices: Mesh) -> Bound:
     """Memory of the state, its gradient and what is kept for it; time of products, then of messages."""
-    chip = flops.chip(devices.devices.flat[0].device_kind)
+    chip = chips.chip(devices.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
     t, m, sizes = c.train, c.model, devices.shape
     axes = mesh.axes(devices, m, c.mesh.shard_params)
     held = {"n_head": m.n_head // sizes["tensor"]} if axes.H else {"d_v": m.d_v // sizes["tensor"]}
     part = dataclasses.replace(m, **held)
-    carried = state.place(c, optimizer.make(c.optimizer), devices)
-    empty = jax.eval_shape(lambda: transformer.initial_state(m, t.global_batch_size))
-    attention = mesh.with_sharding(devices, empty, transformer.state_specs(m, axes))
+    carried = state.place(c, optimizer.make(c.optimizer, c.model), devices)
+    empty = jax.eval_shape(lambda: lm.start(m, t.global_batch_size))
+    attention = mesh.with_sharding(devices, empty, lm.state_specs(m, axes))
     n_sequence = t.global_batch_size / mesh.n_data(devices)
     n_token = n_sequence * t.update_len / sizes["sequence"]
     at_once = n_token / t.accumulate * (t.segment_len or t.update_len) / t.update_len
-    gradient = step.device_bytes(carried.params)
+    gradient = step.device_bytes(carried.weights.params)
     sent = gradient_messages(c, devices, gradient) + unit_messages(part, devices, n_sequence, n_token)
     peak = chip.bfloat16 if m.dtype == "bfloat16" else chip.float32
-    seconds = flops.train(part, t.update_len) * n_token / peak + sent / chip.link
+    seconds = lm.train_flops(part, t.update_len) * n_token / peak + sent / chip.link
     return Bound(
         chip,
-        bytes_needed=step.device_bytes((carried, attention)) + gradient + kept(part) * at_once,
+        bytes_needed=step.device_bytes((carried, attention)) + gradient + lm.kept_bytes(part) * at_once,
         step_seconds=t.sequence_len // t.update_len * seconds,
     )
-
-
-def kept(model: Model) -> float:
-    """Bytes a token that the backward pass needs of all units: `model.remat=all` keeps more."""
-    D, H, K, V, S, L = model.d_model, model.n_head, model.d_k, model.d_v, model.n_code, model.block_len
-    # Its output, and a mean a code and block.
-    attended = V * (1 + model.agg_cache * S / L) if model.attention == "vq" else 0
-    width = D if model.remat == "nothing" else D + H * (2 * K + 2 * V + attended)
-    return transformer.n_unit(model) * width * jnp.dtype(model.dtype).itemsize
 
 
 def gradient_messages(c: Config, devices: Mesh, gradient: int) -> float:
@@ -73,17 +64,10 @@ def gradient_messages(c: Config, devices: Mesh, gradient: int) -> float:
 
 
 def unit_messages(model: Model, devices: Mesh, n_sequence: float, n_token: float) -> float:
-    """Bytes that a device sends in an update, between parts of a sequence and parts of a unit, a ring."""
-    H, K, V, S, M = model.n_head, model.d_k, model.d_v, model.n_code, model.mem_len
-    width, along, across = (
-        jnp.dtype(model.dtype).itemsize,
-        share(devices, "sequence"),
-        share(devices, "tensor"),
+    """Bytes that a device sends in an update for the units' sake, a ring."""
+    return lm.exchanged_bytes(
+        model, n_sequence, n_token, along=share(devices, "sequence"), across=share(devices, "tensor")
     )
-    halo = 2 * (K + V) * M * width * (along > 0)
-    sums = 4 * (4 * V + 2) * S * along
-    outputs = 2 * 2 * model.d_model * width * across
-    return transformer.n_unit(model) * (n_sequence * H * (halo + sums) + n_token * outputs)
 
 
 def share(devices: Mesh, *axes: str) -> float:

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from tvq.chips import GIB
 from tvq.config import Config
-from tvq.flops import GIB
 from tvq.plan.bound import Bound
 from tvq.plan.step import Estimate, TooLargeError
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tvq import flops, mesh, optimizer, state, train_step
+from tvq import chips, mesh, optimizer, state, train_step
+from tvq import model as lm
 from tvq.config import Config
-from tvq.model import transformer
 from tvq.plan.hlo import Array
 from tvq.plan.program import Collective, Kernel, Program
 
@@ -30,7 +30,7 @@ class Estimate:
     """All of one device and one call of the step, unless it says otherwise."""
 
     shape: dict[str, int]  # of the mesh
-    chip: flops.Chip
+    chip: chips.Chip
     n_token: int  # of the whole batch
     n_param: int  # of the whole model
     memory: dict[str, int]  # bytes by what they hold
@@ -59,12 +59,12 @@ class Estimate:
 
 def estimate(c: Config, devices: Mesh) -> Estimate:
     """TooLargeError: the compiler of this machine says so itself."""
-    chip = flops.chip(devices.devices.flat[0].device_kind)
+    chip = chips.chip(devices.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
     B, T, n_device = c.train.global_batch_size, c.train.sequence_len, devices.size
     mesh.check(devices, c)
     mesh.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
-    tx = optimizer.make(c.optimizer)
+    tx = optimizer.make(c.optimizer, c.model)
     carried = state.place(c, tx, devices)
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=mesh.sharding(devices, mesh.BATCH))
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens_BT)
@@ -75,14 +75,14 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
     program = Program.read(made.as_text() or "")
     kernels, exchanges = list(program.kernels()), list(program.collectives(devices.size))
     axes = mesh.axes(devices, c.model, c.mesh.shard_params)
-    empty = jax.eval_shape(lambda: transformer.initial_state(c.model, B))
-    attention = mesh.with_sharding(devices, empty, transformer.state_specs(c.model, axes))
+    empty = jax.eval_shape(lambda: lm.start(c.model, B))
+    attention = mesh.with_sharding(devices, empty, lm.state_specs(c.model, axes))
     used = made.memory_analysis()
     assert used is not None, "every target's compiler counts memory"
     memory = {
-        "parameters": device_bytes(carried.params),
+        "parameters": device_bytes(carried.weights.params),
         "optimizer state": device_bytes(carried.opt_state),
-        "codebooks": device_bytes(carried.codebooks),
+        "codebooks": device_bytes(carried.weights.extra),
         "attention state": device_bytes(attention),
         "batch": device_bytes(batch),
     }
@@ -96,7 +96,7 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
         n_param=state.n_param(carried),
         memory=memory,
         largest=largest(program),
-        analytic=flops.train(c.model, c.train.update_len) * B * T / n_device,
+        analytic=lm.train_flops(c.model, c.train.update_len) * B * T / n_device,
         compiled=sum(kernel.n * kernel.flops for kernel in kernels),
         traffic=sum(kernel.n * kernel.nbytes for kernel in kernels),
         n_kernel=sum(kernel.n for kernel in kernels),
@@ -158,7 +158,7 @@ def links(exchanges: Iterable[Collective], devices: Mesh) -> dict[tuple[str, str
 
 
 def roofline(
-    kernels: list[Kernel], exchanges: list[Collective], devices: Mesh, chip: flops.Chip
+    kernels: list[Kernel], exchanges: list[Collective], devices: Mesh, chip: chips.Chip
 ) -> dict[str, float]:
     """Seconds by what bounds each kernel; an exchange has a ring along each dimension that it spans."""
     seconds = {"products": 0.0, "memory": 0.0}
