@@ -71,7 +71,7 @@ def test_a_sample_of_a_run_stops_where_the_text_ends(monkeypatch):
     for image_size, past_end in ((0, False), (0, True), (6, False)):
         c = config.Config(model=model, sample=config.Sample(past_end=past_end))
         devices = mesh.make(config.Mesh(), jax.devices()[:1])
-        sample.sampler(c, BYTES, image_size, devices)({}, {}, print)
+        sample.sampler(c, BYTES, image_size, devices)({}, print)
     assert asked == [END, None, None]
 
 
