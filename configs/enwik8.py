@@ -4,7 +4,7 @@
     tvq train --config=configs/enwik8.py --workdir=runs/enwik8
     tvq eval --workdir=runs/enwik8 --split=test
 
-Predicted, not measured: six hours on eight H100, at 40 % of their bfloat16 peak (tvq/flops.py).
+Predicted, not measured: six hours on eight H100, at 40 % of their bfloat16 peak (tvq/model/flops.py).
 Published: 0.99 bits a byte on the test split.
 """
 

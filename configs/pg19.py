@@ -4,7 +4,7 @@
     tvq train --config=configs/pg19.py --workdir=runs/pg19
     tvq eval --workdir=runs/pg19 --split=test
 
-Predicted, not measured: five days on eight H100, at 40 % of their bfloat16 peak (tvq/flops.py).
+Predicted, not measured: five days on eight H100, at 40 % of their bfloat16 peak (tvq/model/flops.py).
 Published: a word-level perplexity of 26.6 on the test split.
 """
 

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from tests import conftest  # noqa: F401  eight CPU devices
-from tvq import config, mesh, optimizer, state, train_step
+from tvq import config, sharding
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
+from tvq.training import optimizer, state, train_step
 
 N_CALL = 8
 SHAPES: list[dict[str, Any]] = [
@@ -54,14 +55,14 @@ def run(
     c: config.Config, batches: list[dict[str, np.ndarray]]
 ) -> tuple[list[float], list[np.ndarray], bytes]:
     """Loss and codebook counts after each call; the last state and metrics, bit by bit."""
-    n_device = math.prod(getattr(c.mesh, axis) for axis in mesh.AXES)
-    devices, tx = mesh.make(c.mesh, jax.devices()[:n_device]), optimizer.make(c.optimizer, c.model)
+    n_device = math.prod(getattr(c.mesh, axis) for axis in sharding.AXES)
+    devices, tx = sharding.make(c.mesh, jax.devices()[:n_device]), optimizer.make(c.optimizer, c.model)
     shardings = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
     now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=shardings)()
     update = train_step.make(c, devices, tx)
     losses, counts = [], []
     for batch in batches:
-        now, metrics = update(now, mesh.global_batch(devices, batch, c.train.global_batch_size))
+        now, metrics = update(now, sharding.global_batch(devices, batch, c.train.global_batch_size))
         losses.append(float(metrics["loss_lm_per_token_unscaled"]))
         counts.append(np.asarray(now.weights.extra["codebooks"]["count"]))
     last = jax.tree.leaves((now._replace(key=0), metrics))

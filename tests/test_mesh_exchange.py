@@ -11,10 +11,11 @@ import optax
 import pytest
 
 from tests.model import small
-from tvq import config, mesh, state, train_step
+from tvq import config, sharding
 from tvq.model.layers import N_PROBE
-from tvq.plan import bound, step
-from tvq.plan.program import Program
+from tvq.programs.plan import bound, step
+from tvq.programs.plan.program import Program
+from tvq.training import state, train_step
 
 pytestmark = pytest.mark.slow
 B, U, N_UNIT = 8, 16, 2
@@ -44,10 +45,10 @@ def links(
         ),
         mesh=config.Mesh(**{"devices": 1} | shape),
     )
-    n_device = math.prod(getattr(run.mesh, axis) for axis in mesh.AXES)
-    devices = mesh.make(run.mesh, jax.devices()[:n_device])
+    n_device = math.prod(getattr(run.mesh, axis) for axis in sharding.AXES)
+    devices = sharding.make(run.mesh, jax.devices()[:n_device])
     tokens = jax.ShapeDtypeStruct(
-        (n_sequence, update_len), jnp.int32, sharding=mesh.sharding(devices, mesh.BATCH)
+        (n_sequence, update_len), jnp.int32, sharding=sharding.sharding(devices, sharding.BATCH)
     )
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
     lowered = train_step.make(run, devices, SGD).lower(state.place(run, SGD, devices), batch)
@@ -112,7 +113,7 @@ def test_parts_of_a_sequence_exchange_the_same_however_long_it_is():
     assert short == long
     assert {kind for kind, _ in short} == {"all-reduce", "all-to-all", "collective-permute"}
     assert for_attention(short) == N_UNIT * B * exchanged(small.MODEL, 4)
-    parts = mesh.make(config.Mesh(devices=1, sequence=4), jax.devices()[:4])
+    parts = sharding.make(config.Mesh(devices=1, sequence=4), jax.devices()[:4])
     assert bound.unit_messages(small.MODEL, parts, B, B * 16) == pytest.approx(for_attention(short), rel=0.05)
 
 
@@ -138,6 +139,6 @@ def test_a_cut_value_width_has_one_reduction_a_unit_and_pass():
     found = links(n_head=1, tensor=2)
     assert {kind for kind, _ in found} == {"all-reduce"}
     assert found["all-reduce", "tensor"][0] == 2 * N_UNIT + 1  # and the norms of gradients and parameters
-    parts = mesh.make(config.Mesh(devices=1, tensor=2), jax.devices()[:2])
+    parts = sharding.make(config.Mesh(devices=1, tensor=2), jax.devices()[:2])
     model = dataclasses.replace(small.MODEL, n_head=1, d_v=small.MODEL.d_v // 2)
     assert found["all-reduce", "tensor"][1] > bound.unit_messages(model, parts, B, B * U) > 0

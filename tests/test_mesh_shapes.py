@@ -11,8 +11,9 @@ import pytest
 
 from tests.model import small
 from tests.model.small import close
-from tvq import config, mesh, state, train_step
-from tvq.state import TrainState
+from tvq import config, sharding
+from tvq.training import state, train_step
+from tvq.training.state import TrainState
 
 # In a part of 4 tokens the memory of 6 comes from two neighbours.
 B, T, U = 4, 32, 16
@@ -49,9 +50,9 @@ def initial(model: config.Model, tx: optax.GradientTransformation) -> TrainState
 
 def on(run: config.Config) -> jax.sharding.Mesh:
     sizes = dataclasses.asdict(run.mesh)
-    n_device = int(np.prod([sizes[axis] for axis in mesh.AXES]))
-    devices = mesh.make(run.mesh, jax.devices()[:n_device])
-    mesh.check(devices, run)
+    n_device = int(np.prod([sizes[axis] for axis in sharding.AXES]))
+    devices = sharding.make(run.mesh, jax.devices()[:n_device])
+    sharding.check(devices, run)
     return devices
 
 
@@ -65,7 +66,7 @@ def one_call(run: config.Config) -> tuple[TrainState, dict]:
     """State and metrics of two updates: the second finds what the first has carried out."""
     with jax.enable_x64(True):
         now = placed(run, SGD)
-        batch = mesh.global_batch(on(run), host_batch(), B)
+        batch = sharding.global_batch(on(run), host_batch(), B)
         step = train_step.make(run, on(run), SGD).lower(now, batch).compile()
         now, metrics = step(now, batch)
         assert jax.tree.map(lambda x: x.sharding.spec, now.weights) == jax.tree.map(

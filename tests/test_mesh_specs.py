@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from tests.test_config import PRESETS
-from tvq import config, mesh, optimizer, state
+from tvq import config, sharding
 from tvq import model as lm
+from tvq.training import optimizer, state
 
 GOLDEN = Path(__file__).parent / "golden_specs"
 EVERY_AXIS = config.Mesh(replica=2, devices=2, sequence=2, tensor=2, shard_params=True)
@@ -25,9 +26,9 @@ def text(path: Path) -> str:
     memory = jax.eval_shape(lambda: lm.start(c.model, 1))
     columns = []
     for shape in (c.mesh, EVERY_AXIS):
-        sizes = [getattr(shape, axis) for axis in mesh.AXES]
-        devices = AbstractMesh(tuple(8 if size == -1 else size for size in sizes), mesh.AXES)
-        axes = mesh.axes(devices, c.model, shape.shard_params)
+        sizes = [getattr(shape, axis) for axis in sharding.AXES]
+        devices = AbstractMesh(tuple(8 if size == -1 else size for size in sizes), sharding.AXES)
+        axes = sharding.axes(devices, c.model, shape.shard_params)
         found = {
             "state": state.specs(like, c.model, axes),
             "attention": lm.state_specs(c.model, axes),
@@ -35,7 +36,8 @@ def text(path: Path) -> str:
         columns.append([str(tuple(spec)) for spec in jax.tree.leaves(found)])
     arrays = {"state": like, "attention": memory}
     names = [
-        f"{mesh.name(path)} {'x'.join(map(str, x.shape))}" for path, x in jax.tree.leaves_with_path(arrays)
+        f"{sharding.name(path)} {'x'.join(map(str, x.shape))}"
+        for path, x in jax.tree.leaves_with_path(arrays)
     ]
     return "".join(f"{name}: {own} | {cut}\n" for name, own, cut in zip(names, *columns, strict=True))
 

@@ -17,7 +17,7 @@ from tests.fakes.pod import environment
 from tvq import cluster, words
 from tvq.cluster import watchdog
 from tvq.config import Cluster
-from tvq.metrics import Console
+from tvq.run.metrics import Console
 
 ALONE = cluster.Place(how="alone")
 

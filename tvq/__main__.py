@@ -16,9 +16,10 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from tvq import EXIT_INTERRUPTED, cluster, config, end_at_interrupt, paths, prepare, schema, words
+from tvq import EXIT_INTERRUPTED, cluster, config, end_at_interrupt, paths, schema, words
 from tvq.data.corpus import cache_folder
 from tvq.errors import DisagreementError, DivergedError, InputError, SaveError
+from tvq.programs import prepare
 
 # Module and function of the program, which is imported when its command is asked for: to import them all
 # takes longer than many a command.
@@ -301,9 +302,9 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
 
 
 def program(name: str) -> Callable[..., Any]:
-    """The function `module.function` of tvq."""
+    """The function `module.function` of tvq.programs."""
     module, _, function = name.partition(".")
-    start: Callable[..., Any] = getattr(importlib.import_module(f"tvq.{module}"), function)
+    start: Callable[..., Any] = getattr(importlib.import_module(f"tvq.programs.{module}"), function)
     return start
 
 

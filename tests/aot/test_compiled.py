@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from tvq import chips, config, train_step
+from tvq import chips, config
 from tvq import model as lm
 from tvq.model import flash, full, parameters, transformer
-from tvq.plan import targets
-from tvq.plan.program import Kernel, Program
+from tvq.programs.plan import targets
+from tvq.programs.plan.program import Kernel, Program
+from tvq.training import train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 B, T = 8, 2048

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.data import books
-from tvq import prepare
 from tvq.data import download
+from tvq.programs import prepare
 
 CONTENT = bytes(range(256)) * 40
 

@@ -19,11 +19,11 @@ from etils import epath
 from PIL import Image
 
 from tests.data.raw import picture
-from tvq import prepare
 from tvq.data import files, images, prepared, texts
 from tvq.data.documents import SPLITS, Piece
 from tvq.data.files import File, Meter
 from tvq.data.vocabulary import SentencePieceVocabulary, train_sentencepiece
+from tvq.programs import prepare
 
 IN = Path(__file__).parent / "in"
 ROWS = b"".join(json.dumps({"text": f"row {i}"}).encode() + b"\n" for i in range(9))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tvq import mesh
+from tvq import sharding
 from tvq.config import Model
 from tvq.model import Declared, Draws, Weights, draw_probe  # noqa: F401
 from tvq.schema import END
@@ -56,14 +56,14 @@ def init(config: Model, key: jax.Array) -> Weights:
     return jax.tree.unflatten(structure, map(draw, keys, like))
 
 
-def specs(config: Model, axes: mesh.Axes) -> Weights:
-    return jax.tree.map(lambda like: mesh.spec(like.dims, axes), declared(config))
+def specs(config: Model, axes: sharding.Axes) -> Weights:
+    return jax.tree.map(lambda like: sharding.spec(like.dims, axes), declared(config))
 
 
-def gather(weights: Weights, config: Model, axes: mesh.Axes) -> Weights:
+def gather(weights: Weights, config: Model, axes: sharding.Axes) -> Weights:
     if axes.D is None:
         return weights
-    whole = lambda x, like: mesh.whole(x, axes, like.dims.index("D"), x.dtype)
+    whole = lambda x, like: sharding.whole(x, axes, like.dims.index("D"), x.dtype)
     return jax.tree.map(whole, weights, declared(config))
 
 
@@ -75,8 +75,8 @@ def state_dims(config: Model) -> State:
     return State("", "NBKV")
 
 
-def state_specs(config: Model, axes: mesh.Axes) -> State:
-    return jax.tree.map(lambda dims: mesh.spec(dims, axes), state_dims(config))
+def state_specs(config: Model, axes: sharding.Axes) -> State:
+    return jax.tree.map(lambda dims: sharding.spec(dims, axes), state_dims(config))
 
 
 def layer(params: dict, x_BLD: jax.Array, sum_BKV: jax.Array, n: jax.Array, number_BL: jax.Array) -> tuple:
@@ -101,7 +101,7 @@ def forward(
     state: State,
     config: Model,
     draws: Draws | None = None,
-    axes: mesh.Axes = mesh.UNCUT,
+    axes: sharding.Axes = sharding.UNCUT,
 ) -> tuple[jax.Array, State, dict, dict]:
     number_BT = jnp.cumsum(inputs_BT == END, 1)
 

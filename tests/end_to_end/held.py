@@ -15,7 +15,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tests.fakes.cached import share_programs
-from tvq import __main__, metrics, records, train
+from tvq import __main__
+from tvq.programs import train
+from tvq.run import metrics, records
 
 
 def wait_for_signal() -> None:

@@ -21,8 +21,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.fakes.cached import share_programs
 from tests.fakes.pod import QUICK_TO_COMPILE, environment
-from tvq import __main__, config, health, mesh, optimizer, state
-from tvq.checkpoint import Checkpoints, Restored
+from tvq import __main__, config, sharding
+from tvq.run import health
+from tvq.run.checkpoint import Checkpoints, Restored
+from tvq.training import optimizer, state
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.py")
@@ -171,7 +173,9 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 def newest(workdir: Path) -> Restored:
     """The newest checkpoint of a run."""
     c = config.build(config.recorded(epath.Path(workdir) / config.FILE))
-    placed = state.place(c, optimizer.make(c.optimizer, c.model), mesh.make(config.Mesh(), jax.devices()[:1]))
+    placed = state.place(
+        c, optimizer.make(c.optimizer, c.model), sharding.make(config.Mesh(), jax.devices()[:1])
+    )
     with Checkpoints(workdir / "checkpoints", keep=1, keep_every=0, read_only=True) as checkpoints:
         restored = checkpoints.restore(placed, print)
     assert restored is not None

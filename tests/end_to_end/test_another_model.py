@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from tests.decay import DIMS
 from tests.end_to_end.program import Program, end, rows
-from tvq.interop import WEIGHTS
+from tvq.programs.interop import WEIGHTS
 
 pytestmark = pytest.mark.slow
 

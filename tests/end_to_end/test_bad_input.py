@@ -12,9 +12,10 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import TINY, Program, assert_same_run, rows, tree
-from tvq import __main__, cluster, config, train
+from tvq import __main__, cluster, config
 from tvq.data.corpus import open_corpus
 from tvq.errors import DivergedError
+from tvq.programs import train
 
 Refuse = Callable[..., str]
 

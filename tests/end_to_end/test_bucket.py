@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tvq import cluster, config, prepare, records
+from tvq import cluster, config
 from tvq.data import prepared
 from tvq.data.corpus import open_corpus
 from tvq.data.documents import SPLITS, Piece
@@ -19,7 +19,9 @@ from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.data.vocabulary import ByteVocabulary
 from tvq.errors import InputError
-from tvq.workdir import SAVED, check_workdir, record
+from tvq.programs import prepare
+from tvq.run import records
+from tvq.run.workdir import SAVED, check_workdir, record
 
 
 class Bucket(MemoryFileSystem):

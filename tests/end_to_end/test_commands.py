@@ -16,8 +16,10 @@ import pytest
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, TINY, Program, end, newest, rows
 from tests.fakes.pod import environment
-from tvq import __main__, cluster, config, metrics, prepare, train
+from tvq import __main__, cluster, config
 from tvq.cluster.log import CLEAR
+from tvq.programs import prepare, train
+from tvq.run import metrics
 
 EXAMPLES = [
     (name, example)
@@ -37,7 +39,7 @@ def test_a_start_imports_what_its_command_needs() -> None:
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
     ).stdout
     assert shown.startswith("<function report ")
-    assert not {"grain", "orbax", "flax", "optax", "tvq.train"} & set(shown.split())
+    assert not {"grain", "orbax", "flax", "optax", "tvq.programs.train"} & set(shown.split())
 
 
 @pytest.mark.parametrize("command", __main__.COMMANDS)

@@ -7,7 +7,8 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import Program
-from tvq import doctor, health, profile, records, trace
+from tvq.programs import doctor, profile
+from tvq.run import health, records, trace
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import Program, assert_same_run, end, newest, rows, tree
-from tvq import metrics, records
+from tvq.run import metrics, records
 
 pytestmark = pytest.mark.slow
 COMMITTED = ("6", "12", "18", "20")
@@ -161,7 +161,7 @@ def test_a_workdir_that_is_removed_under_a_run(
 
 
 def test_a_record_whose_checkpoints_are_gone_is_left_alone(tvq: Program, run: Path, here: Here) -> None:
-    """The details are in tests/test_workdir.py."""
+    """The details are in tests/run/test_workdir.py."""
     (run / "checkpoints" / "18").rename(run / "18")
     for step in (6, 12):
         shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)

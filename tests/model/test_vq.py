@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.model import small
-from tvq import train_step
 from tvq.model import layers, transformer, vq
+from tvq.training import train_step
 
 B, H, T, K, S = 2, 2, 6, 3, 5
 

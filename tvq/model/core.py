@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tvq import mesh
+from tvq import sharding
 from tvq.config import Model
 from tvq.model import attention, unit, vq
 
@@ -37,7 +37,7 @@ def both_ways(model: Model) -> Callable[..., tuple]:
         start_BX = None if model.attend_across_documents else jnp.zeros((B, M + 1 + T), jnp.int32)
         empty = attention.initial_state(B, H, M, S, K, V, v_BHTV.dtype)
         keys = unit.Keys(q_BHTK, k_BHTK, z_BHT, c_HSK, u_HK, w_HK, r_BHEK)
-        return unit.attend(keys, v_BHTV, empty, start_BX, model, mesh.UNCUT)[0]
+        return unit.attend(keys, v_BHTV, empty, start_BX, model, sharding.UNCUT)[0]
 
     def both(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTV: jax.Array, fixed: tuple, do: jax.Array) -> tuple:
         o_BHTV, back = jax.vjp(lambda q, k, v: attend(q, k, v, fixed), q_BHTK, k_BHTK, v_BHTV)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tvq import mesh
+from tvq import sharding
 from tvq.config import Model
 
 # Applied to kernels [in, out] and to codebook sums [H,S,K].
@@ -167,12 +167,12 @@ def named(config: Model) -> dict[str, Declared]:
     return flatten_dict(params | extra, sep="/")
 
 
-def specs(config: Model, axes: mesh.Axes) -> Weights:
+def specs(config: Model, axes: sharding.Axes) -> Weights:
     """How each array lies on the mesh."""
-    return jax.tree.map(lambda like: mesh.spec(like.dims, axes), declared(config))
+    return jax.tree.map(lambda like: sharding.spec(like.dims, axes), declared(config))
 
 
-def gather(tree: dict, like: dict, axes: mesh.Axes, dtype: str = "") -> dict:
+def gather(tree: dict, like: dict, axes: sharding.Axes, dtype: str = "") -> dict:
     """Inside `shard_map`, stored parameters with their dim D whole; `like` is what is declared of them.
 
     The gradient of each part is then the sum over the devices, cut in the same way. Of units, the tree is
@@ -184,12 +184,12 @@ def gather(tree: dict, like: dict, axes: mesh.Axes, dtype: str = "") -> dict:
     def one(x: jax.Array, like: Declared) -> jax.Array:
         dims = [dim for dim in like.dims if dim != "N"]
         narrow = dtype if like.narrow and dtype else x.dtype
-        return mesh.whole(x, axes, dims.index("D"), narrow) if "D" in dims else x
+        return sharding.whole(x, axes, dims.index("D"), narrow) if "D" in dims else x
 
     return jax.tree.map(one, tree, like)
 
 
-def gather_tables(weights: Weights, config: Model, axes: mesh.Axes) -> Weights:
+def gather_tables(weights: Weights, config: Model, axes: sharding.Axes) -> Weights:
     """All parameters whole but those of units, which `forward` makes whole one unit at a time."""
     like, params = declared(config).params, weights.params
     whole = {name: x if name == "units" else gather(x, like[name], axes) for name, x in params.items()}

@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tvq import mesh
+from tvq import sharding
 from tvq.model import attention, cache, window
 
 
-def shared(tree: Any, axes: mesh.Axes) -> Any:
+def shared(tree: Any, axes: sharding.Axes) -> Any:
     """What each part of the values reads whole: the sum of its gradients over them is one reduction."""
-    return mesh.varying(tree, (axes.V,)) if axes.V else tree
+    return sharding.varying(tree, (axes.V,)) if axes.V else tree
 
 
 def with_neighbours(
-    state: attention.State, z_BHT: jax.Array, k_BHTK: jax.Array, axes: mesh.Axes
+    state: attention.State, z_BHT: jax.Array, k_BHTK: jax.Array, axes: sharding.Axes
 ) -> attention.State:
     """The state with the codes and keys of the M tokens before this part."""
     if not axes.T:
@@ -45,7 +45,7 @@ def halo(memory: jax.Array, x: jax.Array, axis: str) -> jax.Array:
     newer = jnp.concatenate([jnp.zeros_like(memory), *hops], 2)[:, :, -M:]
     n_newer = jnp.minimum(i, n_hop) * sent.shape[2]  # before the first part there is none
     older = jnp.concatenate([memory, jnp.zeros_like(memory)], 2)
-    older = lax.dynamic_slice_in_dim(mesh.varying(older, (axis,)), jnp.minimum(n_newer, M), M, axis=2)
+    older = lax.dynamic_slice_in_dim(sharding.varying(older, (axis,)), jnp.minimum(n_newer, M), M, axis=2)
     is_newer_M = jnp.arange(M) >= M - n_newer
     found = jnp.where(is_newer_M.reshape(-1, *[1] * (x.ndim - 3)), newer, older)
     return checkpoint_name(found, window.KEPT)  # or the backward pass would send it again

@@ -1,4 +1,4 @@
-"""The health of the codebooks, unit by unit and head by head. What the numbers mean: `tvq.health`."""
+"""The health of the codebooks, unit by unit and head by head. What the numbers mean: `tvq.run.health`."""
 
 import jax
 import jax.numpy as jnp

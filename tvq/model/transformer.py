@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tvq import mesh
+from tvq import sharding
 from tvq.config import Model
 from tvq.model import attention, layers, parts, recurrence, vq, window
 from tvq.model.parameters import Weights, declared, gather, n_unit, paired, specs, unpaired
@@ -66,16 +66,16 @@ def start(config: Model, n_sequence: int) -> State:
 def state_dims(config: Model) -> State:
     """The letters of the dims of each array of the state, as far as a mesh may cut them."""
     like = jax.eval_shape(lambda: start(config, 1))
-    letters = lambda path, _: "N" + mesh.name(path).rpartition("_")[2]
+    letters = lambda path, _: "N" + sharding.name(path).rpartition("_")[2]
     return State("", jax.tree.map_with_path(letters, like.units), None if like.start_BE is None else "B")  # type: ignore[arg-type]
 
 
-def state_specs(config: Model, axes: mesh.Axes) -> State:
+def state_specs(config: Model, axes: sharding.Axes) -> State:
     """How each array of the state lies on the mesh."""
-    return jax.tree.map(lambda dims: mesh.spec(dims, axes), state_dims(config))
+    return jax.tree.map(lambda dims: sharding.spec(dims, axes), state_dims(config))
 
 
-def starts(inputs_BT: jax.Array, first: jax.Array, state: State, axes: mesh.Axes) -> jax.Array | None:
+def starts(inputs_BT: jax.Array, first: jax.Array, state: State, axes: sharding.Axes) -> jax.Array | None:
     """The starts before the inputs, then theirs: `[B,M+1+T]`. An end id begins the next document."""
     if state.start_BE is None:
         return None
@@ -111,7 +111,7 @@ def forward(
     state: State,
     config: Model,
     draws: layers.Draws | None = None,
-    axes: mesh.Axes = mesh.UNCUT,
+    axes: sharding.Axes = sharding.UNCUT,
 ) -> tuple[jax.Array, State, dict, dict]:
     """The last hidden `[B,T,D]`, the next state, statistics for `learn`, and metrics.
 
@@ -180,10 +180,10 @@ def auxiliary_loss(metrics: dict, config: Model) -> jax.Array:
     return config.c_beta * metrics["loss_commit_per_token"]
 
 
-def stats_specs(config: Model, axes: mesh.Axes) -> dict:
+def stats_specs(config: Model, axes: sharding.Axes) -> dict:
     """How the statistics of `forward` lie on the mesh."""
     codebooks = specs(config, axes).extra["codebooks"]
-    probe = {"key": mesh.spec("NHXK", axes), "mask": mesh.WHOLE}
+    probe = {"key": sharding.spec("NHXK", axes), "mask": sharding.WHOLE}
     return {"sum": codebooks["sum"], "count": codebooks["count"], "probe": probe}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tvq import dims, mesh
+from tvq import dims, sharding
 from tvq.config import Model
 from tvq.model import attention, flash, full, parts, recurrence, vq
 from tvq.model.layers import dense, norm, rms_norm
@@ -104,7 +104,7 @@ def attend(
     state: attention.State,
     start_BX: jax.Array | None,
     config: Model,
-    axes: mesh.Axes,
+    axes: sharding.Axes,
 ) -> tuple[jax.Array, attention.State]:
     """Output `[B,H,T,V]`, and the state after the tokens; this device may have a part of each array."""
     whole = keys
@@ -136,7 +136,7 @@ def gated_unit(
     config: Model,
     start_BX: jax.Array | None = None,
     probe: vq.Probe | None = None,
-    axes: mesh.Axes = mesh.UNCUT,
+    axes: sharding.Axes = sharding.UNCUT,
 ) -> tuple[jax.Array, attention.State, dict]:
     """The unit's output `[B,T,D]` (no residual), its next state, and what the losses and codebook need.
 
@@ -149,7 +149,7 @@ def gated_unit(
     c_HSK = vq.codewords(codebook)
     xt_BTD = norm(x_BTD, params["norm"])
     if axes.H:
-        xt_BTD = mesh.varying(xt_BTD, (axes.H,))
+        xt_BTD = sharding.varying(xt_BTD, (axes.H,))
     q_BHTK, k_BHTK = queries_and_keys(params, xt_BTD, config)
     H = q_BHTK.shape[1]
     z_BHT = checkpoint_name(vq.nearest(lax.stop_gradient(k_BHTK), c_HSK), KEPT)

@@ -1,0 +1,90 @@
+"""Measurements, `tvq bench train|attention|decode|data`: fair, repeatable, and of programs that agree.
+
+All cases of a command are compiled, run once and compared, and only then timed: interleaved, in an order
+drawn anew each round, so that what disturbs the machine disturbs all alike.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import sys
+import time
+
+import jax
+from etils import epath
+
+from tvq import atomic, cluster, config, sharding
+from tvq.config import Config
+from tvq.errors import InputError
+from tvq.programs.bench import report
+from tvq.programs.bench.cases import PREPARE
+from tvq.programs.bench.session import Row, Session, measure
+from tvq.run import metrics, records
+from tvq.schema import BENCHES
+
+PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints a table and writes bench.json, bench.md and, where matplotlib is installed, bench.png.
+
+    InputError: the input is wrong. DisagreementError: two programs that must agree do not; nothing is
+    written then.
+    """
+    if place.n_process > 1:
+        raise InputError(f"tvq bench is for one process, but {place}; start it by itself")
+    if c.bench.kind not in PREPARE:
+        raise InputError(f"config.bench.kind must be one of {', '.join(BENCHES)}, not {c.bench.kind!r}")
+    console = metrics.Console()
+    s = Session(c, sharding.make(c.mesh, jax.devices(), c), log.say, time.monotonic())
+    PREPARE[c.bench.kind](s)
+    with cluster.writing("--output", output):  # now, not once all is measured
+        atomic.check(output)
+    found = report.rows(s, measure(s))
+    if not found:
+        raise InputError("no case could be measured; see the notes above")
+    facts = conditions(s)
+    console.say(report.table(found))
+    text = {**facts, "notes": s.notes, "rows": found, "config": config.to_dict(c)}
+    atomic.write(output / "bench.json", records.to_json(text, indent=1) + "\n")
+    atomic.write(output / "bench.md", document(facts, s.notes, found))
+    written = "bench.json, bench.md"
+    if "T" in found[0] or "context" in found[0]:
+        if report.plot(found, output / "bench.png"):
+            written += ", bench.png"
+        else:
+            console.say("no plot: matplotlib is not installed (pip install 'tvq[plots]')")
+    console.say(f"{output}: {written}")
+    return 0
+
+
+def conditions(s: Session) -> Row:
+    """What was measured, where and when: all that is needed to do it again, besides the config."""
+    first = s.devices.devices.flat[0]
+    memory = first.memory_stats()  # None on a CPU
+    return {
+        "kind": s.config.bench.kind,
+        "command": shlex.join(sys.orig_argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{s.devices.size} x {first.device_kind}",
+        "versions": versions(),
+        "peak_bytes_in_use": memory and memory.get("peak_bytes_in_use"),  # of all cases together
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that is installed; tvq may run from its sources."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def document(facts: Row, notes: list[str], found: list[Row]) -> str:
+    known = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    head = f"# tvq bench {facts['kind']}\n\n{facts['device']}, {facts['date']}; {known}.\n"
+    lines = "".join(f"- {note}\n" for note in notes)
+    return f"{head}\n    {facts['command']}\n\n{report.markdown(found)}\n\n{lines}"

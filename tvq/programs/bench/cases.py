@@ -1,0 +1,266 @@
+"""What is measured: train step, attention core, decoding and data, each checked before it is timed."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tvq import config, sharding
+from tvq import model as lm
+from tvq.config import Config, Model
+from tvq.data.corpus import open_corpus
+from tvq.data.packing import Sequences
+from tvq.data.pipeline import training_batches
+from tvq.errors import DisagreementError, InputError
+from tvq.programs.bench.session import STEP, Case, Row, Session, compiled
+from tvq.run import draw
+from tvq.training import loss, optimizer, state, train_step
+
+# model.attention and model.n_parallel of each; `serial:nothing` also sets model.remat.
+FORMULATIONS = {
+    "auto": ("vq", 0), "serial": ("vq", 1), "all": ("vq", sys.maxsize),
+    "full": ("full", 0), "flash": ("flash", 0),
+}  # fmt: skip
+N_BATCH = 100  # batches of one timed call of the data pipeline, many more than it reads ahead
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """`1024,2048`, in ascending order. InputError: it is something else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"config.bench.{name} must be whole numbers with commas between, not {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def formulated(model: Model, name: str) -> Model:
+    """The model in a formulation. InputError: there is none of that name."""
+    kind, _, remat = name.partition(":")
+    if kind not in FORMULATIONS:
+        known = ", ".join(FORMULATIONS)
+        raise InputError(f"config.bench.formulations must be of {known}, not {kind!r}; also auto:nothing")
+    attend, n_parallel = FORMULATIONS[kind]
+    return dataclasses.replace(model, attention=attend, n_parallel=n_parallel, remat=remat or model.remat)
+
+
+def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
+    """Every length and formulation, with its config: the whole sequence in one update, n_token tokens."""
+    lengths = numbers(c.bench.lengths, "lengths")
+    n_token = c.bench.n_token or lengths[-1]
+    for T, name in itertools.product(lengths, c.bench.formulations.split(",")):
+        if n_token % T:
+            raise InputError(
+                f"config.bench.n_token {n_token} is not a multiple of the {T} of config.bench.lengths;"
+                f" use {-(-n_token // T) * T}"
+            )
+        trained = dataclasses.replace(
+            c.train, sequence_len=T, update_len=T, segment_len=0, global_batch_size=n_token // T
+        )
+        trial = dataclasses.replace(c, train=trained, model=formulated(c.model, name.strip()))
+        if not trial.model.carries_state and not (c.model.agg_cache and c.model.grad_thru_cache):
+            raise InputError(
+                "config.model.agg_cache and config.model.grad_thru_cache must be true where full attention is"
+                " the baseline: without them vq attention is another function; or leave out full"
+            )
+        config.validate(trial)
+        yield T, name.strip(), trial
+
+
+class Carried:
+    """The training state, which each timed step takes from the one before: a step donates its own."""
+
+    def __init__(self, c: Config, devices: Mesh):
+        self.tx = optimizer.make(c.optimizer, c.model)
+        self.abstract = state.place(c, self.tx, devices)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        self.init = jax.jit(lambda: state.init(c.model, self.tx, c.train.seed), out_shardings=shardings)
+        self.now: Any = None
+
+    def first(self, update: Callable, batch: dict) -> dict:
+        """The metrics of the first update of a run."""
+        self.now = None  # free before the next is made
+        self.now = self.init()
+        return self.step(update, batch)
+
+    def step(self, update: Callable, batch: dict) -> dict:
+        self.now, found = update(self.now, batch)
+        return found
+
+
+def train_case(s: Session, trial: Config, carried: Carried, labels: Row) -> dict[str, float]:
+    """Adds the train step of a config; returns loss and gradient norm of its first update."""
+    B, T = trial.train.global_batch_size, trial.train.sequence_len
+    sharding.check(s.devices, trial)
+    sharding.check_batch(s.devices, "train.global_batch_size", B, trial.train.accumulate)
+    tokens_BT = np.random.default_rng(0).integers(0, trial.model.n_vocab, (B, T), np.int32)
+    ones_BT = np.ones_like(tokens_BT)
+    rows = {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1], "doc_ids": ones_BT, "loss_mask": ones_BT}
+    batch = sharding.global_batch(s.devices, rows, B)
+    update, facts = compiled(train_step.make(trial, s.devices, carried.tx), carried.abstract, batch)
+    first = carried.first(update, batch)
+    numbers = {name: float(first[name]) for name in ("loss_lm_per_token_unscaled", "grad_norm")}
+    call = lambda: carried.step(update, batch)
+    products = lm.train_flops(trial.model, trial.train.update_len)
+    s.cases.append(Case(labels, call, B * T, facts, products, s.devices.size))
+    return numbers
+
+
+def prepare_train(s: Session) -> None:
+    """The whole train step over lengths and formulations."""
+    carried = Carried(s.config, s.devices)
+    trials = list(sweep(s.config))
+    for name, trial in {name: trial for _, name, trial in trials if not trial.model.carries_state}.items():
+        agree_with_full(s, name, trial.model)
+    found: dict[int, tuple[str, dict]] = {}
+    for T, name, trial in trials:
+        with s.trying(formulation=name, T=T) as go:
+            if not go:
+                continue
+            got = train_case(s, trial, carried, {"formulation": name, "T": T})
+            if trial.model.carries_state and T in found:
+                s.agree(got, found[T][1], f"loss and gradient norm of {name} and {found[T][0]} at T={T}")
+            elif trial.model.carries_state:
+                found[T] = name, got
+
+
+def agree_with_full(s: Session, name: str, model: Model) -> None:
+    """Where keys are codewords, full and vq attention are one function: as vq past the window, so full."""
+    sharding.check_platform(s.devices, model)
+    T = model.block_len * (-(-2 * model.mem_len // model.block_len) + 2)
+    inputs = lm.core.inputs(model, 1, T)
+    suited = (lm.suited(m, sharding.platform(s.devices)) for m in (model, formulated(model, "all")))
+    got, want = (jax.jit(lm.core.both_ways(m))(*inputs) for m in suited)
+    what = f"output and gradients (queries, values) of {name} and vq attention over codewords, T={T},"
+    s.agree(but_keys(got), but_keys(want), what)
+
+
+def but_keys(found: tuple) -> tuple:
+    """What full attention gives too: the gradient of a vq key ends with the next block."""
+    o_BHTV, dq_BHTK, _, dv_BHTV = found
+    return o_BHTV, dq_BHTK, dv_BHTV
+
+
+def prepare_attention(s: Session) -> None:
+    """The attention core alone over lengths and formulations, on one device."""
+    for T, group in itertools.groupby(sweep(s.config), key=lambda trial: trial[0]):
+        reference, inputs = None, None
+        for _, name, trial in group:
+            with s.trying(formulation=name, T=T) as go:
+                if not go:
+                    continue
+                sharding.check_platform(s.devices, trial.model)
+                model = lm.suited(trial.model, sharding.platform(s.devices))
+                inputs = inputs or lm.core.inputs(model, trial.train.global_batch_size, T)
+                program, facts = compiled(jax.jit(lm.core.both_ways(model)), *inputs)
+                got = program(*inputs)
+                if reference is None:
+                    reference = name, model.attention, got
+                elif model.attention == reference[1]:
+                    s.agree(got, reference[2], f"output and gradients of {name} and {reference[0]} at T={T}")
+                else:
+                    got, want = but_keys(got), but_keys(reference[2])
+                    s.agree(got, want, f"output and gradients but of keys, {name} and {reference[0]}, T={T}")
+                parts = lm.unit_flops(model, T, backward=True)
+                core_flops = sum(n for part, n in parts.items() if "scores" in part or "sum" in part)
+                call = functools.partial(program, *inputs)
+                n_token = trial.train.global_batch_size * T
+                s.cases.append(Case({"formulation": name, "T": T}, call, n_token, facts, core_flops))
+
+
+def prepare_decode(s: Session) -> None:
+    """Reading on in parallel and writing on token by token, after several contexts, on one device."""
+    c, L = s.config, s.config.model.block_len
+    if not c.model.carries_state:
+        raise InputError(f"config.model.attention={c.model.attention} does not decode; use vq")
+    model = lm.suited(c.model, sharding.platform(s.devices))
+    weights = jax.jit(lambda: lm.init(model, jax.random.key(c.train.seed)))()
+    contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]
+    states, now = {}, lm.start(model, 1)
+    for context in contexts:
+        for start in range(int(now.position), context, draw.READ_BLOCKS * L):
+            n_token = min(draw.READ_BLOCKS * L, context - start)
+            now = draw.read(weights, random_tokens(model, 1, n_token, start), now, model)
+        states[context] = now
+    agree_decoding(s, weights, states[contexts[0]], random_tokens(model, 1, L, 1), model)
+    jax.clear_caches()  # or a program used above would seem to compile in no time
+    for B in numbers(c.bench.batch_sizes, "batch_sizes"):
+        add_decoding(s, weights, B, {n: draw.beside([now] * B, model) for n, now in states.items()}, model)
+
+
+def random_tokens(model: Model, n_sequence: int, n_token: int, seed: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (n_sequence, n_token), 0, model.n_vocab)
+
+
+def add_decoding(s: Session, weights: lm.Weights, B: int, states: dict[int, lm.State], model: Model) -> None:
+    """A case of reading and one of writing after each state, compiled once for all."""
+    like, c = next(iter(states.values())), s.config
+    piece = draw.READ_BLOCKS * model.block_len
+    more_BT, first_B = random_tokens(model, B, piece, 1), random_tokens(model, B, 1, 2)[:, 0]
+    decodings = {context: draw.begin(weights, now, model) for context, now in states.items()}
+    rows = (jnp.full((B, c.bench.n_draw), draw.DRAWN), jnp.arange(B), jax.random.key(0))
+    how = (model, c.sample.temperature, c.sample.nucleus)
+    read, read_facts = compiled(draw.read, weights, more_BT, like, model)
+    write, write_facts = compiled(draw.write, weights, next(iter(decodings.values())), first_B, *rows, *how)
+    for context, now in states.items():
+        labels = {"batch": B, "context": context}
+        with s.trying(**labels) as go:
+            if go:
+                prefill = functools.partial(read, weights, more_BT, now)
+                decode = functools.partial(write, weights, decodings[context], first_B, *rows)
+                jax.block_until_ready((prefill(), decode()))
+                s.cases.append(Case({"work": "prefill", **labels}, prefill, B * piece, read_facts))
+                s.cases.append(Case({"work": "decode", **labels}, decode, B * c.bench.n_draw, write_facts))
+
+
+def agree_decoding(
+    s: Session, weights: lm.Weights, now: lm.State, tokens_1T: jax.Array, model: Model
+) -> None:
+    """Reading a block in parallel and token by token gives the same log-probability to what follows."""
+    targets_1T, mask_1T = tokens_1T[:, ::-1], jnp.ones_like(tokens_1T)
+
+    @jax.jit
+    def both() -> tuple[jax.Array, jax.Array]:
+        x_1TD, *_ = lm.forward(weights, tokens_1T, mask_1T, now, model)
+        step = lambda decoding, token_B: lm.step(weights, token_B, decoding, model)[::-1]
+        decoding = lm.begin(weights, now, model)
+        _, log_probs_T1C = jax.lax.scan(step, decoding, tokens_1T.T)
+        chosen_T11 = jnp.take_along_axis(log_probs_T1C, targets_1T.T[..., None], -1)
+        return loss.token_nll(weights, x_1TD, targets_1T, mask_1T, model).mean(), -chosen_T11.mean()
+
+    parallel, recurrent = both()
+    context = int(now.position)
+    s.agree(recurrent, parallel, f"loss of a block decoded and read in parallel after {context} tokens")
+
+
+def prepare_data(s: Session) -> None:
+    """The data pipeline from the memory map, and the train step that it must feed."""
+    c = s.config
+    sequences = Sequences(open_corpus(c.data), "train", c.train.sequence_len)
+    B, T = c.train.global_batch_size, c.train.sequence_len
+    open_batches = lambda workers: training_batches(
+        sequences, batch_size=B, seed=c.train.seed, workers=workers
+    )
+    with contextlib.closing(open_batches(0)) as once:
+        want = next(once)
+    batches = open_batches(c.data.workers)
+    got = next(batches)
+    if any((got[name] != want[name]).any() for name in want):
+        raise DisagreementError("no speed is given: two readings of batch 0 differ")
+    s.note("checked: two readings of batch 0 are equal")
+    call = lambda: [next(batches) for _ in range(N_BATCH)]
+    s.cases.append(Case({"work": f"{N_BATCH} batches"}, call, N_BATCH * B * T))
+    with s.trying(work=STEP) as go:
+        if go:
+            train_case(s, c, Carried(c, s.devices), {"work": STEP})
+
+
+PREPARE = {
+    "train": prepare_train, "attention": prepare_attention, "decode": prepare_decode, "data": prepare_data,
+}  # fmt: skip

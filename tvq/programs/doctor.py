@@ -1,0 +1,266 @@
+"""What is wrong with a run, in words, and what to change: `tvq doctor`.
+
+It reads the rows of metrics and the looks at the codebooks; where there is no look, the newest checkpoint.
+"""
+
+import math
+import re
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from tvq import cluster, config, sharding
+from tvq import model as lm
+from tvq.config import Config
+from tvq.errors import InputError
+from tvq.programs import evaluate
+from tvq.programs.report import runs
+from tvq.run import describe, health, metrics, records
+
+FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; with the doctor
+N_NAMED = 3  # units that a finding names
+LEAST_ROWS = 10  # fewer say nothing of a trend
+DEAD, CROWDED, FAR, RESTLESS, DRIFT = 0.1, 0.5, 0.9, 0.3, 0.2
+SPIKE, SPIKE_NATS = 1.25, 0.3  # a loss so many times, and so many nats, over the rows before
+SPIKE_NORM = 1.5  # and its gradient
+FLAT, RISING, GAP = 0.005, 1.05, 1.2
+
+
+class Finding(NamedTuple):
+    what: str  # where, and the numbers
+    remedy: str
+    is_lost: bool = False  # the run: what else is wrong follows from it
+
+
+def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints what is wrong; 0 where that is nothing, else FOUND. InputError: there is nothing to read yet.
+
+    A failure of its own never ends with FOUND, as an exception would, but with FAILED.
+    """
+    try:
+        return examine(c, workdir, log)
+    except InputError:
+        raise
+    except Exception as error:
+        log.say("".join(traceback.format_exception(error)) + "tvq doctor failed; nothing is said of the run")
+        raise SystemExit(FAILED) from error
+
+
+def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
+    console = metrics.Console()
+    path = workdir / records.FILE
+    rows, broken = runs.read_rows(path) if path.exists() else ([], [])
+    looked, step = newest_look(c, workdir, bool(rows), console.say, broken)
+    findings = all_findings(c, rows, looked)
+    last = f"{rows[-1]['step']:,}" if rows else "none"
+    seen = f"codebooks of step {step:,}" if looked else "no codebooks"
+    console.say(f"{workdir}: rows to step {last}, {seen}")
+    for line in broken:
+        console.say(f"left out: {line}")
+    for i, finding in enumerate(findings):
+        console.say(f"{i + 1}. {finding.what}\n   {finding.remedy}")
+    if not findings:
+        console.say("nothing is wrong that can be seen from here")
+    return FOUND if findings else 0
+
+
+def newest_look(
+    c: Config, workdir: epath.Path, has_rows: bool, say: Callable[[str], None], broken: list[str]
+) -> tuple[dict[str, np.ndarray], int]:
+    """The newest look that can be read, or what the newest checkpoint tells, and its step.
+
+    Nothing where there is neither, but rows; `broken` gets a line for each that cannot be read. InputError:
+    there is nothing at all.
+    """
+    for step in reversed(health.steps(workdir / health.FOLDER)):
+        try:
+            return runs.read_look(workdir, step), step
+        except InputError as error:
+            broken.append(str(error))
+    try:
+        restored = evaluate.restore(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), say)
+    except InputError as error:
+        if not has_rows:
+            raise
+        broken.append(str(error))
+        return {}, 0
+    initial = c.model.c_gamma**restored.step
+    return jax.device_get(lm.use(restored.state.weights, initial)), restored.step
+
+
+def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.ndarray]) -> list[Finding]:
+    found = list(of_rows(c, rows))
+    return found if any(finding.is_lost for finding in found) else [*found, *of_codebooks(c, looked)]
+
+
+def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
+    trained = [row for row in rows if row["split"] == "train" and "grad_norm" in row]
+    broken = next((row["step"] for row in trained if row["loss"] is None or row["grad_norm"] is None), None)
+    if broken is not None:
+        yield Finding(
+            f"the loss or its gradient is not a number at step {broken}",
+            "go on from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
+            is_lost=True,
+        )
+        return
+    newest = [row["loss"] for row in trained[-5:]]
+    if newest and metrics.has_diverged(median(newest), c.model.n_vocab):
+        yield Finding(
+            f"the loss is {newest[-1]:.4g} at step {trained[-1]['step']:,}, worse than the"
+            f" {math.log(c.model.n_vocab):.3f} of guessing",
+            f"it has diverged: lower config.optimizer.lr_max {c.optimizer.lr_max:g}, in another workdir",
+            is_lost=True,
+        )
+        return
+    yield from (Finding(f"the schedule: {what}", remedy) for what, remedy in describe.of_schedule(c))
+    settled = [row for row in trained if row["step"] > c.optimizer.n_warmup_step]
+    yield from of_spikes(c, trained)
+    if len(settled) >= LEAST_ROWS:
+        yield from of_trend(c, settled)
+        yield from of_clipping(c, settled)
+    yield from of_evaluations(rows)
+    if trained:
+        yield from of_time(trained[-1])
+
+
+def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
+    """Losses far above those before, with a gradient or a neighbour that is too: else it is a hard batch."""
+    losses, norms = ([row[name] for row in trained] for name in ("loss", "grad_norm"))
+    usual = lambda values, i: median(values[i - 5 : i])
+    heights = {i: losses[i] - usual(losses, i) for i in range(5, len(losses))}
+    high = {i for i, height in heights.items() if height > max(SPIKE_NATS, (SPIKE - 1) * usual(losses, i))}
+    spikes = [i for i in high if norms[i] > SPIKE_NORM * usual(norms, i) or high & {i - 1, i + 1}]
+    if spikes:
+        i = max(spikes, key=heights.__getitem__)
+        o, clip = c.optimizer, float(f"{1.5 * median(norms):.2g}")
+        is_tighter = not 0 < o.grad_clip <= clip
+        yield Finding(
+            f"the loss spikes in {len(spikes)} of {len(losses)} rows: at step {trained[i]['step']:,} it is"
+            f" {losses[i]:.3f}, {heights[i]:.3f} above the rows before",
+            f"lower config.optimizer.lr_max {o.lr_max:g}, or raise config.optimizer.n_warmup_step"
+            f" {o.n_warmup_step}" + (f", or set config.optimizer.grad_clip={clip:g}" if is_tighter else ""),
+        )
+
+
+def of_trend(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
+    third = len(settled) // 3
+    thirds = [settled[:third], settled[third:-third], settled[-third:]]
+    first, middle, last = (median(row["loss"] for row in part) for part in thirds)
+    span = f"over steps {settled[0]['step']:,} to {settled[-1]['step']:,}"
+    if last > RISING * min(first, middle):
+        yield Finding(
+            f"the loss rises {span}: {min(first, middle):.3f}, then {last:.3f}",
+            f"the run is diverging: lower config.optimizer.lr_max {c.optimizer.lr_max:g}",
+        )
+    elif first - last < FLAT * first:
+        yield Finding(
+            f"the loss is flat {span}: {first:.3f}, then {last:.3f}",
+            f"raise config.optimizer.lr_max {c.optimizer.lr_max:g}, or stop: it has learnt what it can",
+        )
+
+
+def of_clipping(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
+    norms, clip = [row["grad_norm"] for row in settled], c.optimizer.grad_clip
+    if 0 < clip < min(norms):
+        yield Finding(
+            f"the gradient is clipped in every row: its norm is {median(norms):.2g}, the limit {clip:g}",
+            f"unless that is meant, set config.optimizer.grad_clip={2 * median(norms):.2g}",
+        )
+
+
+def of_evaluations(rows: Sequence[metrics.Row]) -> Iterator[Finding]:
+    valued = [row for row in rows if row["loss"] is not None]
+    scores = [row for row in valued if row["split"] not in ("train", "test")]
+    losses = [row["loss"] for row in valued if row["split"] == "train"][-5:]
+    if not scores or not losses:
+        return
+    best, last, seen = min(scores, key=lambda row: row["loss"]), scores[-1], median(losses)
+    if last["loss"] > GAP * seen:
+        yield Finding(
+            f"the {last['split']} loss is {last['loss']:.3f} at step {last['step']:,}, the training loss"
+            f" {seen:.3f}; the lowest was {best['loss']:.3f} at step {best['step']:,}",
+            "it learns its data by heart: more data, more dropout (config.model.p_dropres), or fewer steps",
+        )
+
+
+def of_time(row: metrics.Row) -> Iterator[Finding]:
+    seconds = {
+        name.removeprefix("seconds_"): x or 0.0 for name, x in row.items() if name.startswith("seconds_")
+    }
+    total = sum(seconds.values())
+    for kind, (share, remedy) in describe.SLOW.items():
+        if total >= describe.LEAST_SECONDS and seconds.get(kind, 0.0) > share * total:
+            yield Finding(
+                f"{seconds[kind] / total:.0%} of the time went into {kind}".replace("%", " %"), remedy
+            )
+
+
+def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
+    """`looked` is what `lm.snapshot` finds, or `lm.use` alone, or nothing."""
+    if not looked:
+        return
+    m, o = c.model, c.optimizer
+    crowded_NHS = np.where(looked["usage"] > lm.OVERUSED, looked["usage"], 0.0)
+    yield from over(looked["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, looked))
+    yield from over(
+        crowded_NHS.sum(-1) / m.n_code,
+        CROWDED,
+        f"{{:.0%}} of the keys choose codes that have over {lm.OVERUSED:g} times an even share",
+        more_even(c, looked),
+    )
+    if "churn" not in looked:
+        return
+    yield from over(
+        looked["relative_error"],
+        FAR,
+        "keys are {:.2f} of their norm from their codeword",
+        f"raise config.model.n_code {m.n_code} or config.model.c_beta {m.c_beta:g}",
+    )
+    revival = f"raise config.model.revive_codes {m.revive_codes}, " if m.revive_codes else ""
+    yield from over(
+        looked["churn"],
+        RESTLESS,
+        "{:.0%} of the keys have another code than at the last look",
+        f"codewords move too much: {revival}raise config.model.c_gamma {m.c_gamma:g}, or lower"
+        f" config.optimizer.lr_max {o.lr_max:g}",
+    )
+    if "norm_drift" not in looked:
+        return
+    yield from over(
+        abs(looked["norm_drift"]),
+        DRIFT,
+        "the norm of the codewords has changed by {:.0%} since the last look",
+        f"codewords diverge or vanish: lower config.optimizer.lr_max {o.lr_max:g}",
+    )
+
+
+def more_even(c: Config, looked: dict[str, np.ndarray]) -> str:
+    """What to do about codes that are hardly used."""
+    m, t = c.model, c.train
+    # In so many updates a code with a hundredth of an even share is chosen about once.
+    n = max(20, t.sequence_len // t.update_len, 100 * m.n_code // (t.global_batch_size * t.update_len))
+    n = min(n, m.revive_codes // 2) if m.revive_codes else n
+    used = float(np.median(looked["perplexity"]))
+    enough = 2 ** round(math.log2(2 * used)) if 1 <= used < m.n_code else m.n_code
+    fewer = f", or config.model.n_code={enough}" if enough < m.n_code else ""
+    return f"in a new run, set config.model.revive_codes={n}{fewer}"
+
+
+def over(found_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator[Finding]:
+    """One finding for all units and heads beyond the limit; those that are not a number are."""
+    places = [tuple(place) for place in np.argwhere(~(found_NH <= limit))]
+    if places:
+        places.sort(key=lambda place: -found_NH[place])
+        number = re.search(r"\{.*\}", what)[0]  # type: ignore[index]
+        where = [f"unit {i + 1}, head {h + 1}" for i, h in places[:N_NAMED]]
+        more = [
+            f"{number.format(found_NH[place])} in {name}" for place, name in zip(places, where, strict=False)
+        ]
+        rest = [f"too much in {len(places) - N_NAMED} more"] if len(places) > N_NAMED else []
+        text = "; ".join([f"{what.format(found_NH[places[0]])} in {where[0]}", *more[1:], *rest])
+        yield Finding(text.replace("%", " %"), remedy)

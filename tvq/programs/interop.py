@@ -1,0 +1,210 @@
+"""Weights in and out: files of the original program, and our own."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import serialization, traverse_util
+
+from tvq import atomic, cluster, config, sharding
+from tvq import model as lm
+from tvq.config import Config
+from tvq.data.corpus import open_corpus
+from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
+from tvq.errors import InputError
+from tvq.programs import evaluate
+from tvq.run import metrics, tensors
+from tvq.run.checkpoint import Checkpoints
+from tvq.run.workdir import check_workdir, record
+from tvq.training import optimizer, state
+
+# What `tvq export` writes beside config.json.
+WEIGHTS = "model.safetensors"
+Say = Callable[[str], None]
+
+
+def read_original(path: epath.Path) -> dict[str, np.ndarray]:
+    """The parameters by path in a flax msgpack of its TrainState or parameters. InputError: no such."""
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"--input={path}: cannot read it ({error.strerror})") from error
+    except Exception as error:  # msgpack has no common word for what it cannot read
+        raise InputError(f"--input={path} is no msgpack of flax, or a damaged one: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"--input={path} is no msgpack of flax: it holds no names")
+    while isinstance(tree.get("params"), dict):
+        tree = tree["params"]
+    flat = {"/".join(map(str, names)): x for names, x in traverse_util.flatten_dict(tree).items()}
+    other = sorted(name for name, x in flat.items() if not isinstance(x, np.ndarray | np.generic))
+    if other:
+        raise InputError(
+            f"--input={path} holds no parameters of the original program: {other[0]} is not an array but"
+            f" {flat[other[0]]!r:.60}"
+        )
+    return {name: np.asarray(x) for name, x in flat.items()}
+
+
+def read_weights(path: epath.Path, c: Config, say: Say = print) -> tuple[lm.Weights, Vocabulary, int]:
+    """Weights, vocabulary, side of images: of the original's file, or of our folder or file.
+
+    InputError: it is neither, or its arrays are not those of the model; each that differs is listed.
+    """
+    if is_ours(path):
+        arrays, facts = tensors.read("--input", path / WEIGHTS if path.is_dir() else path)
+        like = in_file(jax.eval_shape(lambda: lm.init(c.model, jax.random.key(0))))
+        arrays = check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()}, say)
+        tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in tensors.named(like)])
+        return lm.Weights(tree.pop("params"), tree), *what_it_reads(path, facts, c)
+    vocabulary = vocabulary_of(c)
+    arrays = check(path, read_original(path), lm.original.kinds(c.model), say)
+    return lm.original.weights(arrays, c.model), vocabulary, 0
+
+
+def what_it_reads(path: epath.Path, facts: dict[str, str], c: Config) -> tuple[Vocabulary, int]:
+    """Vocabulary and side of images, as `tvq export` noted them in the file; else those of config.data.
+
+    InputError: they are damaged, or the data is not there.
+    """
+    if "vocabulary" in facts and "image_size" in facts:
+        try:
+            return from_json(json.loads(facts["vocabulary"])), int(facts["image_size"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"--input={path}: what it notes of its vocabulary is damaged: {error}"
+            ) from error
+    if c.model.n_vocab == ByteVocabulary().size and c.data.source != "tokens" and not c.data.mix:
+        return ByteVocabulary(), 0
+    try:
+        corpus = open_corpus(c.data)
+        evaluate.check_vocabulary(corpus, c.model)
+    except InputError as error:
+        raise InputError(
+            f"--input={path} has lost what tvq export noted in it of vocabulary and images, as when another"
+            f" program saves it again; set config.data to the data of training, which has both: {error}"
+        ) from error
+    return corpus.vocabulary, corpus.image_size
+
+
+def is_ours(path: epath.Path) -> bool:
+    """What `tvq export` wrote, not the original program."""
+    return path.is_dir() or path.suffix == epath.Path(WEIGHTS).suffix
+
+
+def in_file(weights: lm.Weights) -> dict:
+    """The tree whose names a file of weights has: `params.units.q`, `codebooks.sum`."""
+    return {"params": weights.params, **weights.extra}
+
+
+def check(
+    path: epath.Path, arrays: Mapping[str, np.ndarray], wanted: dict[str, str], say: Say
+) -> dict[str, np.ndarray]:
+    """The arrays, of the wanted dtypes: where nothing but floating-point dtypes differs they are converted.
+
+    InputError lists each array that is missing, not wanted, of another shape or dtype, or not finite.
+    """
+    kinds = {name: tensors.kind(x) for name, x in arrays.items()}
+    differing = tensors.differing(kinds, wanted, "in the file")
+    if arrays and not arrays.keys() & wanted.keys():
+        raise InputError(
+            f"--input={path} holds no array of the model under its name; it has {_some(arrays)}, not"
+            f" {_some(wanted)}"
+        )
+    shape_of = lambda kind: kind.partition("[")[2]
+    is_converted = kinds.keys() == wanted.keys() and all(
+        shape_of(kinds[name]) == shape_of(wanted[name]) and jnp.issubdtype(x.dtype, jnp.floating)
+        for name, x in arrays.items()
+    )
+    if differing and not is_converted:
+        raise InputError(
+            f"--input={path} holds another model than the config: {len(differing)} arrays differ;"
+            " set config.model to what it was trained with\n" + "\n".join(differing)
+        )
+    if differing:
+        say(f"{len(differing)} arrays of {path} are converted, as {differing[0].strip()}")
+    with np.errstate(over="ignore"):
+        found = {name: x.astype(jnp.dtype(wanted[name].partition("[")[0])) for name, x in arrays.items()}
+    broken = [name for name, x in found.items() if not np.isfinite(x).all()]
+    if broken:
+        raise InputError(f"--input={path} holds numbers that are not finite, in {_some(broken)}")
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    """`a, b, c and 5 more`."""
+    found = sorted(names)
+    text = ", ".join(found[:3])
+    return f"{text} and {len(found) - 3} more" if len(found) > 3 else text
+
+
+def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002
+    """Makes a run at step 0 of weights, with a fresh optimizer. InputError: wrong ones, nothing written."""
+    one_process(place, "import")
+    if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
+        raise InputError(f"--workdir={workdir} holds a run already; use another folder")
+    check_workdir(workdir, c)
+    console = metrics.Console()
+    weights, vocabulary, image_size = read_weights(epath.Path(input), c, console.say)
+    tx = optimizer.make(c.optimizer, c.model)
+    whole = sharding.sharding(sharding.make(config.Mesh(), jax.devices()[:1]), sharding.WHOLE)
+
+    def begin(weights: lm.Weights) -> state.TrainState:
+        fresh = state.init(c.model, tx, c.train.seed)  # of which only the key stays
+        return fresh._replace(weights=weights, opt_state=tx.init(weights.params))
+
+    now = jax.jit(begin, out_shardings=whole)(weights)
+    data = {"next_batch": 0, "fingerprint": None, "seconds": {}}
+    data |= {"vocabulary": to_json(vocabulary), "image_size": image_size}
+    with cluster.writing("--workdir", workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
+        checkpoints.save(0, now, data, config.to_dict(c))
+    record(workdir, c, log)  # last: without it the folder is no run
+    console.say(
+        f"{state.n_param(now):,} parameters of {input} are checkpoint 0 of {workdir}; it has no optimizer"
+        " state: training goes on from these weights with a fresh one and the schedule's warm-up"
+    )
+    if not is_ours(epath.Path(input)) and not c.model.attend_across_documents:
+        console.say(
+            "warning: these weights come from a program that attends across documents, and"
+            " config.model.attend_across_documents is false; for that program's results import them with"
+            " --config.model.attend_across_documents=true"
+        )
+    return 0
+
+
+def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, output: str) -> int:
+    """Writes parameters and codebooks of the newest checkpoint, by name, and the config of the run."""
+    one_process(place, "export")
+    folder = epath.Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output={output} is not an empty folder; use another")
+    restored = evaluate.restore(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), log.say)
+    now = restored.state
+    arrays = tensors.named(in_file(now.weights))
+    kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}
+    facts = {"step": str(restored.step), **kept}
+    with cluster.writing("--output", folder):
+        n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
+        atomic.write(folder / config.FILE, json.dumps(config.to_dict(c), indent=1) + "\n")
+    metrics.Console().say(
+        f"{state.n_param(now):,} parameters of step {restored.step:,} are in {folder}: {n_byte / 1e6:,.1f} MB"
+    )
+    return 0
+
+
+def vocabulary_of(c: Config) -> Vocabulary:
+    """Bytes where the model has as many ids, else that of the data: the original's files have none."""
+    if c.model.n_vocab == ByteVocabulary().size:
+        return ByteVocabulary()
+    corpus = open_corpus(c.data)
+    evaluate.check_vocabulary(corpus, c.model)
+    return corpus.vocabulary
+
+
+def one_process(place: cluster.Place, command: str) -> None:
+    if place.n_process > 1:
+        raise InputError(f"tvq {command} is for one process, but {place}; start it by itself")

@@ -1,0 +1,34 @@
+"""What a run will cost, `tvq plan`: its train step, compiled for a machine that is not there.
+
+Nothing is computed: the machine's own compiler says what memory the step needs, and its program is read for
+products, memory traffic and messages between devices. Times are of a machine that reaches its data sheet:
+bounds to compare shapes by, not predictions to rely on.
+"""
+
+from etils import epath
+
+from tvq import cluster, sharding
+from tvq.config import Config
+from tvq.errors import InputError
+from tvq.programs.plan import report, step, sweep, targets
+from tvq.programs.plan.step import TooLargeError
+from tvq.run import metrics
+
+DOES_NOT_FIT = 1  # the exit code
+
+
+def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints what the train step costs, or with plan.sweep a table of mesh shapes; 1 if nothing fits."""
+    if place.n_process > 1:
+        raise InputError(f"tvq plan is for one process, but {place}; start it by itself")
+    console = metrics.Console()
+    devices = targets.devices(c.plan.topology)
+    if not c.plan.sweep:
+        try:
+            found = step.estimate(c, sharding.make(c.mesh, devices, c))
+        except TooLargeError as error:
+            console.say(report.too_large(error))
+            return DOES_NOT_FIT
+        console.say(report.page(c, found))
+        return 0 if found.fits else DOES_NOT_FIT
+    return 0 if sweep.sweep(c, devices, console) else DOES_NOT_FIT

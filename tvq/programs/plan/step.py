@@ -1,0 +1,178 @@
+"""What one train step costs on a machine, from the program that its compiler makes."""
+
+import dataclasses
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tvq import chips, sharding
+from tvq import model as lm
+from tvq.config import Config
+from tvq.programs.plan.hlo import Array
+from tvq.programs.plan.program import Collective, Kernel, Program
+from tvq.training import optimizer, state, train_step
+
+N_LARGEST = 5
+
+
+class TooLargeError(Exception):
+    """The compiler finds no place for the program; it holds the GiB needed and the GiB there are, as text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """All of one device and one call of the step, unless it says otherwise."""
+
+    shape: dict[str, int]  # of the mesh
+    chip: chips.Chip
+    n_token: int  # of the whole batch
+    n_param: int  # of the whole model
+    memory: dict[str, int]  # bytes by what they hold
+    largest: list[tuple[Array, int]]  # arrays of the program, and how many there are
+    analytic: float  # FLOPs that the mathematics needs
+    compiled: float  # FLOPs that the program does
+    traffic: float  # bytes that it moves to and from main memory
+    n_kernel: int
+    links: dict[tuple[str, str], tuple[int, float]]  # (kind, axes): messages, bytes sent
+    seconds: dict[str, float]  # by what bounds them
+    compile_seconds: float
+
+    @property
+    def bytes_needed(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes_needed <= self.chip.memory
+
+    @property
+    def step_seconds(self) -> float:
+        """At best: each kernel at the peak of what bounds it, no exchange hidden behind others."""
+        return sum(self.seconds.values())
+
+
+def estimate(c: Config, devices: Mesh) -> Estimate:
+    """TooLargeError: the compiler of this machine says so itself."""
+    chip = chips.chip(devices.devices.flat[0].device_kind)
+    assert chip is not None, "every target has its chip"
+    B, T, n_device = c.train.global_batch_size, c.train.sequence_len, devices.size
+    sharding.check(devices, c)
+    sharding.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
+    tx = optimizer.make(c.optimizer, c.model)
+    carried = state.place(c, tx, devices)
+    tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding.sharding(devices, sharding.BATCH))
+    batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens_BT)
+    began = time.monotonic()
+    made = compiled(train_step.make(c, devices, tx).lower(carried, batch))
+    compile_seconds = time.monotonic() - began
+
+    program = Program.read(made.as_text() or "")
+    kernels, exchanges = list(program.kernels()), list(program.collectives(devices.size))
+    axes = sharding.axes(devices, c.model, c.mesh.shard_params)
+    empty = jax.eval_shape(lambda: lm.start(c.model, B))
+    attention = sharding.with_sharding(devices, empty, lm.state_specs(c.model, axes))
+    used = made.memory_analysis()
+    assert used is not None, "every target's compiler counts memory"
+    memory = {
+        "parameters": device_bytes(carried.weights.params),
+        "optimizer state": device_bytes(carried.opt_state),
+        "codebooks": device_bytes(carried.weights.extra),
+        "attention state": device_bytes(attention),
+        "batch": device_bytes(batch),
+    }
+    work = temporaries(used, sharding.platform(devices)) - memory["attention state"]
+    memory["gradients, activations, work space"] = work
+    memory["metrics"] = used.output_size_in_bytes - used.alias_size_in_bytes
+    return Estimate(
+        shape=dict(devices.shape),
+        chip=chip,
+        n_token=B * T,
+        n_param=state.n_param(carried),
+        memory=memory,
+        largest=largest(program),
+        analytic=lm.train_flops(c.model, c.train.update_len) * B * T / n_device,
+        compiled=sum(kernel.n * kernel.flops for kernel in kernels),
+        traffic=sum(kernel.n * kernel.nbytes for kernel in kernels),
+        n_kernel=sum(kernel.n for kernel in kernels),
+        links=links(exchanges, devices),
+        seconds=roofline(kernels, exchanges, devices, chip),
+        compile_seconds=compile_seconds,
+    )
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"\(?([\d.]+G)\)? (?:exceeds available HBM \(|of )([\d.]+G)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+            raise
+        raise TooLargeError(*found.groups()) from error
+
+
+def temporaries(used: Any, platform: str) -> int:
+    """Bytes of what the program makes and drops, from the compiler's account of its memory.
+
+    Those of a TPU share memory more than their sum tells, which may be more than there is: its peak is right.
+    """
+    if platform != "tpu":
+        return used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    new = used.output_size_in_bytes - used.alias_size_in_bytes
+    return used.peak_memory_in_bytes - used.argument_size_in_bytes - new
+
+
+def device_bytes(tree: Any) -> int:
+    """Of each array the part on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
+
+
+def largest(program: Program) -> list[tuple[Array, int]]:
+    """The largest arrays that a loop carries, as often as the loop that has most of them."""
+    found: Counter[Array] = Counter()
+    for computation in program.computations.values():
+        for one in computation.values():
+            if one.op == "while":
+                found |= Counter(one.arrays)
+    order = sorted(found.items(), key=lambda item: -item[0].nbytes * item[1])
+    return order[:N_LARGEST]
+
+
+def links(exchanges: Iterable[Collective], devices: Mesh) -> dict[tuple[str, str], tuple[int, float]]:
+    """Messages and bytes that a device sends, by kind and by the axes of the mesh that they run along."""
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for one in exchanges:
+        places = np.array(np.unravel_index(one.groups[0], devices.devices.shape))
+        varying = (places != places[:, :1]).any(1)
+        axes = ", ".join(name for name, along in zip(devices.axis_names, varying, strict=True) if along)
+        if axes:  # else each device exchanges with itself
+            n, sent = found.get((one.kind, axes), (0, 0.0))
+            found[one.kind, axes] = n + one.n, sent + one.n * one.sent
+    return found
+
+
+def roofline(
+    kernels: list[Kernel], exchanges: list[Collective], devices: Mesh, chip: chips.Chip
+) -> dict[str, float]:
+    """Seconds by what bounds each kernel; an exchange has a ring along each dimension that it spans."""
+    seconds = {"products": 0.0, "memory": 0.0}
+    for kernel in kernels:
+        working = kernel.flops / getattr(chip, kernel.precision)
+        moving = kernel.nbytes / chip.bandwidth
+        seconds["products" if working > moving else "memory"] += kernel.n * max(working, moving)
+    seconds["launches"] = chip.launch * sum(kernel.n for kernel in kernels)
+    seconds["links"] = sum(one.n * one.sent / n_ring(devices, one.groups[0]) for one in exchanges) / chip.link
+    return seconds
+
+
+def n_ring(devices: Mesh, group: tuple[int, ...]) -> int:
+    """The dimensions of a TPU slice along which a group of devices lies; elsewhere one."""
+    places = [getattr(devices.devices.flat[i], "coords", (i,)) for i in group]
+    return max(1, sum(len(set(along)) > 1 for along in zip(*places, strict=True)))

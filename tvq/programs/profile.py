@@ -1,0 +1,214 @@
+"""What a train step spends its time on: a few steps are traced, and their kernels summed up part by part."""
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from tvq import cluster, sharding
+from tvq.config import Config
+from tvq.errors import InputError
+from tvq.programs.plan.hlo import COLLECTIVES, Instruction
+from tvq.programs.plan.program import Kernel, Program
+from tvq.run import metrics, trace
+from tvq.training import optimizer, state, train_step
+
+N_STEP, N_ROW = 2, 10
+# A CUDA graph runs many kernels, of which a trace names the graph alone.
+COMMAND_BUFFER = "command_buffer"
+WITHOUT_COMMAND_BUFFERS: dict[str, str | bool] = {f"xla_gpu_enable_{COMMAND_BUFFER}": ""}
+ENOUGH = 0.9  # of the devices' time in kernels that are told apart, to speak of the whole
+EXCHANGE = "exchange"  # of devices, besides the sums of `reduce`
+OTHER = "other"  # what has no name of ours, and what the compiler added
+
+
+class Cost(NamedTuple):
+    """Of one step on one device."""
+
+    part: str  # of trace.PARTS, or EXCHANGE or OTHER
+    way: str  # forward, again (computed a second time) or backward
+    what: str  # the operation, as jax calls it
+    seconds: float
+    nbytes: float  # read and written
+    n: float  # launches
+
+
+def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+    """Prints the largest costs of the train step on random tokens, and writes the trace to `output`.
+
+    InputError: more than one process, or a device whose traces do not name their kernels.
+    """
+    if place.n_process > 1:
+        raise InputError(f"tvq profile is for one process, but {place}; start it by itself")
+    console = metrics.Console()
+    with cluster.writing("--output", output):
+        output.mkdir(parents=True, exist_ok=True)
+    devices = sharding.make(c.mesh, jax.devices(), c)
+    B, T = c.train.global_batch_size, c.train.sequence_len
+    sharding.check(devices, c)
+    sharding.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
+    tx = optimizer.make(c.optimizer, c.model)
+    places = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
+    now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=places)()
+    tokens_BT = np.random.default_rng(0).integers(0, c.model.n_vocab, (B, T), np.int32)
+    rows = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), np.ones_like(tokens_BT))
+    batch = sharding.global_batch(devices, rows | {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1]}, B)
+    console.say("compiling the train step")
+    options = WITHOUT_COMMAND_BUFFERS if sharding.platform(devices) == "gpu" else None
+    update = train_step.make(c, devices, tx).lower(now, batch).compile(options)
+    now, _ = jax.block_until_ready(update(now, batch))  # the first call is not like the others
+    with trace.written(Path(output)):
+        for _ in range(N_STEP):
+            now, _ = update(now, batch)
+        jax.block_until_ready(now)
+    n_run = N_STEP * devices.size
+    spent = {name: seconds / n_run for name, seconds in kernel_seconds(newest(Path(output))).items()}
+    program = Program.read(update.as_text() or "")
+    found, rest = costs(program, spent), unattributed(program, spent)
+    if not found:
+        where = devices.devices.flat[0].device_kind
+        raise InputError(f"{nameless(where, rest)}; look at it instead: tensorboard --logdir {output}")
+    console.say(table(found, rest))
+    console.say(f"the trace: tensorboard --logdir {output}")
+    return 0
+
+
+def nameless(device: str, rest: Mapping[str, float]) -> str:
+    """Why a trace is of no use here."""
+    if any(COMMAND_BUFFER in name for name in rest):
+        return (
+            f"the trace of a {device} names the CUDA graphs, `{COMMAND_BUFFER}`, and not their kernels,"
+            f" although the step was compiled without such graphs"
+        )
+    return f"the trace of a {device} does not name its kernels"
+
+
+def newest(folder: Path) -> Path:
+    """The last trace written to a folder."""
+    return max(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+
+
+class Event(NamedTuple):
+    plane: str  # a device, or the host
+    name: str
+    seconds: float
+    stats: dict[str, object]
+
+
+def events(path: Path) -> list[Event]:
+    """What a trace tells."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns of types that jaxlib makes while it reads; as an error that ends the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return [
+            Event(plane.name, event.name, event.duration_ns * 1e-9, dict(event.stats))
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+            for line in plane.lines
+            for event in line.events
+        ]
+
+
+def kernel_seconds(path: Path) -> dict[str, float]:
+    """Seconds by the name of the instruction, of all devices together; loops hold what runs inside.
+
+    What a GPU did for no program that the trace tells of stands under its own name.
+    """
+    found: defaultdict[str, float] = defaultdict(float)
+    for event in events(path):
+        module = str(event.stats.get("hlo_module", ""))
+        if module.startswith("jit_train_step"):
+            found[str(event.stats.get("hlo_op", event.name))] += event.seconds
+        elif not module and event.plane.startswith("/device:GPU"):
+            found[event.name] += event.seconds
+    return found
+
+
+def costs(program: Program, seconds: Mapping[str, float]) -> list[Cost]:
+    """The costs that the kernels of a program add up to, the largest first."""
+    found: dict[tuple[str, str, str], np.ndarray] = {}
+    for kernel in program.kernels():
+        name = kernel.instruction.name
+        if name in seconds:
+            row = found.setdefault(named(program, kernel), np.zeros(3))
+            row += (seconds[name], kernel.n * kernel.nbytes, kernel.n)
+    rows = [Cost(*key, *row.tolist()) for key, row in found.items()]
+    return sorted(rows, key=lambda cost: -cost.seconds)
+
+
+def unattributed(program: Program, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of what is no kernel of the program, by name; of loops and calls, what runs inside tells."""
+    known = {kernel.instruction.name for kernel in program.kernels()}
+    for computation in program.computations.values():
+        for one in computation.values():
+            if one.op in ("while", "call") and COMMAND_BUFFER not in one.called:
+                known.add(one.name)
+    return {name: spent for name, spent in seconds.items() if name not in known}
+
+
+def named(program: Program, kernel: Kernel) -> tuple[str, str, str]:
+    """Part, way and operation, from a name like `jit(train_step)/transpose(jvp(loss))/dot_general`."""
+    path = origin(program, kernel.instruction)
+    parts = re.findall(rf"\b({'|'.join(trace.PARTS)})\b", path)
+    way = "again" if "rematted" in path else "backward" if "transpose(" in path else "forward"
+    exchanges = kernel.instruction.op.startswith(COLLECTIVES)
+    part = parts[-1] if parts else EXCHANGE if exchanges else OTHER
+    return part, way, path.rpartition("/")[2] or kernel.instruction.op
+
+
+def origin(program: Program, one: Instruction) -> str:
+    """The name that jax gave; where the compiler lost it, that of what is read."""
+    scope = next(names for names in program.computations.values() if one.name in names)
+    seen: set[str] = set()
+    waiting = [one]
+    while waiting:
+        one = waiting.pop(0)
+        inside = [part for _, part in program.inner(one)] if one.op == "fusion" else []
+        for part in [one, *inside]:
+            if path := part.attribute(r'op_name="([^";]*)'):
+                return path
+        waiting += [scope[name] for name in one.operands if name not in seen]
+        seen |= set(one.operands)
+    return ""
+
+
+def table(found: list[Cost], rest: Mapping[str, float]) -> str:
+    """The N_ROW largest costs, and the time of each part; of `rest` no part is known."""
+    known = sum(cost.seconds for cost in found)
+    total = known + sum(rest.values())
+    by_part = {
+        part: sum(cost.seconds for cost in found if cost.part == part)
+        for part in (*trace.PARTS, EXCHANGE, OTHER)
+    }
+    if rest:
+        largest = ", ".join(sorted(rest, key=lambda name: -rest[name])[:3])
+        by_part[f"not attributed: {largest}{' ...' if len(rest) > 3 else ''}"] = total - known
+    lines = [
+        *rows(found, total),
+        "",
+        f"by part, of {1e3 * total:,.1f} ms a step and device:",
+        *(
+            f"{seconds / total:6.1%}  {part}"
+            for part, seconds in sorted(by_part.items(), key=lambda item: -item[1])
+        ),
+    ]
+    if known < ENOUGH * total:
+        lines.append(
+            f"only {known / total:.1%} of this time is in kernels that the trace and the program name"
+        )
+    return "\n".join(lines).replace("%", " %")
+
+
+def rows(found: list[Cost], total: float) -> Iterator[str]:
+    yield f"{'share':>7}  {'ms':>9}  {'MB':>9}  {'GB/s':>7}  {'launches':>8}  what"
+    for cost in found[:N_ROW]:
+        rate = cost.nbytes / cost.seconds / 1e9 if cost.seconds else 0.0
+        yield (
+            f"{cost.seconds / total:6.1%}  {1e3 * cost.seconds:9.2f}  {cost.nbytes / 1e6:9,.1f}  {rate:7.1f}"
+            f"  {cost.n:8,.0f}  {cost.part}, {cost.way}: {cost.what}"
+        )

@@ -1,0 +1,347 @@
+"""The program `tvq sample`: what is asked, in what order, and where the answer goes."""
+
+import errno
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from tvq import atomic, cluster, sharding
+from tvq import model as lm
+from tvq.config import Config, Mesh
+from tvq.data import detokenize, optional
+from tvq.data.vocabulary import END, Vocabulary, from_json
+from tvq.errors import InputError
+from tvq.programs import evaluate
+from tvq.run import draw, image_samples, metrics, records, tensors
+from tvq.run.draw import Prefix, Tell
+from tvq.training.state import TrainState
+
+# What is written to a folder.
+RESULTS = re.compile(r"\d{4,}\.(txt|png)|sheet\.png")
+
+
+def check(c: Config, image_size: int, placed: TrainState) -> None:
+    """InputError if a run with its state so placed could not draw or write its samples."""
+    if not c.sample.every or not c.model.carries_state:
+        return
+    if image_size:
+        optional.load("PIL.Image")
+    there = sharding.device_memory("bytes_limit")
+    mib = lambda shape, x: math.prod(shape) * x.dtype.itemsize / 2**20
+    held = sum(mib(x.sharding.shard_shape(x.shape), x) for x in jax.tree.leaves(placed))
+    model = jax.tree.leaves(placed.weights)
+    whole = sum(mib(x.shape, x) for x in model if not x.sharding.is_fully_replicated)
+    if there is not None and whole and held + whole > there / 2**20:
+        raise InputError(
+            f"config.sample.every {c.sample.every} draws with the whole model on each device: its"
+            f" {whole:,.0f} MiB do not fit beside {held:,.0f} MiB of the run into {there / 2**20:,.0f} MiB;"
+            " use config.sample.every=0, and tvq sample where the model fits"
+        )
+
+
+def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sharding.Mesh) -> Callable:
+    """`(weights, tell) -> records.Sample`: `sample.n_sample` texts that begin with `sample.prompt`.
+
+    Or as many images, on one sheet. Each process draws the same, on one device, so that all can be stopped.
+    """
+    gather = jax.jit(
+        lambda x: x, out_shardings=sharding.sharding(devices, sharding.WHOLE)
+    )  # takes all processes
+
+    def here(x: jax.Array) -> jax.Array:
+        return (x if x.is_fully_replicated else gather(x)).addressable_data(0)
+
+    def draw_sample(weights: lm.Weights, tell: Tell) -> records.Sample:
+        weights = jax.tree.map(here, weights)
+        if image_size:
+            nothing, options = [np.empty(0, np.int32)], drawing(c)
+            found = image_samples.drawn(weights, c, image_size, nothing, options, tell)
+            return image_samples.png(image_samples.sheet(found))
+        before = draw.empty(c.model)
+        return show(answers(weights, vocabulary, c, before, [c.sample.prompt], tell)) + "\n"
+
+    return draw_sample
+
+
+def check_decodes(c: Config) -> None:
+    if not c.model.carries_state:
+        raise InputError(
+            f"config.model.attention={c.model.attention} cannot decode; train with vq to draw samples"
+        )
+
+
+def drawing(c: Config) -> dict[str, Any]:
+    """The options of `draw.chunks`, of texts."""
+    return {
+        "model": lm.suited(c.model, jax.devices()[0].platform),
+        "length": c.sample.length,
+        "temperature": c.sample.temperature,
+        "p_nucleus": c.sample.nucleus,
+        "end": None if c.sample.past_end else END,
+    }
+
+
+def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
+    """Ids; a command line's bytes that are no UTF-8 stand as surrogates in a prompt.
+
+    InputError: the vocabulary does not read them.
+    """
+    try:
+        return vocabulary.encode(prompt.encode(errors="surrogateescape"))
+    except UnicodeError as error:
+        raise InputError(
+            f"a prompt is not UTF-8, and a model of {vocabulary.name} reads nothing else: {prompt[:60]!r}"
+        ) from error
+
+
+def answers(
+    weights: lm.Weights,
+    vocabulary: Vocabulary,
+    c: Config,
+    before: Prefix,
+    prompts: list[str],
+    tell: Tell,
+) -> list[str]:
+    """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
+    found = draw.answers(
+        weights,
+        before,
+        [encoded(vocabulary, prompt) for prompt in prompts],
+        c.sample.n_sample,
+        jax.random.key(c.sample.seed),
+        batch_size=c.sample.batch_size,
+        tell=tell,
+        **drawing(c),
+    )
+    # Decoded with the prompt: where it ends may decide how the first piece is written.
+    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in found]
+
+
+def streams(
+    weights: lm.Weights,
+    vocabulary: Vocabulary,
+    c: Config,
+    before: Prefix,
+    prompts: list[str],
+    tell: Tell,
+) -> Iterator[Iterator[str]]:
+    """The same texts, each in pieces as they are drawn."""
+    options, key = drawing(c), jax.random.key(c.sample.seed)
+    for prompt in prompts:
+        ids = encoded(vocabulary, prompt)
+        prefix = draw.read_on(weights, before, ids, options["model"], tell)
+        tell("")
+        for number in range(c.sample.n_sample):
+            drawn = draw.continuation(weights, prefix, number, key, **options)
+            yield spoken(vocabulary, ids, drawn)
+
+
+def spoken(vocabulary: Vocabulary, ids_T: np.ndarray, drawn: Iterable[np.ndarray]) -> Iterator[str]:
+    """The text of ids and of those that follow, in pieces: whole characters, none before it is certain."""
+    return detokenize.stream(vocabulary, itertools.chain([ids_T], drawn))
+
+
+def read_prompts(path: epath.Path) -> list[str]:
+    """The prompts in a file: a line each, or of `.jsonl` the field `prompt` of a line. InputError: none."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"--prompts={path}: cannot read it ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts={path} is not UTF-8: {error}") from error
+    if not text:
+        raise InputError(f"--prompts={path} is empty; write one prompt a line")
+    lines = text.removesuffix("\n").split("\n")
+    return [_prompt(path, i, line) for i, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+
+
+def _prompt(path: epath.Path, number: int, line: str) -> str:
+    try:
+        found = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, str):
+        raise InputError(f'--prompts={path}: line {number} must be {{"prompt": "..."}}, not {line[:60]}')
+    return found
+
+
+def read_document(path: epath.Path, vocabulary: Vocabulary) -> np.ndarray:
+    """The ids of a file. InputError: it cannot be read, or not by this vocabulary."""
+    try:
+        return vocabulary.encode(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"--document={path}: cannot read it ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--document={path} is not UTF-8, and a model of {vocabulary.name} reads nothing else:"
+            f" {error.reason} at byte {error.start:,}"
+        ) from error
+
+
+def show(found: list[str]) -> str:
+    """Texts for the terminal."""
+    return "\n".join(header(i, len(found)) + text for i, text in enumerate(found))
+
+
+def line(found: records.Sample, folder: epath.Path) -> str:
+    """A sample of a run for the terminal."""
+    return f"sample in {folder}" + (f"\n{found.rstrip()}" if isinstance(found, str) else "")
+
+
+def header(i: int, n: int) -> str:
+    return f"--- sample {i + 1} of {n} ---\n" if n > 1 else ""
+
+
+def write_files(found: list[str], folder: epath.Path) -> str:
+    """A text file each; what to say of it."""
+    for i, text in enumerate(found):
+        atomic.write(folder / f"{i + 1:04}.txt", text)
+    return f"{len(found)} texts in {folder}"
+
+
+def keep(found: list[str], folder: epath.Path, log: cluster.Log) -> int:
+    """Writes texts to a folder, or where that fails to standard output; returns the exit code."""
+    try:
+        told = write_files(found, folder)
+    except OSError as error:
+        log.say(f"tvq: --output={folder}: cannot write there ({error.strerror}); here are the texts")
+        return deliver([show(found) + "\n"], log) or cluster.EXIT_FAILED
+    return deliver([told + "\n"], log)
+
+
+def prefix(
+    weights: lm.Weights,
+    vocabulary: Vocabulary,
+    c: Config,
+    say: Callable[[str], None],
+    tell: Tell,
+    document: str | None,
+    save_state: str | None,
+    from_state: str | None,
+) -> Prefix:
+    """What stands before every prompt: nothing, a saved state, a document, or both; saved if asked."""
+    read_by = tensors.fingerprint(weights) if save_state or from_state else ""
+    found = draw.load(epath.Path(from_state), c.model, read_by) if from_state else draw.empty(c.model)
+    if document:
+        ids = read_document(epath.Path(document), vocabulary)
+        found = draw.read_on(weights, found, ids, drawing(c)["model"], tell)
+        tell("")
+    if save_state:
+        with cluster.writing("--save_state", save_state):
+            n_byte = draw.save(epath.Path(save_state), found, c.model, read_by)
+        n_token = int(found.state.position) + len(found.rest_T)
+        say(f"state after {n_token:,} tokens in {save_state}: {n_byte / 1e6:,.1f} MB, as after any number")
+    return found
+
+
+def check_output(folder: epath.Path) -> None:
+    """InputError if the results cannot be written there, or would be mixed with older ones."""
+    older = sorted(x.name for x in folder.iterdir() if RESULTS.fullmatch(x.name)) if folder.is_dir() else []
+    if older:
+        raise InputError(f"--output={folder} holds results already ({older[0]}); use another folder")
+    with cluster.writing("--output", folder):  # now, not once all is read and drawn
+        atomic.check(folder)
+
+
+def check_save_state(path: epath.Path, inputs: dict[str, str | None]) -> None:
+    """InputError if a state cannot be written there, or would overwrite an input or what is no state."""
+    for option, other in inputs.items():
+        if other and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise InputError(f"--save_state={path} is the file of {option} too; use another name")
+    if path.exists() and not draw.is_saved(path):
+        raise InputError(f"--save_state={path} is there already and is not a saved state; use another name")
+    with cluster.writing("--save_state", path.parent):
+        atomic.check(path.parent)
+
+
+def unused(folder: epath.Path) -> epath.Path:
+    """The folder, or where it is there already the first of FOLDER_2, FOLDER_3, ... that is not."""
+    names = itertools.chain([folder.name], (f"{folder.name}_{i}" for i in itertools.count(2)))
+    return next(path for name in names if not (path := folder.with_name(name)).exists())
+
+
+def deliver(pieces: Iterable[str], log: cluster.Log) -> int:
+    """Writes texts to standard output as they come; returns the exit code.
+
+    A reader that has gone (`| head`) wants no more of them: nothing more is drawn, and all is well.
+    """
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except OSError as error:
+        # What is buffered would fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            log.say(f"tvq: standard output cannot be written ({error.strerror})")
+            return cluster.EXIT_FAILED
+    return 0
+
+
+def streamed(texts: Iterable[Iterator[str]], n: int) -> Iterator[str]:
+    for i, pieces in enumerate(texts):
+        yield header(i, n)
+        yield from pieces
+        yield "\n"
+
+
+def sample(
+    c: Config,
+    workdir: epath.Path,
+    place: cluster.Place,
+    log: cluster.Log,
+    *,
+    prompts: str | None,
+    output: str | None,
+    stream: bool,
+    document: str | None,
+    save_state: str | None,
+    from_state: str | None,
+) -> int:
+    """Continues prompts with the newest checkpoint."""
+    if place.n_process > 1:
+        raise InputError(f"tvq sample is for one process, but {place}; start it by itself")
+    if stream and output:
+        raise InputError("--stream writes to the terminal and --output to files; use one of them")
+    check_decodes(c)
+    if output:
+        check_output(epath.Path(output))
+    if save_state:
+        inputs = {"--document": document, "--prompts": prompts, "--from_state": from_state}
+        check_save_state(epath.Path(save_state), inputs)
+    restored = evaluate.restore(c, workdir, sharding.make(Mesh(), jax.devices()[:1]), log.say)
+    vocabulary = from_json(restored.data["vocabulary"])
+    weights = restored.state.weights
+    if restored.data["image_size"]:
+        if stream or document or save_state or from_state or c.sample.prompt:
+            raise InputError("this model draws images: it takes --prompts of images and --output, no text")
+        folder = epath.Path(output) if output else unused(workdir / "samples" / f"step_{restored.step}")
+        check_output(folder)
+        size = restored.data["image_size"]
+        halves = image_samples.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]
+        with metrics.Console() as console, cluster.writing("--output", folder):
+            images = image_samples.drawn(weights, c, size, halves, drawing(c), telling(console))
+            console.say(image_samples.write(images, folder))
+        return 0
+    asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
+    with metrics.Console() as console:
+        tell = telling(console)
+        before = prefix(weights, vocabulary, c, log.say, tell, document, save_state, from_state)
+        if stream:
+            texts = streams(weights, vocabulary, c, before, asked, tell)
+            return deliver(streamed(texts, len(asked) * c.sample.n_sample), log)
+        found = answers(weights, vocabulary, c, before, asked, tell)
+    return keep(found, epath.Path(output), log) if output else deliver([show(found) + "\n"], log)
+
+
+def telling(console: metrics.Console) -> Tell:
+    """Tells on the live line."""
+    return lambda line: console.progress(line, brief=True)

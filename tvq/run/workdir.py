@@ -1,0 +1,228 @@
+"""The folder of a run: whether a run may start there, and whether it is still where it was."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from etils import epath
+
+from tvq import cluster, config
+from tvq.config import Config
+from tvq.errors import InputError
+from tvq.run import health, records
+
+CHECKPOINTS = "checkpoints"
+# There once the first checkpoint is: without it, rows without checkpoints are those of a run that was killed
+# before.
+SAVED = "checkpoints.json"
+# What a start leaves in a workdir that was killed before it was a run.
+STARTED = ("logs", f"{config.FILE}.tmp")
+
+
+def check_workdir(workdir: epath.Path, c: Config) -> None:
+    """InputError if it holds another run, something that is no run, or a run without its checkpoints."""
+    path = workdir / config.FILE
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is not a folder; use another")
+    if path.exists():
+        differing = config.differences(config.recorded(path), config.to_dict(c))
+        if differing:
+            raise InputError(
+                f"--workdir={workdir} holds a run with another config; go on with that one's,"
+                " or use another workdir:\n  " + "\n  ".join(differing)
+            )
+    elif workdir.exists() and any(path.name not in STARTED for path in workdir.iterdir()):
+        raise InputError(f"--workdir={workdir} is not empty and holds no run; use another folder")
+    _check_checkpoints(workdir, c)
+
+
+def _check_checkpoints(workdir: epath.Path, c: Config) -> None:
+    """InputError if the checkpoints of a record are gone: a new run would erase what the old one recorded."""
+    folder = workdir / CHECKPOINTS
+    what, is_bucket = "", "://" in str(workdir)
+    if folder.is_dir() or is_bucket:  # which has no empty folders
+        if steps(workdir):
+            return
+        if any(name.startswith("damaged_") for name in _names(folder)):
+            what = "holds only damaged ones"
+        elif (workdir / SAVED).exists() or _last_row(workdir) > _surely_saved(workdir, c):
+            what = "is empty: not mounted, perhaps"
+    elif os.path.islink(folder):
+        target = os.readlink(folder)
+        if not _has_record(workdir):
+            raise InputError(
+                f"{folder} is a link to {target}, which is no folder; make it, or remove the link"
+            )
+        what = f"is a link to {target}, which is no folder"
+    elif folder.exists():
+        raise InputError(f"{folder} is no folder; move it away, or use another workdir")
+    else:
+        what = "is not there"
+    if what and _has_record(workdir):
+        raise InputError(
+            f"--workdir={workdir} holds the record of a run (to step {_last_row(workdir)}), but no"
+            f" checkpoint to go on from: {folder} {what}; bring the checkpoints back, or use another workdir:"
+            f" a new run here would erase that record (if that is wanted, delete {workdir})"
+        )
+
+
+def steps(workdir: epath.Path) -> list[int]:
+    """The steps of the checkpoints that are committed."""
+    return sorted(int(name) for name in _names(workdir / CHECKPOINTS) if name.isdecimal())
+
+
+def _names(folder: epath.Path) -> list[str]:
+    """What a folder holds; nothing where there is none."""
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _has_record(workdir: epath.Path) -> bool:
+    """Whether there is something that a new run would erase."""
+    looks, samples = workdir / health.FOLDER, workdir / records.SAMPLES
+    return _last_row(workdir) >= 0 or any(_names(f) for f in (looks, samples))
+
+
+def _last_row(workdir: epath.Path) -> int:
+    """The step of the last row, -1 where there is none."""
+    path = workdir / records.FILE
+    found = re.findall(rb'"step": *(\d+)', path.read_bytes()) if path.exists() else []
+    return int(found[-1]) if found else -1
+
+
+def _surely_saved(workdir: epath.Path, c: Config) -> float:
+    """Rows after this step are of a run that has saved: the second save waits for the end of the first."""
+    path = workdir / config.FILE
+    saving = config.recorded(path).checkpoint if path.exists() else c.checkpoint
+    if not saving.every:
+        return math.inf
+    return 2 * saving.every + c.train.sequence_len // c.train.update_len
+
+
+def mark_saved(workdir: epath.Path) -> bool:
+    """Notes that the run has a checkpoint, as soon as it has one; returns whether it is noted."""
+    found = steps(workdir)
+    if found:
+        with contextlib.suppress(OSError):  # a full disk: at the next row
+            _write(workdir / SAVED, {"step": found[-1]})
+            return True
+    return False
+
+
+def _write(path: epath.Path, content: dict) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
+    """Takes the workdir and writes the config of the run there, whole or not at all.
+
+    InputError: it cannot be written. ClusterError: a run is going on there.
+    """
+    with cluster.writing("--workdir", workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        log.claim()
+        _write(workdir / config.FILE, config.to_dict(c))
+
+
+class Home:
+    """The workdir of a run that is going on, on the main process: sees when somebody moves or removes it.
+
+    Nothing is seen in a bucket, which has no folders.
+    """
+
+    def __init__(self, workdir: epath.Path, c: Config, say: Callable[[str], None]):
+        self.workdir, self._c, self._say = workdir, c, say
+        self.is_lost = self._is_marked = False
+        if not steps(workdir):
+            (workdir / SAVED).unlink(missing_ok=True)  # of an earlier record, which was removed
+        self._fd = None  # holds the folder itself, whatever its name
+        if "://" not in str(workdir):
+            self._fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def look(self) -> bool:
+        """True the first time that the folder is not in its place; it is then made again, to save there."""
+        if self.is_lost:
+            return False
+        if self._is_in_place():
+            self._is_marked = self._is_marked or mark_saved(self.workdir)
+            return False
+        self.is_lost = True
+        self._say(f"--workdir={self.workdir} was {self._fate()} under the run, which saves and stops")
+        with contextlib.suppress(OSError):  # the save that follows says what is wrong
+            (self.workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            _write(self.workdir / config.FILE, config.to_dict(self._c))
+        return True
+
+    def _is_in_place(self) -> bool:
+        if self._fd is None:  # a bucket
+            return True
+        try:
+            is_same = os.path.samestat(os.stat(self.workdir), os.fstat(self._fd))
+            return is_same and (self.workdir / config.FILE).exists()  # or it was emptied
+        except FileNotFoundError:
+            return False
+        except OSError:  # a disk that does not answer says nothing about the folder
+            return True
+
+    def _moved_to(self) -> Path | None:
+        """Where the folder is now, None if it was removed or this system does not say."""
+        assert self._fd is not None
+        try:
+            place = Path(os.readlink(f"/proc/self/fd/{self._fd}"))
+            is_it = os.path.samestat(os.stat(place), os.fstat(self._fd))
+            is_elsewhere = place != Path(os.path.realpath(self.workdir))
+            return place if is_it and is_elsewhere else None
+        except OSError:
+            return None
+
+    def _fate(self) -> str:
+        place = self._moved_to()
+        return f"moved to {place}" if place else "removed"
+
+    def settle(self, step: int) -> tuple[str, bool]:
+        """After the last save of a run that lost its folder: how it goes on, and whether by the same command.
+
+        A folder that was moved gets the checkpoint. Without it the same command would begin a new run.
+        """
+        place = self._moved_to()
+        ours = self.workdir / CHECKPOINTS
+        is_here = step in steps(self.workdir)  # if not, the save came before the loss
+        if place is None:
+            lost = "what it held" if is_here else "all of it"
+            return f"--workdir={self.workdir} was removed under the run: {lost} is lost", is_here
+        try:
+            if is_here:
+                os.rename(ours / str(step), place / CHECKPOINTS / str(step))
+            for name in (health.FOLDER, records.SAMPLES):  # of the time until it was seen
+                if (self.workdir / name).is_dir():
+                    shutil.copytree(self.workdir / name, place / name, dirs_exist_ok=True)
+        except OSError as error:
+            return (
+                f"--workdir={self.workdir} was moved to {place} under the run, and {ours / str(step)} could"
+                f" not be moved there ({error.strerror}): move it into {place / CHECKPOINTS}, and go on with"
+                f" --workdir={place}"
+            ), False
+        for name in (CHECKPOINTS, health.FOLDER, records.SAMPLES):
+            shutil.rmtree(self.workdir / name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds what is not ours
+            (self.workdir / config.FILE).unlink()
+            self.workdir.rmdir()
+        return (
+            f"--workdir={self.workdir} was moved to {place} under the run, and checkpoint {step} is there:"
+            f" go on with --workdir={place}"
+        ), False

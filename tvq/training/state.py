@@ -1,0 +1,82 @@
+"""Everything that a run carries from step to step, and that a checkpoint holds."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.tree_util import DictKey, GetAttrKey
+
+from tvq import model as lm
+from tvq import sharding
+from tvq.config import Config, Model
+from tvq.training import optimizer
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, parameter updates done
+    weights: lm.Weights
+    opt_state: Any
+    key: jax.Array  # never changes: random numbers are functions of it and the step
+
+
+# Only training reads it, and only where codes are revived.
+OPTIONAL = frozenset({"weights.extra.codebooks.idle"})
+
+
+class Evaluated(NamedTuple):
+    """What evaluates and draws: the part of a TrainState without what trains it."""
+
+    weights: lm.Weights
+
+
+def init(config: Model, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first update."""
+    params_key, key = jax.random.split(jax.random.key(seed))
+    weights = lm.init(config, params_key)
+    return TrainState(jnp.zeros((), jnp.int32), weights, tx.init(weights.params), key)
+
+
+def abstract(config: Model, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of the state, without making one."""
+    return jax.eval_shape(lambda: init(config, tx, 0))
+
+
+def place(config: Config, tx: optax.GradientTransformation, devices: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on a mesh."""
+    like = abstract(config.model, tx)
+    axes = sharding.axes(devices, config.model, config.mesh.shard_params)
+    return sharding.with_sharding(devices, like, specs(like, config.model, axes))
+
+
+def place_weights(config: Config, devices: Mesh) -> Evaluated:
+    """The same of the weights alone."""
+    like = Evaluated(jax.eval_shape(lambda: lm.init(config.model, jax.random.key(0))))
+    axes = sharding.axes(devices, config.model, config.mesh.shard_params)
+    return sharding.with_sharding(devices, like, specs(like, config.model, axes))
+
+
+def specs(like: Any, config: Model, axes: sharding.Axes) -> Any:
+    """How each array of a state, or of weights, lies on the mesh: moments as their parameters."""
+    declared = optimizer.dims(config)
+
+    def spec(path: tuple, x: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
+        # A moment stands under its parameter's names, with fields and numbers of the optimizer's between.
+        names = [entry.key for entry in path if isinstance(entry, DictKey)]
+        ends = ("/".join([path[0].name, *names][i:]) for i in range(len(names) + 1))
+        dims = next((declared[end] for end in ends if end in declared), ())
+        fields = {entry.name for entry in path if isinstance(entry, GetAttrKey)}
+        if fields & {"v_row", "v_col"}:  # Adafactor keeps means of rows and of columns,
+            wide = dims and x.shape[-1] == config.d_model
+            dims = ("X",) * (x.ndim - 1) + ("D",) if wide else ()
+        elif len(dims) != x.ndim:  # and then nothing for the array itself
+            dims = ()
+        return sharding.spec(dims, axes)
+
+    return jax.tree.map_with_path(spec, like)
+
+
+def n_param(state: TrainState | Evaluated) -> int:
+    """Parameters, and other weights that are no whole numbers."""
+    return sum(x.size for x in jax.tree.leaves(state.weights) if jnp.issubdtype(x.dtype, jnp.floating))
