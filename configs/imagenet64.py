@@ -5,7 +5,7 @@
     tvq eval --workdir=runs/imagenet64 --split=test
 
 The raw folder holds train_data_batch_1.npz to _10 and val_data.npz, of image-net.org (downsampled, 64x64).
-Predicted, not measured: three and a half days on eight H100, at 40 % of their peak in bfloat16 (tvq/model/flops.py).
+Predicted, not measured: three and a half days on eight H100, at 40 % of their peak (tvq/model/flops.py).
 Published: 3.16 bits a byte on the test split (the official validation images).
 """
 

@@ -46,14 +46,14 @@ def links(
         mesh=config.Mesh(**{"devices": 1} | shape),
     )
     n_device = math.prod(getattr(run.mesh, axis) for axis in sharding.AXES)
-    devices = sharding.make(run.mesh, jax.devices()[:n_device])
+    mesh = sharding.make(run.mesh, jax.devices()[:n_device])
     tokens = jax.ShapeDtypeStruct(
-        (n_sequence, update_len), jnp.int32, sharding=sharding.sharding(devices, sharding.BATCH)
+        (n_sequence, update_len), jnp.int32, sharding=sharding.sharding(mesh, sharding.BATCH)
     )
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
-    lowered = train_step.make(run, devices, SGD).lower(state.place(run, SGD, devices), batch)
+    lowered = train_step.make(run, mesh, SGD).lower(state.place(run, SGD, mesh), batch)
     compiled = lowered.compile()
-    return step.links(Program.read(compiled.as_text()).collectives(n_device), devices)
+    return step.links(Program.read(compiled.as_text()).collectives(n_device), mesh)
 
 
 def size(tree: object) -> int:

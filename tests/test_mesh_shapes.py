@@ -51,9 +51,9 @@ def initial(model: config.Model, tx: optax.GradientTransformation) -> TrainState
 def on(run: config.Config) -> jax.sharding.Mesh:
     sizes = dataclasses.asdict(run.mesh)
     n_device = int(np.prod([sizes[axis] for axis in sharding.AXES]))
-    devices = sharding.make(run.mesh, jax.devices()[:n_device])
-    sharding.check(devices, run)
-    return devices
+    mesh = sharding.make(run.mesh, jax.devices()[:n_device])
+    sharding.check(mesh, run)
+    return mesh
 
 
 def placed(run: config.Config, tx: optax.GradientTransformation) -> TrainState:

@@ -235,14 +235,14 @@ def check_train(spec: dict, arrays: dict) -> None:
         ),
     )
     assert [row for rows in spec["device_rows"] for row in rows] == list(range(B))
-    devices = sharding.make(run.mesh, jax.devices()[: spec["n_device"]])
+    mesh = sharding.make(run.mesh, jax.devices()[: spec["n_device"]])
     tx = optimizer.make(run.optimizer, run.model)
     given = weights(under(arrays, "params"), model)
     state = TrainState(jnp.int32(0), given, jax.jit(tx.init)(given.params), jax.random.key(0))
-    state = jax.device_put(state, sharding.sharding(devices, sharding.WHOLE))
-    step = train_step.make(run, devices, tx)
+    state = jax.device_put(state, sharding.sharding(mesh, sharding.WHOLE))
+    step = train_step.make(run, mesh, tx)
     for i in range(spec["n_train_op_steps"]):
-        state, metrics = step(state, sharding.global_batch(devices, under(arrays, f"batch{i}"), B))
+        state, metrics = step(state, sharding.global_batch(mesh, under(arrays, f"batch{i}"), B))
         want = original.weights(under(arrays, f"out/step{i}/params"), model)
         trees_close(f"step{i}.weights", state.weights, want)
         metrics_close(metrics, under(arrays, f"out/step{i}/metrics"))
@@ -259,11 +259,11 @@ def check_eval(spec: dict, arrays: dict) -> None:
     given = weights(under(arrays, "params"), model)
     batch = under(arrays, "batch")
     B, T = batch["inputs"].shape
-    devices = sharding.make(config.Mesh(), jax.devices()[: spec["n_device"]])
+    mesh = sharding.make(config.Mesh(), jax.devices()[: spec["n_device"]])
     # Pieces of one block and of all blocks: the update length plays no part in evaluation.
     for piece_len in (model.block_len, T):
-        score = evaluate.make(model, devices, piece_len)
-        nll_B, count_B = score(given, sharding.global_batch(devices, batch, B))
+        score = evaluate.make(model, mesh, piece_len)
+        nll_B, count_B = score(given, sharding.global_batch(mesh, batch, B))
         close("loss_lm", nll_B.sum() / (B * T), arrays["out/stats/loss_lm_per_token_unscaled"])
         close("loss_mask", count_B.sum() / (B * T), arrays["out/stats/loss_mask_per_token"])
         close("loss", nll_B.sum() / count_B.sum(), arrays["out/loss_lm_per_token"])

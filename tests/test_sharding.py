@@ -136,10 +136,10 @@ def test_a_sum_in_pairs_has_one_order(shape):
     terms = {
         n: (rng.normal(size=(8, n)) * 10.0 ** rng.integers(-4, 4, (8, n))).astype("f") for n in (1, 5, 30)
     }
-    devices = sharding.make(config.Mesh(**shape), jax.devices())
+    mesh = sharding.make(config.Mesh(**shape), jax.devices())
     add = jax.shard_map(
         lambda x: sums.in_pairs(jax.tree.map(lambda row: row[0], x), sharding.DATA_AXES),
-        mesh=devices, in_specs=sharding.BATCH, out_specs=sharding.WHOLE,
+        mesh=mesh, in_specs=sharding.BATCH, out_specs=sharding.WHOLE,
     )  # fmt: skip
     for n, total in jax.jit(add)(terms).items():
         x = terms[n]

@@ -42,7 +42,7 @@ def split() -> dict[str, np.ndarray]:
     }
 
 
-def batches(devices: jax.sharding.Mesh, size: int, data: dict | None = None) -> list[dict[str, jax.Array]]:
+def batches(mesh: jax.sharding.Mesh, size: int, data: dict | None = None) -> list[dict[str, jax.Array]]:
     """The last is filled up with masked rows."""
     data = data or split()
     found = []
@@ -50,16 +50,16 @@ def batches(devices: jax.sharding.Mesh, size: int, data: dict | None = None) -> 
         rows = {name: array[start : start + size] for name, array in data.items()}
         n_row = len(rows["inputs"])
         rows = {k: np.concatenate([a, np.repeat(EMPTY[k], size - n_row, 0)]) for k, a in rows.items()}
-        found.append(sharding.global_batch(devices, rows, size))
+        found.append(sharding.global_batch(mesh, rows, size))
     return found
 
 
 @functools.cache
 def compiled(n_device: int, batch_size: int, piece_len: int):
-    devices = sharding.make(config.Mesh(), jax.devices()[:n_device])
-    first = batches(devices, batch_size)[0]
-    lowered = evaluate.make(MODEL, devices, piece_len).lower(small.parameters(MODEL), first)
-    return devices, lowered.compile()
+    mesh = sharding.make(config.Mesh(), jax.devices()[:n_device])
+    first = batches(mesh, batch_size)[0]
+    lowered = evaluate.make(MODEL, mesh, piece_len).lower(small.parameters(MODEL), first)
+    return mesh, lowered.compile()
 
 
 def total(n_device: int, batch_size: int, piece_len: int = 8, data: dict | None = None) -> tuple[float, int]:
@@ -183,10 +183,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def carried(made: Corpus, shape: config.Mesh, n_row: int, length: int) -> evaluate.ByContext:
-    devices = sharding.make(shape, jax.devices()[: shape.devices * shape.sequence])
-    whole = jax.device_put(small.parameters(CARRIED), sharding.sharding(devices, sharding.WHOLE))
+    mesh = sharding.make(shape, jax.devices()[: shape.devices * shape.sequence])
+    whole = jax.device_put(small.parameters(CARRIED), sharding.sharding(mesh, sharding.WHOLE))
     streams = Streams(made, "test", n_row, length)
-    return evaluate.carried(*evaluate.make_carried(CARRIED, devices), whole, streams, devices)
+    return evaluate.carried(*evaluate.make_carried(CARRIED, mesh), whole, streams, mesh)
 
 
 @pytest.fixture(scope="module")

@@ -118,8 +118,8 @@ def test_a_run_of_other_optimizer_or_revival_is_exported(tmp_path, capsys):
         model=dataclasses.replace(RUN.model, revive_codes=100),
         optimizer=dataclasses.replace(RUN.optimizer, name="lion", grad_clip=0.0),
     )
-    devices = sharding.make(config.Mesh(), jax.devices()[:1])
-    ours, theirs = (evaluate.restore(c, epath.Path(tmp_path / "run"), devices, print) for c in (RUN, other))
+    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    ours, theirs = (evaluate.restore(c, epath.Path(tmp_path / "run"), mesh, print) for c in (RUN, other))
     mine, more = (restored.state.weights.extra["codebooks"] for restored in (ours, theirs))
     assert not np.asarray(more.pop("idle")).any()
     assert tensors.fingerprint((ours.state.weights.params, mine)) == tensors.fingerprint(

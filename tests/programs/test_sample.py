@@ -73,14 +73,14 @@ def test_a_sample_of_a_run_stops_where_the_text_ends(monkeypatch):
     model = dataclasses.replace(small.MODEL, n_vocab=259)
     for image_size, past_end in ((0, False), (0, True), (6, False)):
         c = config.Config(model=model, sample=config.Sample(past_end=past_end))
-        devices = sharding.make(config.Mesh(), jax.devices()[:1])
-        sample.sampler(c, BYTES, image_size, devices)({}, print)
+        mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+        sample.sampler(c, BYTES, image_size, mesh)({}, print)
     assert asked == [END, None, None]
 
 
 def placed(c):
-    devices = sharding.make(c.mesh, jax.devices()[:2])
-    return state.place(c, optimizer.make(c.optimizer, c.model), devices)
+    mesh = sharding.make(c.mesh, jax.devices()[:2])
+    return state.place(c, optimizer.make(c.optimizer, c.model), mesh)
 
 
 def test_samples_of_images_need_a_package(monkeypatch):

@@ -33,15 +33,15 @@ from tvq.training import loss, state
 MAX_NATS = 700.0
 
 
-def make(config: Model, devices: Mesh, piece_len: int, shard_params: bool = False) -> Callable:
+def make(config: Model, mesh: Mesh, piece_len: int, shard_params: bool = False) -> Callable:
     """The jitted `(weights, batch [B_global,T]) -> (nats [B_global], unmasked tokens [B_global])`.
 
     It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
     piece_len, a multiple of block_len that divides T.
     """
-    config = lm.suited(config, sharding.platform(devices))
-    axes = sharding.axes(devices, config, shard_params)
-    n_token = piece_len // devices.shape["sequence"]
+    config = lm.suited(config, sharding.platform(mesh))
+    axes = sharding.axes(mesh, config, shard_params)
+    n_token = piece_len // mesh.shape["sequence"]
 
     def score(weights: lm.Weights, batch: dict, empty: lm.State) -> tuple[jax.Array, jax.Array]:
         B = batch["inputs"].shape[0]
@@ -61,7 +61,7 @@ def make(config: Model, devices: Mesh, piece_len: int, shard_params: bool = Fals
 
     sharded = jax.shard_map(
         score,
-        mesh=devices,
+        mesh=mesh,
         in_specs=(
             lm.specs(config, axes),
             sharding.spec("BT", axes),
@@ -72,9 +72,9 @@ def make(config: Model, devices: Mesh, piece_len: int, shard_params: bool = Fals
 
     def score_whole(weights: lm.Weights, batch: dict) -> tuple[jax.Array, jax.Array]:
         empty = lm.start(config, batch["inputs"].shape[0])
-        return sharded(weights, sharding.dealt(devices, batch, piece_len), empty)
+        return sharded(weights, sharding.dealt(mesh, batch, piece_len), empty)
 
-    return jax.jit(score_whole, out_shardings=sharding.sharding(devices, sharding.WHOLE))
+    return jax.jit(score_whole, out_shardings=sharding.sharding(mesh, sharding.WHOLE))
 
 
 def total(
@@ -101,16 +101,16 @@ def _add(nats: float, n_token: int, sums: tuple[jax.Array, jax.Array]) -> tuple[
     return nats, n_token + int(count_B.sum())
 
 
-def make_carried(config: Model, devices: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
+def make_carried(config: Model, mesh: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
     """Two jitted functions: `empty(n_row)`, the state before the first token of every row, and `read`:
 
     `(weights, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
     each is read as if it were alone, whatever else is in its row. The old state is donated.
     """
-    config = dataclasses.replace(lm.suited(config, sharding.platform(devices)), attend_across_documents=False)
-    axes = sharding.axes(devices, config, shard_params)
+    config = dataclasses.replace(lm.suited(config, sharding.platform(mesh)), attend_across_documents=False)
+    axes = sharding.axes(mesh, config, shard_params)
     state_specs = lm.state_specs(config, axes)
-    places = jax.tree.map(lambda spec: sharding.sharding(devices, spec), state_specs)
+    places = jax.tree.map(lambda spec: sharding.sharding(mesh, spec), state_specs)
 
     def read(weights: lm.Weights, piece: dict, state: lm.State) -> tuple:
         inputs_BT, targets_BT, mask_BT = piece["inputs"], piece["targets"], piece["loss_mask"]
@@ -120,11 +120,11 @@ def make_carried(config: Model, devices: Mesh, shard_params: bool = False) -> tu
 
     sharded = jax.shard_map(
         read,
-        mesh=devices,
+        mesh=mesh,
         in_specs=(lm.specs(config, axes), sharding.spec("BT", axes), state_specs),
         out_specs=(sharding.spec("BT", axes), state_specs),
     )
-    whole = sharding.sharding(devices, sharding.WHOLE)
+    whole = sharding.sharding(mesh, sharding.WHOLE)
     empty = jax.jit(lambda n_row: lm.start(config, n_row), static_argnums=0, out_shardings=places)
     return empty, jax.jit(sharded, donate_argnums=2, out_shardings=(whole, places))
 
@@ -161,14 +161,14 @@ def carried(
     read: Callable,
     weights: lm.Weights,
     streams: Streams,
-    devices: Mesh,
+    mesh: Mesh,
     progress: Callable[[int], Any] = lambda n_piece: None,
 ) -> ByContext:
     """All tokens of the streams by their context. `progress` hears how many pieces are done."""
     found, n_row, waiting = ByContext(), len(streams.rows), None
-    local, state = sharding.local_rows(devices, n_row), empty(n_row)
+    local, state = sharding.local_rows(mesh, n_row), empty(n_row)
     for number in range(len(streams)):
-        piece = sharding.global_batch(devices, streams.piece(number, local), n_row)
+        piece = sharding.global_batch(mesh, streams.piece(number, local), n_row)
         nats_BT, state = read(weights, piece, state)
         # Read the numbers of a piece only once the next is under way.
         ready, waiting = waiting, (nats_BT, number)
@@ -255,47 +255,47 @@ def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
         )
 
 
-def scorer(c: Config, corpus: AnyCorpus, devices: Mesh) -> Callable:
+def scorer(c: Config, corpus: AnyCorpus, mesh: Mesh) -> Callable:
     """`(weights, progress) -> (result, table by context)` of `evaluate.split`, as configured.
 
     The table is empty where context is not carried. `progress` hears steps done and steps in all.
     """
     name, n_row = c.evaluate.split, batch_size(c)
-    info, rows = corpus.info(name), sharding.local_rows(devices, n_row)
+    info, rows = corpus.info(name), sharding.local_rows(mesh, n_row)
     Progress = Callable[[int, int], Any]
 
     def of_sequences(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
         n_batch = -(-len(sequences) // n_row)
         with contextlib.closing(evaluation_batches(sequences, batch_size=n_row, rows=rows)) as batches:
-            placed = (sharding.global_batch(devices, batch, n_row) for batch in batches)
+            placed = (sharding.global_batch(mesh, batch, n_row) for batch in batches)
             nats, n_token = total(score, weights, placed, lambda done: progress(done, n_batch))
         assert n_token == sequences.n_token, f"{n_token} of {sequences.n_token} tokens evaluated"
         return result(nats, n_token, info), []
 
     def of_documents(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
         n_piece = len(streams)
-        found = carried(empty, read, weights, streams, devices, lambda done: progress(done, n_piece))
+        found = carried(empty, read, weights, streams, mesh, lambda done: progress(done, n_piece))
         n_token = int(found.n_token.sum())
         assert n_token == streams.n_token, f"{n_token} of {streams.n_token} tokens evaluated"
         return result(found.nats.sum(), n_token, info), found.table()
 
     if c.evaluate.carry:
         streams = Streams(corpus, name, n_row, piece_len(c))
-        empty, read = make_carried(c.model, devices, c.mesh.shard_params)
+        empty, read = make_carried(c.model, mesh, c.mesh.shard_params)
         return of_documents
     sequences = Sequences(corpus, name, c.train.sequence_len)
-    score = make(c.model, devices, piece_len(c), c.mesh.shard_params)
+    score = make(c.model, mesh, piece_len(c), c.mesh.shard_params)
     return of_sequences
 
 
-def restore(c: Config, workdir: epath.Path, devices: Mesh, say: Callable[[str], None]) -> Restored:
+def restore(c: Config, workdir: epath.Path, mesh: Mesh, say: Callable[[str], None]) -> Restored:
     """The weights of the newest whole checkpoint of a run, on any mesh. InputError: there is none.
 
     Says which arrays are not finite, where some are not.
     """
     if not (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
-    wanted = state.place_weights(c, devices)
+    wanted = state.place_weights(c, mesh)
     restored = read_weights(workdir / "checkpoints", wanted, say, state.OPTIONAL)
     if restored is None:
         raise InputError(f"--workdir={workdir} holds no checkpoint yet")
@@ -318,15 +318,15 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     check_vocabulary(corpus, c.model)
     corpus.info(c.evaluate.split)
     processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
-    devices = sharding.make(c.mesh, jax.devices(), c)
-    sharding.check(devices, c)
-    sharding.check_batch(devices, "evaluate.batch_size", batch_size(c))
+    mesh = sharding.make(c.mesh, jax.devices(), c)
+    sharding.check(mesh, c)
+    sharding.check_batch(mesh, "evaluate.batch_size", batch_size(c))
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = restore(c, workdir, devices, console.say)
+        restored = restore(c, workdir, mesh, console.say)
         check_same_vocabulary(corpus, restored)
         weights = restored.state.weights
         so_far = metrics.Progress("evaluating", "batches")
-        found, table = scorer(c, corpus, devices)(
+        found, table = scorer(c, corpus, mesh)(
             weights,
             lambda done, of: console.progress(so_far.line(done, of), brief=True),
         )
@@ -346,8 +346,6 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
                 "data": corpus.fingerprint,
                 "sequence_len": 0 if c.evaluate.carry else c.train.sequence_len,
             }
-            results.record(
-                workdir, c, name, chosen, row | {"by_context": table, "data": data}, devices, log.say
-            )
+            results.record(workdir, c, name, chosen, row | {"by_context": table, "data": data}, mesh, log.say)
     processes.finish()
     return 0

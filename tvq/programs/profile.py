@@ -49,30 +49,30 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     console = metrics.Console()
     with cluster.writing("--output", output):
         output.mkdir(parents=True, exist_ok=True)
-    devices = sharding.make(c.mesh, jax.devices(), c)
+    mesh = sharding.make(c.mesh, jax.devices(), c)
     B, T = c.train.global_batch_size, c.train.sequence_len
-    sharding.check(devices, c)
-    sharding.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
+    sharding.check(mesh, c)
+    sharding.check_batch(mesh, "train.global_batch_size", B, c.train.accumulate)
     tx = optimizer.make(c.optimizer, c.model)
-    places = jax.tree.map(lambda x: x.sharding, state.place(c, tx, devices))
+    places = jax.tree.map(lambda x: x.sharding, state.place(c, tx, mesh))
     now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=places)()
     tokens_BT = np.random.default_rng(0).integers(0, c.model.n_vocab, (B, T), np.int32)
     rows = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), np.ones_like(tokens_BT))
-    batch = sharding.global_batch(devices, rows | {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1]}, B)
+    batch = sharding.global_batch(mesh, rows | {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1]}, B)
     console.say("compiling the train step")
-    options = WITHOUT_COMMAND_BUFFERS if sharding.platform(devices) == "gpu" else None
-    update = train_step.make(c, devices, tx).lower(now, batch).compile(options)
+    options = WITHOUT_COMMAND_BUFFERS if sharding.platform(mesh) == "gpu" else None
+    update = train_step.make(c, mesh, tx).lower(now, batch).compile(options)
     now, _ = jax.block_until_ready(update(now, batch))  # the first call is not like the others
     with trace.written(Path(output)):
         for _ in range(N_STEP):
             now, _ = update(now, batch)
         jax.block_until_ready(now)
-    n_run = N_STEP * devices.size
+    n_run = N_STEP * mesh.size
     spent = {name: seconds / n_run for name, seconds in kernel_seconds(newest(Path(output))).items()}
     program = Program.read(update.as_text() or "")
     found, rest = costs(program, spent), unattributed(program, spent)
     if not found:
-        where = devices.devices.flat[0].device_kind
+        where = mesh.devices.flat[0].device_kind
         raise InputError(f"{nameless(where, rest)}; look at it instead: tensorboard --logdir {output}")
     console.say(table(found, rest))
     console.say(f"the trace: tensorboard --logdir {output}")

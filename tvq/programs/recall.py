@@ -121,19 +121,19 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     length, n_row = -(-c.recall.length // piece) * piece, c.recall.n_sequence
     made = probe(n_row, length, c.model.n_vocab, c.recall.seed)
     processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
-    devices = sharding.make(c.mesh, jax.devices(), c)
-    sharding.check_batch(devices, "recall.n_sequence", n_row)
-    rows = sharding.local_rows(devices, n_row)
+    mesh = sharding.make(c.mesh, jax.devices(), c)
+    sharding.check_batch(mesh, "recall.n_sequence", n_row)
+    rows = sharding.local_rows(mesh, n_row)
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = evaluate.restore(c, workdir, devices, console.say)
+        restored = evaluate.restore(c, workdir, mesh, console.say)
         now = restored.state
-        empty, read = evaluate.make_carried(c.model, devices, c.mesh.shard_params)
+        empty, read = evaluate.make_carried(c.model, mesh, c.mesh.shard_params)
         state, found, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
         for start in range(0, length, piece):
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])
             inputs_BT, targets_BT = cut(made.inputs_BT), cut(made.targets_BT)
             batch = {"inputs": inputs_BT, "targets": targets_BT, "loss_mask": np.ones_like(inputs_BT)}
-            nats_BT, state = read(now.weights, sharding.global_batch(devices, batch, n_row), state)
+            nats_BT, state = read(now.weights, sharding.global_batch(mesh, batch, n_row), state)
             found.append(np.asarray(nats_BT))
             console.progress(so_far.line(start + piece, length), brief=True)
         window_BT = in_window(made.distance_BT, c.model.block_len, c.model.mem_len)
@@ -143,6 +143,6 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
         console.say(records.to_json(row))
         if processes.is_main:
             chosen = {"length": length, "n_sequence": n_row, "seed": c.recall.seed}
-            results.record(workdir, c, f"step_{row['step']}_recall", chosen, row, devices, log.say)
+            results.record(workdir, c, f"step_{row['step']}_recall", chosen, row, mesh, log.say)
     processes.finish()
     return 0

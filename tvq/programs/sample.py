@@ -48,13 +48,13 @@ def check(c: Config, image_size: int, placed: TrainState) -> None:
         )
 
 
-def sampler(c: Config, vocabulary: Vocabulary, image_size: int, devices: jax.sharding.Mesh) -> Callable:
+def sampler(c: Config, vocabulary: Vocabulary, image_size: int, mesh: jax.sharding.Mesh) -> Callable:
     """`(weights, tell) -> records.Sample`: `sample.n_sample` texts that begin with `sample.prompt`.
 
     Or as many images, on one sheet. Each process draws the same, on one device, so that all can be stopped.
     """
     gather = jax.jit(
-        lambda x: x, out_shardings=sharding.sharding(devices, sharding.WHOLE)
+        lambda x: x, out_shardings=sharding.sharding(mesh, sharding.WHOLE)
     )  # takes all processes
 
     def here(x: jax.Array) -> jax.Array:

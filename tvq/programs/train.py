@@ -45,7 +45,7 @@ class Run:
     config: Config
     workdir: epath.Path
     corpus: AnyCorpus
-    devices: Mesh
+    mesh: Mesh
     processes: cluster.Processes
     watchdog: cluster.Watchdog
     console: metrics.Console
@@ -71,12 +71,12 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     corpus, sequences = open_data(c)
     check_workdir(workdir, c)
     processes = cluster.start(place, c.cluster, config.common(c), log.say)
-    devices = sharding.make(c.mesh, jax.devices(), c)
-    sharding.check(devices, c)
-    sharding.check_batch(devices, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
-    sharding.check_batch(devices, "evaluate.batch_size", evaluate.batch_size(c))
+    mesh = sharding.make(c.mesh, jax.devices(), c)
+    sharding.check(mesh, c)
+    sharding.check_batch(mesh, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
+    sharding.check_batch(mesh, "evaluate.batch_size", evaluate.batch_size(c))
     tx = optimizer.make(c.optimizer, c.model)
-    placed = state.place(c, tx, devices)
+    placed = state.place(c, tx, mesh)
     sample.check(c, corpus.image_size, placed)
     if processes.is_main:
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
@@ -89,7 +89,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             Checkpoints(workdir / CHECKPOINTS, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
         )
         n_token = c.train.global_batch_size * c.train.update_len
-        clock = metrics.Clock(n_token, describe.roof(c, devices), began)
+        clock = metrics.Clock(n_token, describe.roof(c, mesh), began)
         now, step = resume(c, corpus, placed, tx, checkpoints, clock, console.say)
         # Process 0 wrote the config before the restore: who does not see it has another folder of that name.
         shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
@@ -103,11 +103,11 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         stack.enter_context(console)  # here: its live line ends before the rows do, which may print too
         # The stop that made this checkpoint may have left out the evaluation and the sample of its step.
         missed = processes.gather("missed", sorted(due(c, step) - rows.done if rows is not None else ()))[0]
-        looks = health.Looks(devices, now.weights, c.model.c_gamma, workdir, step, console.say)
+        looks = health.Looks(mesh, now.weights, c.model.c_gamma, workdir, step, console.say)
         run = Run(
-            c, workdir, corpus, devices, processes, watchdog, console, checkpoints, clock, rows, home, looks
+            c, workdir, corpus, mesh, processes, watchdog, console, checkpoints, clock, rows, home, looks
         )
-        console.say(describe.start(c, devices, corpus, workdir, state.n_param(now), checkpoints.steps()))
+        console.say(describe.start(c, mesh, corpus, workdir, state.n_param(now), checkpoints.steps()))
         if step < c.train.steps or missed:
             try:
                 now, stopped = loop(run, now, step, compile_step(run, now, tx), sequences, missed)
@@ -172,14 +172,14 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
     tokens = jax.ShapeDtypeStruct(
         (c.global_batch_size, c.sequence_len),
         jnp.int32,
-        sharding=sharding.sharding(run.devices, sharding.BATCH),
+        sharding=sharding.sharding(run.mesh, sharding.BATCH),
     )
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
     run.watchdog.beat("compile", int(now.step), run.config.cluster.compile_timeout)
     run.console.progress("compiling the train step", brief=True)
     began = time.monotonic()
     with run.clock.spending("compile"), describe.counting_cache_hits() as hits:
-        update = train_step.make(run.config, run.devices, tx).lower(now, batch).compile()
+        update = train_step.make(run.config, run.mesh, tx).lower(now, batch).compile()
     run.console.say(describe.compiled(update, time.monotonic() - began, bool(hits)))
     run.console.progress("training", brief=True)
     updates = config.traced_updates(run.config.profile)
@@ -199,14 +199,14 @@ def loop(
     """
     c = run.config
     n_update = c.train.sequence_len // c.train.update_len
-    score = evaluate.scorer(c, run.corpus, run.devices)
-    draw = sample.sampler(c, run.corpus.vocabulary, run.corpus.image_size, run.devices)
+    score = evaluate.scorer(c, run.corpus, run.mesh)
+    draw = sample.sampler(c, run.corpus.vocabulary, run.corpus.image_size, run.mesh)
     batches = training_batches(
         sequences,
         batch_size=c.train.global_batch_size,
         seed=c.train.seed,
         start=step // n_update,
-        rows=sharding.local_rows(run.devices, c.train.global_batch_size),
+        rows=sharding.local_rows(run.mesh, c.train.global_batch_size),
         workers=c.data.workers,
     )
     unread: list[tuple[int, dict]] = []  # (step, metrics on the device), since they were last looked at
@@ -248,7 +248,7 @@ def next_batch(
     is_busy = lambda: bool(unread) and not unread[-1][1]["grad_norm"].is_ready()
     with run.clock.waiting(is_busy):
         run.watchdog.beat("data", step)
-        batch = sharding.global_batch(run.devices, next(batches), run.config.train.global_batch_size)
+        batch = sharding.global_batch(run.mesh, next(batches), run.config.train.global_batch_size)
         run.watchdog.beat("ready", step)
         run.processes.batch_ready()
     return batch

@@ -27,15 +27,13 @@ LEAST_SECONDS = 60.0  # shares of less say little
 
 
 def start(
-    c: Config, devices: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_param: int, saved: list[int]
+    c: Config, mesh: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_param: int, saved: list[int]
 ) -> str:
     """What runs where, in a few lines. It goes on from the last of the steps `saved`."""
     m, t, info = c.model, c.train, corpus.info("train")
     n_batch = f"{t.global_batch_size} x {t.sequence_len:,} tokens"
     axes = [
-        f"{axis}={n} ({sharding.ROLES[axis]})"
-        for axis, n in devices.shape.items()
-        if n > 1 or axis == "devices"
+        f"{axis}={n} ({sharding.ROLES[axis]})" for axis, n in mesh.shape.items() if n > 1 or axis == "devices"
     ]
     left_out = [name for part in corpus.parts for name in part.source.get("left_out", ())]
     without = f"; left out, as tvq made it: {', '.join(left_out)}" if left_out else ""
@@ -43,7 +41,7 @@ def start(
         without += f"; {unknown}"
     lines = {
         "model": f"{n_param:,} parameters, {m.dtype}; {lm.describe(m)}",
-        "mesh": f"{devices.size} x {devices.devices.flat[0].device_kind}: {', '.join(axes)}",
+        "mesh": f"{mesh.size} x {mesh.devices.flat[0].device_kind}: {', '.join(axes)}",
         "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents{without}",
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
         "workdir": f"{workdir}: " + (f"going on from step {saved[-1]:,}" if saved else "a new run"),
@@ -117,13 +115,13 @@ def memory() -> dict[str, int]:
     return {} if peak is None else {"memory_peak_bytes": peak}
 
 
-def roof(c: Config, devices: Mesh) -> float | None:
+def roof(c: Config, mesh: Mesh) -> float | None:
     """Tokens a second at the peak of the devices, where that is known."""
-    chip = chips.chip(devices.devices.flat[0].device_kind)
+    chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip is None or c.model.dtype == "float64":
         return None
     peak = chip.bfloat16 if c.model.dtype == "bfloat16" else chip.float32
-    return peak * devices.size / lm.train_flops(c.model, c.train.update_len)
+    return peak * mesh.size / lm.train_flops(c.model, c.train.update_len)
 
 
 def spent(seconds: Mapping[str, float]) -> str:

@@ -38,7 +38,7 @@ class Looks:
 
     def __init__(
         self,
-        devices: Mesh,
+        mesh: Mesh,
         weights: lm.Weights,
         gamma: float,
         workdir: epath.Path,
@@ -46,7 +46,7 @@ class Looks:
         say: Callable[[str], None],
     ):
         """`weights` are those of `step`; files of later steps, which the run repeats, go."""
-        whole = sharding.sharding(devices, sharding.WHOLE)
+        whole = sharding.sharding(mesh, sharding.WHOLE)
         self._look = jax.jit(lm.snapshot, out_shardings=whole)
         self._before = jax.jit(lm.remember, out_shardings=whole)(weights)
         self._found: dict[str, jax.Array] = {}

@@ -22,7 +22,7 @@ def record(
     name: str,
     chosen: dict,
     found: dict,
-    devices: Mesh,
+    mesh: Mesh,
     say: Callable[[str], None],
 ) -> None:
     """Writes what was found, and what repeats it, as `workdir/evaluations/NAME_SETTINGS.json`.
@@ -36,7 +36,7 @@ def record(
     found = found | {"settings": digest}
     more = {
         "code": cluster.code_version(),
-        "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "jax": settings["jax"],
         "config": config.to_dict(c),
     }

@@ -43,18 +43,18 @@ def abstract(config: Model, tx: optax.GradientTransformation) -> TrainState:
     return jax.eval_shape(lambda: init(config, tx, 0))
 
 
-def place(config: Config, tx: optax.GradientTransformation, devices: Mesh) -> TrainState:
+def place(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on a mesh."""
     like = abstract(config.model, tx)
-    axes = sharding.axes(devices, config.model, config.mesh.shard_params)
-    return sharding.with_sharding(devices, like, specs(like, config.model, axes))
+    axes = sharding.axes(mesh, config.model, config.mesh.shard_params)
+    return sharding.with_sharding(mesh, like, specs(like, config.model, axes))
 
 
-def place_weights(config: Config, devices: Mesh) -> Evaluated:
+def place_weights(config: Config, mesh: Mesh) -> Evaluated:
     """The same of the weights alone."""
     like = Evaluated(jax.eval_shape(lambda: lm.init(config.model, jax.random.key(0))))
-    axes = sharding.axes(devices, config.model, config.mesh.shard_params)
-    return sharding.with_sharding(devices, like, specs(like, config.model, axes))
+    axes = sharding.axes(mesh, config.model, config.mesh.shard_params)
+    return sharding.with_sharding(mesh, like, specs(like, config.model, axes))
 
 
 def specs(like: Any, config: Model, axes: sharding.Axes) -> Any:

@@ -66,16 +66,16 @@ def pieces(batch: dict, length: int) -> dict:
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, length).swapaxes(0, 1), batch)
 
 
-def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
+def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """The jitted step `(state, batch [B_global,T]) -> (state, metrics)`; the old state is donated.
 
     The metrics are means over updates; "probe" is that of the last, for `lm.snapshot`.
     """
-    model = lm.suited(config.model, sharding.platform(devices))
+    model = lm.suited(config.model, sharding.platform(mesh))
     n_update = config.train.sequence_len // config.train.update_len
     schedule = optimizer.schedule(config.optimizer)
-    axes = sharding.axes(devices, model, config.mesh.shard_params)
-    placed = state.place(config, tx, devices)
+    axes = sharding.axes(mesh, model, config.mesh.shard_params)
+    placed = state.place(config, tx, mesh)
     specs, state_specs = lm.specs(model, axes), lm.state_specs(model, axes)
     segment_len = config.train.segment_len or config.train.update_len
     n_part, fixed_order = config.train.accumulate, config.train.reproducible
@@ -86,7 +86,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
 
         def of_part(batch: dict, sequence_B: jax.Array, state: lm.State) -> tuple:
             part = draws._replace(sequence_B=sequence_B)
-            length = segment_len // devices.shape["sequence"]
+            length = segment_len // mesh.shape["sequence"]
             (_, (state, stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 params, weights.extra, batch, state, part, model, length, axes
             )
@@ -95,7 +95,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         (grads, stats, metrics), state = accumulate.over_parts(
             of_part, n_part, (batch, draws.sequence_B), state, lm.state_dims(model), in_pairs=fixed_order
         )
-        n_total = n_part * math.prod(devices.shape[axis] for axis in axes.cut_tokens)
+        n_total = n_part * math.prod(mesh.shape[axis] for axis in axes.cut_tokens)
         with jax.named_scope("reduce"):
             add = sums.in_pairs if fixed_order else lax.psum
             grads = sums.total(grads, specs.params, axes.cut_tokens, fixed_order)
@@ -105,7 +105,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
 
     sharded_gradient = jax.shard_map(
         gradient,
-        mesh=devices,
+        mesh=mesh,
         in_specs=(
             specs,
             sharding.spec("BT", axes),
@@ -126,7 +126,7 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
             probe_X2=lm.draw_probe(ephemeral, n_sequence, n_token).at[:, 1].add(read.position),
         )
         grads, stats, metrics, read = sharded_gradient(
-            state.weights, sharding.dealt(devices, piece, segment_len), read, draws
+            state.weights, sharding.dealt(mesh, piece, segment_len), read, draws
         )
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.weights.params)
@@ -149,5 +149,5 @@ def make(config: Config, devices: Mesh, tx: optax.GradientTransformation) -> jax
         return state, jax.tree.map(jnp.mean, metrics) | {"probe": jax.tree.map(lambda x: x[-1], probe)}
 
     shardings = jax.tree.map(lambda x: x.sharding, placed)
-    out = (shardings, sharding.sharding(devices, sharding.WHOLE))
+    out = (shardings, sharding.sharding(mesh, sharding.WHOLE))
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)

@@ -149,7 +149,7 @@ def sweep(monkeypatch, n_compile: int = 8, **fake) -> int:
     """A sweep over shapes of eight chips, each of which compiles as `fake` says by its number of devices."""
     found()  # before its parts are replaced
 
-    def estimate(c: config.Config, devices: jax.sharding.Mesh) -> step.Estimate:
+    def estimate(c: config.Config, mesh: jax.sharding.Mesh) -> step.Estimate:
         outcome = fake[f"devices_{c.mesh.devices}"]
         if isinstance(outcome, BaseException):
             raise outcome
@@ -214,9 +214,9 @@ def test_the_program_needs_more_than_the_bound():
     assert least.step_seconds < found().step_seconds
     # Messages of the gradient alone; those of statistics and of the probe are left out.
     ((_, sent),) = found().links.values()
-    devices = sharding.make(config.Mesh(), jax.devices())
+    mesh = sharding.make(config.Mesh(), jax.devices())
     gradients = found().memory["parameters"]
-    assert 2 * bound.gradient_messages(CONFIG, devices, gradients) == pytest.approx(sent, rel=0.1)
+    assert 2 * bound.gradient_messages(CONFIG, mesh, gradients) == pytest.approx(sent, rel=0.1)
 
 
 def test_shapes_multiply_to_the_devices():

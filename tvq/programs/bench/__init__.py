@@ -62,13 +62,13 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
 
 def conditions(s: Session) -> Row:
     """What was measured, where and when: all that is needed to do it again, besides the config."""
-    first = s.devices.devices.flat[0]
+    first = s.mesh.devices.flat[0]
     memory = first.memory_stats()  # None on a CPU
     return {
         "kind": s.config.bench.kind,
         "command": shlex.join(sys.orig_argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{s.devices.size} x {first.device_kind}",
+        "device": f"{s.mesh.size} x {first.device_kind}",
         "versions": versions(),
         "peak_bytes_in_use": memory and memory.get("peak_bytes_in_use"),  # of all cases together
     }

@@ -76,9 +76,9 @@ def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
 class Carried:
     """The training state, which each timed step takes from the one before: a step donates its own."""
 
-    def __init__(self, c: Config, devices: Mesh):
+    def __init__(self, c: Config, mesh: Mesh):
         self.tx = optimizer.make(c.optimizer, c.model)
-        self.abstract = state.place(c, self.tx, devices)
+        self.abstract = state.place(c, self.tx, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         self.init = jax.jit(lambda: state.init(c.model, self.tx, c.train.seed), out_shardings=shardings)
         self.now: Any = None
@@ -97,24 +97,24 @@ class Carried:
 def train_case(s: Session, trial: Config, carried: Carried, labels: Row) -> dict[str, float]:
     """Adds the train step of a config; returns loss and gradient norm of its first update."""
     B, T = trial.train.global_batch_size, trial.train.sequence_len
-    sharding.check(s.devices, trial)
-    sharding.check_batch(s.devices, "train.global_batch_size", B, trial.train.accumulate)
+    sharding.check(s.mesh, trial)
+    sharding.check_batch(s.mesh, "train.global_batch_size", B, trial.train.accumulate)
     tokens_BT = np.random.default_rng(0).integers(0, trial.model.n_vocab, (B, T), np.int32)
     ones_BT = np.ones_like(tokens_BT)
     rows = {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1], "doc_ids": ones_BT, "loss_mask": ones_BT}
-    batch = sharding.global_batch(s.devices, rows, B)
-    update, facts = compiled(train_step.make(trial, s.devices, carried.tx), carried.abstract, batch)
+    batch = sharding.global_batch(s.mesh, rows, B)
+    update, facts = compiled(train_step.make(trial, s.mesh, carried.tx), carried.abstract, batch)
     first = carried.first(update, batch)
     numbers = {name: float(first[name]) for name in ("loss_lm_per_token_unscaled", "grad_norm")}
     call = lambda: carried.step(update, batch)
     products = lm.train_flops(trial.model, trial.train.update_len)
-    s.cases.append(Case(labels, call, B * T, facts, products, s.devices.size))
+    s.cases.append(Case(labels, call, B * T, facts, products, s.mesh.size))
     return numbers
 
 
 def prepare_train(s: Session) -> None:
     """The whole train step over lengths and formulations."""
-    carried = Carried(s.config, s.devices)
+    carried = Carried(s.config, s.mesh)
     trials = list(sweep(s.config))
     for name, trial in {name: trial for _, name, trial in trials if not trial.model.carries_state}.items():
         agree_with_full(s, name, trial.model)
@@ -132,10 +132,10 @@ def prepare_train(s: Session) -> None:
 
 def agree_with_full(s: Session, name: str, model: Model) -> None:
     """Where keys are codewords, full and vq attention are one function: as vq past the window, so full."""
-    sharding.check_platform(s.devices, model)
+    sharding.check_platform(s.mesh, model)
     T = model.block_len * (-(-2 * model.mem_len // model.block_len) + 2)
     inputs = lm.core.inputs(model, 1, T)
-    suited = (lm.suited(m, sharding.platform(s.devices)) for m in (model, formulated(model, "all")))
+    suited = (lm.suited(m, sharding.platform(s.mesh)) for m in (model, formulated(model, "all")))
     got, want = (jax.jit(lm.core.both_ways(m))(*inputs) for m in suited)
     what = f"output and gradients (queries, values) of {name} and vq attention over codewords, T={T},"
     s.agree(but_keys(got), but_keys(want), what)
@@ -155,8 +155,8 @@ def prepare_attention(s: Session) -> None:
             with s.trying(formulation=name, T=T) as go:
                 if not go:
                     continue
-                sharding.check_platform(s.devices, trial.model)
-                model = lm.suited(trial.model, sharding.platform(s.devices))
+                sharding.check_platform(s.mesh, trial.model)
+                model = lm.suited(trial.model, sharding.platform(s.mesh))
                 inputs = inputs or lm.core.inputs(model, trial.train.global_batch_size, T)
                 program, facts = compiled(jax.jit(lm.core.both_ways(model)), *inputs)
                 got = program(*inputs)
@@ -179,7 +179,7 @@ def prepare_decode(s: Session) -> None:
     c, L = s.config, s.config.model.block_len
     if not c.model.carries_state:
         raise InputError(f"config.model.attention={c.model.attention} does not decode; use vq")
-    model = lm.suited(c.model, sharding.platform(s.devices))
+    model = lm.suited(c.model, sharding.platform(s.mesh))
     weights = jax.jit(lambda: lm.init(model, jax.random.key(c.train.seed)))()
     contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]
     states, now = {}, lm.start(model, 1)
@@ -258,7 +258,7 @@ def prepare_data(s: Session) -> None:
     s.cases.append(Case({"work": f"{N_BATCH} batches"}, call, N_BATCH * B * T))
     with s.trying(work=STEP) as go:
         if go:
-            train_case(s, c, Carried(c, s.devices), {"work": STEP})
+            train_case(s, c, Carried(c, s.mesh), {"work": STEP})
 
 
 PREPARE = {

@@ -21,7 +21,7 @@ COLUMNS = {
 
 def rows(s: Session, seconds: list[list[float]]) -> list[Row]:
     """A row a case: median and 10-90 % range of the milliseconds a call, and what follows from the median."""
-    chip = chips.chip(s.devices.devices.flat[0].device_kind) if s.config.model.dtype == "bfloat16" else None
+    chip = chips.chip(s.mesh.devices.flat[0].device_kind) if s.config.model.dtype == "bfloat16" else None
     found = []
     for case, times in zip(s.cases, seconds, strict=True):
         middle = statistics.median(times)

@@ -39,7 +39,7 @@ class Session:
     """What one command finds out."""
 
     config: Config
-    devices: Mesh
+    mesh: Mesh
     say: Callable[[str], None]
     began: float
     cases: list[Case] = dataclasses.field(default_factory=list)

@@ -28,22 +28,22 @@ class Bound(NamedTuple):
         return self.bytes_needed <= self.chip.memory
 
 
-def bound(c: Config, devices: Mesh) -> Bound:
+def bound(c: Config, mesh: Mesh) -> Bound:
     """Memory of the state, its gradient and what is kept for it; time of products, then of messages."""
-    chip = chips.chip(devices.devices.flat[0].device_kind)
+    chip = chips.chip(mesh.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
-    t, m, sizes = c.train, c.model, devices.shape
-    axes = sharding.axes(devices, m, c.mesh.shard_params)
+    t, m, sizes = c.train, c.model, mesh.shape
+    axes = sharding.axes(mesh, m, c.mesh.shard_params)
     held = {"n_head": m.n_head // sizes["tensor"]} if axes.H else {"d_v": m.d_v // sizes["tensor"]}
     part = dataclasses.replace(m, **held)
-    carried = state.place(c, optimizer.make(c.optimizer, c.model), devices)
+    carried = state.place(c, optimizer.make(c.optimizer, c.model), mesh)
     empty = jax.eval_shape(lambda: lm.start(m, t.global_batch_size))
-    attention = sharding.with_sharding(devices, empty, lm.state_specs(m, axes))
-    n_sequence = t.global_batch_size / sharding.n_data(devices)
+    attention = sharding.with_sharding(mesh, empty, lm.state_specs(m, axes))
+    n_sequence = t.global_batch_size / sharding.n_data(mesh)
     n_token = n_sequence * t.update_len / sizes["sequence"]
     at_once = n_token / t.accumulate * (t.segment_len or t.update_len) / t.update_len
     gradient = step.device_bytes(carried.weights.params)
-    sent = gradient_messages(c, devices, gradient) + unit_messages(part, devices, n_sequence, n_token)
+    sent = gradient_messages(c, mesh, gradient) + unit_messages(part, mesh, n_sequence, n_token)
     peak = chip.bfloat16 if m.dtype == "bfloat16" else chip.float32
     seconds = lm.train_flops(part, t.update_len) * n_token / peak + sent / chip.link
     return Bound(
@@ -53,26 +53,26 @@ def bound(c: Config, devices: Mesh) -> Bound:
     )
 
 
-def gradient_messages(c: Config, devices: Mesh, gradient: int) -> float:
+def gradient_messages(c: Config, mesh: Mesh, gradient: int) -> float:
     """Bytes that a device sends in an update, for parameters and gradients, a ring."""
     if not c.mesh.shard_params:
-        return 2 * gradient * share(devices, "replica", "devices", "sequence")
+        return 2 * gradient * share(mesh, "replica", "devices", "sequence")
     # Gathered for either pass, and scattered.
     narrow = jnp.dtype(c.model.dtype).itemsize / jnp.dtype(c.model.param_dtype).itemsize
-    whole = gradient * devices.shape["devices"] * c.train.accumulate
-    over = 2 * gradient * share(devices, "replica", "sequence")
-    return (2 * narrow + 1) * whole * share(devices, "devices") + over
+    whole = gradient * mesh.shape["devices"] * c.train.accumulate
+    over = 2 * gradient * share(mesh, "replica", "sequence")
+    return (2 * narrow + 1) * whole * share(mesh, "devices") + over
 
 
-def unit_messages(model: Model, devices: Mesh, n_sequence: float, n_token: float) -> float:
+def unit_messages(model: Model, mesh: Mesh, n_sequence: float, n_token: float) -> float:
     """Bytes that a device sends in an update for the units' sake, a ring."""
     return lm.exchanged_bytes(
-        model, n_sequence, n_token, along=share(devices, "sequence"), across=share(devices, "tensor")
+        model, n_sequence, n_token, along=share(mesh, "sequence"), across=share(mesh, "tensor")
     )
 
 
-def share(devices: Mesh, *axes: str) -> float:
+def share(mesh: Mesh, *axes: str) -> float:
     """The part of an array that leaves a device, of those that lie along these axes, on each of its rings."""
-    grid = np.arange(devices.size).reshape(devices.devices.shape)
+    grid = np.arange(mesh.size).reshape(mesh.devices.shape)
     group = grid[tuple(slice(None) if axis in axes else 0 for axis in sharding.AXES)].ravel()
-    return (1 - 1 / len(group)) / step.n_ring(devices, tuple(group.tolist()))
+    return (1 - 1 / len(group)) / step.n_ring(mesh, tuple(group.tolist()))

@@ -58,26 +58,26 @@ class Estimate:
         return sum(self.seconds.values())
 
 
-def estimate(c: Config, devices: Mesh) -> Estimate:
+def estimate(c: Config, mesh: Mesh) -> Estimate:
     """TooLargeError: the compiler of this machine says so itself."""
-    chip = chips.chip(devices.devices.flat[0].device_kind)
+    chip = chips.chip(mesh.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
-    B, T, n_device = c.train.global_batch_size, c.train.sequence_len, devices.size
-    sharding.check(devices, c)
-    sharding.check_batch(devices, "train.global_batch_size", B, c.train.accumulate)
+    B, T, n_device = c.train.global_batch_size, c.train.sequence_len, mesh.size
+    sharding.check(mesh, c)
+    sharding.check_batch(mesh, "train.global_batch_size", B, c.train.accumulate)
     tx = optimizer.make(c.optimizer, c.model)
-    carried = state.place(c, tx, devices)
-    tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding.sharding(devices, sharding.BATCH))
+    carried = state.place(c, tx, mesh)
+    tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding.sharding(mesh, sharding.BATCH))
     batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens_BT)
     began = time.monotonic()
-    made = compiled(train_step.make(c, devices, tx).lower(carried, batch))
+    made = compiled(train_step.make(c, mesh, tx).lower(carried, batch))
     compile_seconds = time.monotonic() - began
 
     program = Program.read(made.as_text() or "")
-    kernels, exchanges = list(program.kernels()), list(program.collectives(devices.size))
-    axes = sharding.axes(devices, c.model, c.mesh.shard_params)
+    kernels, exchanges = list(program.kernels()), list(program.collectives(mesh.size))
+    axes = sharding.axes(mesh, c.model, c.mesh.shard_params)
     empty = jax.eval_shape(lambda: lm.start(c.model, B))
-    attention = sharding.with_sharding(devices, empty, lm.state_specs(c.model, axes))
+    attention = sharding.with_sharding(mesh, empty, lm.state_specs(c.model, axes))
     used = made.memory_analysis()
     assert used is not None, "every target's compiler counts memory"
     memory = {
@@ -87,11 +87,11 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
         "attention state": device_bytes(attention),
         "batch": device_bytes(batch),
     }
-    work = temporaries(used, sharding.platform(devices)) - memory["attention state"]
+    work = temporaries(used, sharding.platform(mesh)) - memory["attention state"]
     memory["gradients, activations, work space"] = work
     memory["metrics"] = used.output_size_in_bytes - used.alias_size_in_bytes
     return Estimate(
-        shape=dict(devices.shape),
+        shape=dict(mesh.shape),
         chip=chip,
         n_token=B * T,
         n_param=state.n_param(carried),
@@ -101,8 +101,8 @@ def estimate(c: Config, devices: Mesh) -> Estimate:
         compiled=sum(kernel.n * kernel.flops for kernel in kernels),
         traffic=sum(kernel.n * kernel.nbytes for kernel in kernels),
         n_kernel=sum(kernel.n for kernel in kernels),
-        links=links(exchanges, devices),
-        seconds=roofline(kernels, exchanges, devices, chip),
+        links=links(exchanges, mesh),
+        seconds=roofline(kernels, exchanges, mesh, chip),
         compile_seconds=compile_seconds,
     )
 
@@ -145,13 +145,13 @@ def largest(program: Program) -> list[tuple[Array, int]]:
     return order[:N_LARGEST]
 
 
-def links(exchanges: Iterable[Collective], devices: Mesh) -> dict[tuple[str, str], tuple[int, float]]:
+def links(exchanges: Iterable[Collective], mesh: Mesh) -> dict[tuple[str, str], tuple[int, float]]:
     """Messages and bytes that a device sends, by kind and by the axes of the mesh that they run along."""
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for one in exchanges:
-        places = np.array(np.unravel_index(one.groups[0], devices.devices.shape))
+        places = np.array(np.unravel_index(one.groups[0], mesh.devices.shape))
         varying = (places != places[:, :1]).any(1)
-        axes = ", ".join(name for name, along in zip(devices.axis_names, varying, strict=True) if along)
+        axes = ", ".join(name for name, along in zip(mesh.axis_names, varying, strict=True) if along)
         if axes:  # else each device exchanges with itself
             n, sent = found.get((one.kind, axes), (0, 0.0))
             found[one.kind, axes] = n + one.n, sent + one.n * one.sent
@@ -159,7 +159,7 @@ def links(exchanges: Iterable[Collective], devices: Mesh) -> dict[tuple[str, str
 
 
 def roofline(
-    kernels: list[Kernel], exchanges: list[Collective], devices: Mesh, chip: chips.Chip
+    kernels: list[Kernel], exchanges: list[Collective], mesh: Mesh, chip: chips.Chip
 ) -> dict[str, float]:
     """Seconds by what bounds each kernel; an exchange has a ring along each dimension that it spans."""
     seconds = {"products": 0.0, "memory": 0.0}
@@ -168,11 +168,11 @@ def roofline(
         moving = kernel.nbytes / chip.bandwidth
         seconds["products" if working > moving else "memory"] += kernel.n * max(working, moving)
     seconds["launches"] = chip.launch * sum(kernel.n for kernel in kernels)
-    seconds["links"] = sum(one.n * one.sent / n_ring(devices, one.groups[0]) for one in exchanges) / chip.link
+    seconds["links"] = sum(one.n * one.sent / n_ring(mesh, one.groups[0]) for one in exchanges) / chip.link
     return seconds
 
 
-def n_ring(devices: Mesh, group: tuple[int, ...]) -> int:
+def n_ring(mesh: Mesh, group: tuple[int, ...]) -> int:
     """The dimensions of a TPU slice along which a group of devices lies; elsewhere one."""
-    places = [getattr(devices.devices.flat[i], "coords", (i,)) for i in group]
+    places = [getattr(mesh.devices.flat[i], "coords", (i,)) for i in group]
     return max(1, sum(len(set(along)) > 1 for along in zip(*places, strict=True)))
