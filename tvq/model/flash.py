@@ -8,6 +8,7 @@ output and normaliser of both together, computes its part of the gradient exactl
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ def _options(q_BTXK: jax.Array) -> tuple[list, dict]:
         "mask_type": cudnn.MaskType.CAUSAL, "layout": cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }  # fmt: skip
+    if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters:  # from jax 0.12 on
+        options["score_mod"] = None
     return unused, options
 
 
