@@ -6,6 +6,10 @@ import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA adds in an order that depends on its number of threads: that of the cores, or of the devices if there
+# are more. The processes that tests start inherit this, and have as many as this one: runs are compared bit
+# by bit.
+os.environ["PJRT_NPROC"] = "8"
 
 import jax
 import pytest

@@ -17,7 +17,7 @@ ORDER = (
     "training.sums", "training.loss", "training.optimizer", "training.state", "training.accumulate",
     "training.train_step",
     "run.tensors", "run.checkpoint", "run.metrics", "run.curves", "run.records", "run.results", "run.health",
-    "run.workdir", "run.trace", "run.draw", "run.image_samples", "run.describe",
+    "run.looks", "run.workdir", "run.trace", "run.draw", "run.image_samples", "run.describe",
     "programs.prepare", "programs.evaluate", "programs.recall", "programs.sample", "programs.train",
     "programs.bench", "programs.report", "programs.doctor", "programs.plan", "programs.profile",
     "programs.interop", "__main__",

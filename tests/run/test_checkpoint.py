@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -323,6 +325,25 @@ def test_a_failed_save_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     with open_(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1]
+
+
+# TensorStore may answer when Orbax, which has failed by then, no longer listens.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("gone", ["", "state", "state/ocdbt.process_0/d"])
+def test_a_save_whose_files_are_removed(tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    finalize = ocp.StandardCheckpointHandler.finalize
+
+    def remove_and_finalize(self: ocp.StandardCheckpointHandler, folder: Path) -> None:
+        for path in tmp_path.glob("2.*"):
+            inner = next(path.glob("state*")) / gone.removeprefix("state").strip("/") if gone else path
+            shutil.rmtree(inner, ignore_errors=True)
+        finalize(self, folder)
+
+    save_all(tmp_path, 1)
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", remove_and_finalize)
+    message = "a checkpoint cannot be written .* do not remove its files while it is written"
+    with pytest.raises(SaveError, match=message), open_(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, make_state(), DATA, CONFIG)
 
 
 def test_a_reader_leaves_everything_as_it_is(tmp_path: Path) -> None:

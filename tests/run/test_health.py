@@ -8,6 +8,7 @@ from etils import epath
 from tvq import config, sharding
 from tvq import model as lm
 from tvq.run import health
+from tvq.run.looks import Looks
 
 N, H, S, K, X = 2, 2, 12, 3, 5
 GAMMA = 0.5
@@ -60,7 +61,7 @@ def written_out(now: dict, before: dict, initial: float) -> dict:
 
 @pytest.fixture
 def looks(tmp_path):
-    return health.Looks(
+    return Looks(
         sharding.make(config.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 0, print
     )
 
@@ -91,9 +92,7 @@ def test_files_of_steps_that_are_repeated_go(looks, tmp_path):
         looks.save(step)
     (folder / "step_3.npz.tmp").write_bytes(b"torn")
     assert health.steps(folder) == [2, 10, 100]
-    health.Looks(
-        sharding.make(config.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 10, print
-    )
+    Looks(sharding.make(config.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 10, print)
     assert health.steps(folder) == [2, 10]
 
 

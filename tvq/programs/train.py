@@ -20,8 +20,9 @@ from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.errors import DivergedError, InputError
 from tvq.programs import evaluate, sample
-from tvq.run import describe, health, metrics, records, trace
+from tvq.run import describe, metrics, records, trace
 from tvq.run.checkpoint import Checkpoints, SaveError
+from tvq.run.looks import Looks
 from tvq.run.workdir import CHECKPOINTS, Home, check_workdir, record
 from tvq.training import optimizer, state, train_step
 from tvq.training.state import TrainState
@@ -53,7 +54,7 @@ class Run:
     clock: metrics.Clock
     records: records.Records | None  # on the main process
     home: Home | None  # on the main process
-    looks: health.Looks
+    looks: Looks
 
     def write(self, row: metrics.Row) -> None:
         if self.records is not None:
@@ -103,7 +104,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         stack.enter_context(console)  # here: its live line ends before the rows do, which may print too
         # The stop that made this checkpoint may have left out the evaluation and the sample of its step.
         missed = processes.gather("missed", sorted(due(c, step) - rows.done if rows is not None else ()))[0]
-        looks = health.Looks(mesh, now.weights, c.model.c_gamma, workdir, step, console.say)
+        looks = Looks(mesh, now.weights, c.model.c_gamma, workdir, step, console.say)
         run = Run(
             c, workdir, corpus, mesh, processes, watchdog, console, checkpoints, clock, rows, home, looks
         )
@@ -269,6 +270,7 @@ def save(run: Run, now: TrainState, step: int) -> None:
         try:
             run.checkpoints.save(step, now, data, config.to_dict(run.config))
         except (SaveError, ValueError):  # Orbax has several words for what is not there
+            look_for_workdir(run)
             if run.home is None or not run.home.is_lost:
                 raise
             # The save before went with the folder, which is there again.

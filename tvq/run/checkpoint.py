@@ -36,6 +36,8 @@ MAX_LISTED = 20  # differing arrays that an error lists
 CHUNK = 1 << 24  # bytes read at a time
 WEIGHTS = ("params.", "codebooks.")  # how the names of their arrays begin
 NOT_FINITE = "weights that are not numbers (NaN or infinite)"
+# What Python, TensorStore and Orbax say of files that were removed under a save.
+GONE = ("No such file", "NOT_FOUND", "directory does not exist", "params are missing")
 TRIES = 10  # checkpoints that may be removed under a reader, one after the other, until it gives up
 # What Orbax warns of in the normal course of things, across the line that shows progress: that a save waits
 # for the one before, and that the removal of an old checkpoint was killed half-way (the next save ends it).
@@ -102,14 +104,16 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """SaveError for what a disk or a bucket refuses; TensorStore says it in a ValueError."""
+        """SaveError for what a disk or a bucket refuses, or lost; TensorStore says it in a ValueError."""
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+            is_gone = any(words in str(error) for words in GONE)
+            if isinstance(error, ValueError) and not is_gone and "os_error_code" not in str(error):
                 raise
+            remedy = "do not remove its files while it is written" if is_gone else "make room"
             raise SaveError(
-                f"a checkpoint cannot be written ({str(error).splitlines()[0]}); make room, and start again:"
+                f"a checkpoint cannot be written ({str(error).splitlines()[0]}); {remedy}, and start again:"
                 " the same command goes on from the one before"
             ) from error
 

@@ -20,55 +20,13 @@ with.
 
 import io
 import re
-from collections.abc import Callable
 
-import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
-from tvq import atomic, sharding
-from tvq import model as lm
+from tvq import atomic
 
 FOLDER = "codebook"
-
-
-class Looks:
-    """The looks of a run, each compared with the last. Every process makes one; the first writes files."""
-
-    def __init__(
-        self,
-        mesh: Mesh,
-        weights: lm.Weights,
-        gamma: float,
-        workdir: epath.Path,
-        step: int,
-        say: Callable[[str], None],
-    ):
-        """`weights` are those of `step`; files of later steps, which the run repeats, go."""
-        whole = sharding.sharding(mesh, sharding.WHOLE)
-        self._look = jax.jit(lm.snapshot, out_shardings=whole)
-        self._before = jax.jit(lm.remember, out_shardings=whole)(weights)
-        self._found: dict[str, jax.Array] = {}
-        self._gamma, self._folder, self._say = gamma, workdir / FOLDER, say
-        self._is_written = jax.process_index() == 0
-        for later in [s for s in steps(self._folder) if s > step and self._is_written]:
-            path(self._folder, later).unlink()
-
-    def look(self, step: int, weights: lm.Weights, probe: dict) -> dict[str, jax.Array]:
-        """Looks, and returns the averages, on the devices."""
-        initial = self._gamma**step
-        self._found, averages, self._before = self._look(weights, probe, self._before, initial)
-        return averages
-
-    def save(self, step: int) -> None:
-        """Writes what the last look found. Where that fails training goes on, and says so once."""
-        if self._is_written and self._found:
-            try:
-                save(self._folder, step, jax.device_get(self._found))
-            except OSError as error:
-                self._say(f"codebook health cannot be written ({error}); training goes on without its files")
-                self._is_written = False
 
 
 def path(folder: epath.Path, step: int) -> epath.Path:
