@@ -120,7 +120,7 @@ def test_prepared_from_a_bucket_into_a_bucket(workdir: epath.Path, tmp_path: Pat
         prepare.prepare(prepare.Options(kind="text", input=str(raw), output=str(made)))
         fingerprints.append(open_corpus(config.Data(source="tokens", path=str(made))).fingerprint)
     assert fingerprints[0] == fingerprints[1]
-    with pytest.raises(ValueError, match=r"--output=gs://bucket/run/made is there already"):
+    with pytest.raises(ValueError, match=r"--output=gs://bucket/run/made already exists"):
         prepare.prepare(prepare.Options(kind="text", input=str(root), output=str(output)))
 
 

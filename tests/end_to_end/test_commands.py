@@ -94,7 +94,7 @@ def test_prepare(here: Here, tmp_path: Path) -> None:
     assert lines[5].startswith(f"prepared   {tmp_path / 'out'}, at ")
     assert sorted(path.name for path in (tmp_path / "out").iterdir())[0] == "manifest.json"
     _, err = here(*command, exit_code=2)
-    assert err == f"tvq: --output={tmp_path / 'out'} is there already; use another folder, or remove it\n"
+    assert err == f"tvq: --output={tmp_path / 'out'} already exists; use another folder, or remove it\n"
     _, err = here(*command, "--colunm=a", exit_code=2)
     assert err == "tvq: --colunm=a is no option; did you mean --column?\n"
 

@@ -102,7 +102,7 @@ def test_decode(tmp_path):
     assert labels == [(w, B, n) for B in (3,) for n in (8, 16) for w in ("prefill", "decode")]
     assert len(found["notes"]) == 1
     c = dataclasses.replace(tiny(tmp_path), model=dataclasses.replace(TINY, attention="full"))
-    with pytest.raises(ValueError, match="full does not decode"):
+    with pytest.raises(ValueError, match="full cannot decode"):
         cases.prepare_decode(begun(c))
 
 
@@ -192,7 +192,8 @@ def test_what_does_not_fit_is_left_out(tmp_path):
         ({"lengths": "16,24"}, "config.bench.n_token 24 is not a multiple of the 16 .* use 32"),
         (
             {"formulations": "fast"},
-            "config.bench.formulations must be of auto, serial, all, full, flash, not 'fast'",
+            "config.bench.formulations must be among auto, serial, all, full, flash, or like auto:nothing, not"
+            " 'fast'",
         ),
         ({"formulations": "auto:some"}, "config.model.remat"),
         ({"formulations": "flash"}, "config.model.attention=flash needs"),

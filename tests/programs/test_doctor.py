@@ -86,7 +86,7 @@ def test_a_run_that_diverged_is_told_nothing_else():
         ({"relative_error": 0.95}, ("0.95 of their norm", "raise config.model.n_code 64")),
         ({"churn": 0.5}, ("50 % of the keys have another code", "raise config.model.c_gamma 0.99")),
         ({"norm_drift": -0.5}, ("changed by 50 %", "lower config.optimizer.lr_max")),
-        ({"norm_drift": np.nan}, ("changed by nan % since the last look in unit 2, head 1", "diverge")),
+        ({"norm_drift": np.nan}, ("changed by nan % since the last snapshot in unit 2, head 1", "diverge")),
     ],
 )  # fmt: skip
 def test_codebooks_of_a_sick_run(changes, words):
@@ -100,7 +100,7 @@ def test_keys_that_crowd_into_a_few_codes():
     found["usage"][1, 0] = [40.0, *[24.0 / 63] * 63]
     (finding,) = doctor.of_codebooks(C, found)
     assert finding.what == (
-        "62 % of the keys choose codes that have over 10 times an even share in unit 2, head 1"
+        "62 % of the keys choose codes used over 10 times an even share in unit 2, head 1"
     )
 
 

@@ -185,10 +185,10 @@ def test_a_state_overwrites_nothing_but_a_state(tmp_path):
                 ValueError, match=rf"--save_state=.* is the file of {option} too; use another"
             ):
                 sample.check_save_state(path, {option: str(document)})
-        with pytest.raises(ValueError, match=r"is there already and is not a saved state"):
+        with pytest.raises(ValueError, match=r"already exists and is not a saved state"):
             sample.check_save_state(path, {"--document": None})
     for path in ("/dev/null", tmp_path, document.parent / "folder"):
-        with pytest.raises(ValueError, match=r"is there already and is not a saved state"):
+        with pytest.raises(ValueError, match=r"already exists and is not a saved state"):
             sample.check_save_state(epath.Path(path), {})
     with pytest.raises(ValueError, match=r"is the file of --from_state too"):
         sample.check_save_state(state, {"--from_state": str(state)})

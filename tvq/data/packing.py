@@ -1,4 +1,4 @@
-"""Documents end to end, cut into sequences of equal length; or each whole, in rows read side by side."""
+"""Documents end to end, cut into sequences of equal length; or each kept whole, in rows read side by side."""
 
 import functools
 import heapq
@@ -20,7 +20,7 @@ def features(targets_BT: np.ndarray, n_token_B: np.ndarray) -> Example:
     """What the model is given: `inputs, targets, doc_ids, loss_mask`, int32 [B, T].
 
     `targets_BT` int32 are the `n_token_B` tokens of each sequence, then padding, which `loss_mask` marks with
-    0. `inputs` are the targets shifted right behind an end id. `doc_ids` counts the end ids in `inputs`.
+    0. `inputs` are an end id, then the targets shifted right. `doc_ids` counts the end ids in `inputs`.
     """
     inputs_BT = np.empty_like(targets_BT)
     inputs_BT[:, :1], inputs_BT[:, 1:] = END, targets_BT[:, :-1]
@@ -33,7 +33,7 @@ def features(targets_BT: np.ndarray, n_token_B: np.ndarray) -> Example:
 
 
 class Sequences:
-    """Random access to the T-token sequences of a split, of each folder the last is padded.
+    """Random access to the T-token sequences of a split; the last of each folder is padded.
 
     Those of a mixture's folders follow one another. Pickles without its tokens. InputError: the split is
     empty; when a sequence is read, a token is outside the vocabulary.
@@ -90,7 +90,7 @@ class Sequences:
 
 
 def check_ids(corpus: Corpus, split: str, start: int, tokens: np.ndarray) -> None:
-    """InputError: one of the tokens, which stand in the split from `start` on, is outside the vocabulary."""
+    """InputError: one of the tokens, which begin at `start` in the split, is outside the vocabulary."""
     size = corpus.vocabulary.size
     if tokens.max() >= size:
         at = int(np.argmax(tokens >= size))
@@ -122,7 +122,7 @@ class Streams:
             n_row_token, row = heapq.heappop(shortest)
             rows[row].append((n, part, start))
             heapq.heappush(shortest, (n_row_token + n, row))
-        # Of each row, the place in it, the folder and the place there of every document.
+        # For each row, the place of every document in it, its folder and its place there.
         self.rows = [np.array(row, np.int64).reshape(-1, 3) for row in rows]
         self.offsets = [np.concatenate([[0], np.cumsum(row[:, 0])]) for row in self.rows]
         self._readers = [part.reader(split) if part.splits[split].n_token else None for part in corpus.parts]
@@ -155,7 +155,7 @@ class Streams:
         return found
 
     def _spans(self, number: int, row: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """What of each document lies in a piece: place in it, tokens, those before, folder, place there."""
+        """The part of each document in a piece: place in it, tokens, those before, folder, place there."""
         first, offsets = number * self.length, self.offsets[row]
         i = int(np.searchsorted(offsets, first, "right")) - 1
         while i < len(self.rows[row]) and offsets[i] < first + self.length:

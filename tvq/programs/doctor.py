@@ -1,6 +1,6 @@
 """What is wrong with a run, in words, and what to change: `tvq doctor`.
 
-It reads the rows of metrics and the looks at the codebooks; where there is no look, the newest checkpoint.
+It reads the rows of metrics and the codebook snapshots; without a snapshot, the newest checkpoint.
 """
 
 import math
@@ -22,9 +22,9 @@ from tvq.programs import evaluate
 from tvq.programs.report import runs
 from tvq.run import describe, health, metrics, records
 
-FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; with the doctor
+FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; the doctor itself failed
 N_NAMED = 3  # units that a finding names
-LEAST_ROWS = 10  # fewer say nothing of a trend
+LEAST_ROWS = 10  # fewer show no trend
 DEAD, CROWDED, FAR, RESTLESS, DRIFT = 0.1, 0.5, 0.9, 0.3, 0.2
 SPIKE, SPIKE_NATS = 1.25, 0.3  # a loss so many times, and so many nats, over the rows before
 SPIKE_NORM = 1.5  # and its gradient
@@ -34,20 +34,22 @@ FLAT, RISING, GAP = 0.005, 1.05, 1.2
 class Finding(NamedTuple):
     what: str  # where, and the numbers
     remedy: str
-    is_lost: bool = False  # the run: what else is wrong follows from it
+    is_lost: bool = False  # the run is lost: all other findings follow from this one
 
 
 def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Prints what is wrong; 0 where that is nothing, else FOUND. InputError: there is nothing to read yet.
+    """Prints what is wrong; returns 0 if nothing is, else FOUND. InputError: there is nothing to read yet.
 
-    A failure of its own never ends with FOUND, as an exception would, but with FAILED.
+    A failure of the doctor itself exits with FAILED, not with FOUND as an exception would.
     """
     try:
         return examine(c, workdir, log)
     except InputError:
         raise
     except Exception as error:
-        log.say("".join(traceback.format_exception(error)) + "tvq doctor failed; nothing is said of the run")
+        log.say(
+            "".join(traceback.format_exception(error)) + "tvq doctor failed; this says nothing about the run"
+        )
         raise SystemExit(FAILED) from error
 
 
@@ -72,14 +74,14 @@ def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
 def newest_look(
     c: Config, workdir: epath.Path, has_rows: bool, say: Callable[[str], None], broken: list[str]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The newest look that can be read, or what the newest checkpoint tells, and its step.
+    """The newest readable snapshot, or the use of codes in the newest checkpoint, and its step.
 
-    Nothing where there is neither, but rows; `broken` gets a line for each that cannot be read. InputError:
-    there is nothing at all.
+    Nothing if there are only rows; `broken` gets a line for each that cannot be read. InputError: there is
+    nothing at all.
     """
     for step in reversed(health.steps(workdir / health.FOLDER)):
         try:
-            return runs.read_look(workdir, step), step
+            return runs.read_snapshot(workdir, step), step
         except InputError as error:
             broken.append(str(error))
     try:
@@ -94,8 +96,8 @@ def newest_look(
 
 
 def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.ndarray]) -> list[Finding]:
-    found = list(of_rows(c, rows))
-    return found if any(finding.is_lost for finding in found) else [*found, *of_codebooks(c, looked)]
+    findings = list(of_rows(c, rows))
+    return findings if any(f.is_lost for f in findings) else [*findings, *of_codebooks(c, looked)]
 
 
 def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
@@ -104,7 +106,7 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
     if broken is not None:
         yield Finding(
             f"the loss or its gradient is not a number at step {broken}",
-            "go on from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
+            "resume from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
             is_lost=True,
         )
         return
@@ -129,7 +131,7 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
 
 
 def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
-    """Losses far above those before, with a gradient or a neighbour that is too: else it is a hard batch."""
+    """Losses far above those before, with a high gradient or neighbour too: else it is a hard batch."""
     losses, norms = ([row[name] for row in trained] for name in ("loss", "grad_norm"))
     usual = lambda values, i: median(values[i - 5 : i])
     heights = {i: losses[i] - usual(losses, i) for i in range(5, len(losses))}
@@ -184,7 +186,7 @@ def of_evaluations(rows: Sequence[metrics.Row]) -> Iterator[Finding]:
         yield Finding(
             f"the {last['split']} loss is {last['loss']:.3f} at step {last['step']:,}, the training loss"
             f" {seen:.3f}; the lowest was {best['loss']:.3f} at step {best['step']:,}",
-            "it learns its data by heart: more data, more dropout (config.model.p_dropres), or fewer steps",
+            "it is overfitting: use more data, more dropout (config.model.p_dropres), or fewer steps",
         )
 
 
@@ -201,7 +203,7 @@ def of_time(row: metrics.Row) -> Iterator[Finding]:
 
 
 def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
-    """`looked` is what `lm.snapshot` finds, or `lm.use` alone, or nothing."""
+    """`looked` is the result of `lm.snapshot`, or of `lm.use` alone, or nothing."""
     if not looked:
         return
     m, o = c.model, c.optimizer
@@ -210,7 +212,7 @@ def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
     yield from over(
         crowded_NHS.sum(-1) / m.n_code,
         CROWDED,
-        f"{{:.0%}} of the keys choose codes that have over {lm.OVERUSED:g} times an even share",
+        f"{{:.0%}} of the keys choose codes used over {lm.OVERUSED:g} times an even share",
         more_even(c, looked),
     )
     if "churn" not in looked:
@@ -225,7 +227,7 @@ def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
     yield from over(
         looked["churn"],
         RESTLESS,
-        "{:.0%} of the keys have another code than at the last look",
+        "{:.0%} of the keys have another code than at the last snapshot",
         f"codewords move too much: {revival}raise config.model.c_gamma {m.c_gamma:g}, or lower"
         f" config.optimizer.lr_max {o.lr_max:g}",
     )
@@ -234,7 +236,7 @@ def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
     yield from over(
         abs(looked["norm_drift"]),
         DRIFT,
-        "the norm of the codewords has changed by {:.0%} since the last look",
+        "the norm of the codewords has changed by {:.0%} since the last snapshot",
         f"codewords diverge or vanish: lower config.optimizer.lr_max {o.lr_max:g}",
     )
 
@@ -242,7 +244,7 @@ def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
 def more_even(c: Config, looked: dict[str, np.ndarray]) -> str:
     """What to do about codes that are hardly used."""
     m, t = c.model, c.train
-    # In so many updates a code with a hundredth of an even share is chosen about once.
+    # In this many updates a code with a hundredth of an even share is chosen about once.
     n = max(20, t.sequence_len // t.update_len, 100 * m.n_code // (t.global_batch_size * t.update_len))
     n = min(n, m.revive_codes // 2) if m.revive_codes else n
     used = float(np.median(looked["perplexity"]))
@@ -252,7 +254,7 @@ def more_even(c: Config, looked: dict[str, np.ndarray]) -> str:
 
 
 def over(found_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator[Finding]:
-    """One finding for all units and heads beyond the limit; those that are not a number are."""
+    """One finding for all units and heads beyond the limit, including those that are not a number."""
     places = [tuple(place) for place in np.argwhere(~(found_NH <= limit))]
     if places:
         places.sort(key=lambda place: -found_NH[place])

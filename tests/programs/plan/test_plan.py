@@ -181,7 +181,7 @@ def test_sweep_ranks(capsys, monkeypatch):
     assert four.startswith("| four | yes | ")
     assert eight.startswith("| eight | yes | ")
     assert sorted(line.split(" | ")[0] for line in others) == ["| three", "| two"]
-    assert "| two | no: 30G of memory needed on a device, 16G there | " in text
+    assert "| two | no: 30G of memory needed on a device, 16G available | " in text
     assert "is not a multiple of" in text
 
 
@@ -256,7 +256,7 @@ def test_machines_that_are_not_known(monkeypatch, topology):
 def test_slices_that_there_are_not(monkeypatch, topology):
     monkeypatch.undo()
     kind = topology.partition(":")[0]
-    with pytest.raises(ValueError, match=f"{topology} is no slice, .*; use {kind}:.*, {kind}:"):
+    with pytest.raises(ValueError, match=f"{topology} is not a slice .*; use {kind}:.*, {kind}:"):
         targets.devices(topology)
 
 

@@ -1,8 +1,8 @@
-"""What a run will cost, `tvq plan`: its train step, compiled for a machine that is not there.
+"""What a run will cost, `tvq plan`: its train step, compiled for a machine that is not present.
 
-Nothing is computed: the machine's own compiler says what memory the step needs, and its program is read for
-products, memory traffic and messages between devices. Times are of a machine that reaches its data sheet:
-bounds to compare shapes by, not predictions to rely on.
+Nothing is executed: the machine's own compiler says what memory the step needs, and its program is read for
+products, memory traffic and messages between devices. Times assume a machine that reaches its data sheet:
+bounds for comparing shapes, not predictions.
 """
 
 from etils import epath

@@ -22,13 +22,13 @@ def too_large(error: TooLargeError) -> str:
 
 
 def lacking(needed: str, available: str) -> str:
-    return f"{needed} of memory needed on a device, {available} there"
+    return f"{needed} of memory needed on a device, {available} available"
 
 
 def verdict(found: Estimate) -> str:
     fits = "fits" if found.fits else NO
     needed = found.bytes_needed / GIB
-    return f"{fits}: {needed:.2f} GiB of memory needed on a device, {found.chip.memory / GIB:.2f} there"
+    return f"{fits}: {needed:.2f} GiB of memory needed on a device, {found.chip.memory / GIB:.2f} available"
 
 
 def page(c: Config, found: Estimate) -> str:
@@ -82,7 +82,7 @@ def shape(found: Estimate) -> str:
 
 
 def ranking(rows: Mapping[str, Estimate | Bound | str]) -> str:
-    """Markdown: what fits, the fastest first; what may fit and was not compiled; what does not, and why."""
+    """Markdown: shapes that fit, the fastest first; those that may fit, not compiled; those that do not."""
 
     def order(name: str) -> tuple:
         found = rows[name]

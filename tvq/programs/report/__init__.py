@@ -1,4 +1,4 @@
-"""`tvq report`: one HTML page that needs nothing else, and its pictures, of one run or several."""
+"""`tvq report`: one self-contained HTML page, and its pictures, about one run or several."""
 
 import base64
 import html
@@ -51,7 +51,7 @@ def report(workdirs: Sequence[str], output: str) -> int:
 
 
 def drawings(found: Sequence[Run]) -> list[tuple[str, str, Any]]:
-    """(name of the file, title, figure) of every picture that these runs have something for."""
+    """(name of the file, title, figure) of every picture that these runs have data for."""
     made = [(name, title, picture(found)) for name, (title, picture) in figures.TOGETHER.items()]
     for i, run in enumerate(found):
         many = len(found) > 1
@@ -87,7 +87,7 @@ def page(found: Sequence[Run], drawn: Sequence[tuple[str, bytes]]) -> str:
 
 
 def facts(found: Sequence[Run]) -> str:
-    """A row a run: how far it is, how good, how fast, and how long it took."""
+    """A row for each run: how far it got, how good, how fast, and how long it took."""
     splits = sorted({split for run in found for split in run.splits()})
     of = runs.loss_unit(found)
     head = ["run", "updates", f"training, last bits a {of}", *(f"{split}, best" for split in splits)]
@@ -110,7 +110,7 @@ def facts(found: Sequence[Run]) -> str:
 
 
 def samples(run: Run) -> str:
-    """A row a step: what the model of then drew."""
+    """A row for each step: what the model drew then."""
     lines = [f"<tr><td>{step:,}</td><td>{shown(drawn)}</td></tr>" for step, drawn in run.samples.items()]
     head = "<tr><th>updates</th><th>drawn then</th></tr>"
     body = "\n".join([head, *lines])
