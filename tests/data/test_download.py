@@ -1,4 +1,4 @@
-"""Downloads from a server here that tears connections, forgets ranges and lies."""
+"""Downloads from a local server that drops connections, ignores ranges and lies."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ CONTENT = bytes(range(256)) * 40
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; tears the connection of each path after the bytes in `tears`, one a request."""
+    """Serves `files`; drops the connection of each path after the bytes in `tears`, one per request."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""Inputs as people have them: packed in other ways, in other encodings, damaged, or nothing of the kind."""
+"""Inputs as people have them: compressed in other ways, in other encodings, damaged, or something else."""
 
 import bz2
 import gzip
@@ -117,7 +117,7 @@ def test_a_zip_of_rows(tmp_path):
         ("a.txt", b"PAR1\x15" + bytes(99), "is a Parquet table"),
         ("a.gz", b"no such format", "is damaged or incomplete"),
     ],
-    ids=lambda value: None if isinstance(value, str) else "",  # what is packed has the time in it
+    ids=lambda value: None if isinstance(value, str) else "",  # compressed data contains the time
 )
 def test_what_is_no_text_is_refused(tmp_path, name, content, wanted):
     (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Sick runs, made up: each has its finding, which names the place, the number and what to change."""
+"""Made-up runs with faults: each has its finding, which names the place, the number and what to change."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def rows(**changes: Any) -> list[dict]:
 
 
 def looked(**changes: float) -> dict[str, np.ndarray]:
-    """Healthy codebooks, but for unit 2, head 1."""
+    """Healthy codebooks, except for unit 2, head 1."""
     found = {
         "perplexity": np.full((N, H), 40.0), "dead": np.zeros((N, H)), "relative_error": np.full((N, H), 0.5),
         "churn": np.full((N, H), 0.05), "norm_drift": np.zeros((N, H)), "usage": np.ones((N, H, 64)),
@@ -117,7 +117,7 @@ def test_where_many_are_sick_the_worst_are_named():
 def test_what_is_healthy_has_no_finding():
     assert not [*doctor.of_rows(C, evaluated(1.3)), *doctor.of_codebooks(C, looked())]
     assert not list(doctor.of_rows(C, []))
-    # Warm-up is no trend, without clipping there is none, and shares of a short time say little.
+    # Warm-up is not a trend, without clipping nothing is clipped, and shares of a short time say little.
     still = dataclasses.replace(C, optimizer=config.Optimizer())
     assert not list(doctor.of_rows(still, rows(loss=lambda i: 3.0)))
     free = dataclasses.replace(C, optimizer=config.Optimizer(grad_clip=0.0, n_warmup_step=0))

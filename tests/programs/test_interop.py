@@ -1,4 +1,4 @@
-"""Weights in and out: files of the original program and of our own, bitwise; and what is refused."""
+"""Weights in and out: files of the original program and of our own, bitwise; and what is rejected."""
 
 import contextlib
 import dataclasses
@@ -229,7 +229,7 @@ def test_weights_that_another_program_saved_again(facts, tmp_path):
         found = interop.read_weights(epath.Path(given), RUN)
         assert tensors.fingerprint(found[0]) == tensors.fingerprint(want[0])
         assert found[1:] == want[1:] == (ByteVocabulary(), 0)
-    # Of images, or of pieces, the data must tell.
+    # For images, or for pieces, the data must tell.
     tokens = config.Data(source="tokens", path=str(tmp_path))
     with pytest.raises(ValueError, match="has lost the vocabulary and image size that tvq export recorded"):
         interop.read_weights(epath.Path(path), dataclasses.replace(RUN, data=tokens))

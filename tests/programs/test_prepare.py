@@ -1,4 +1,4 @@
-"""tvq prepare from raw forms that are made here: what they become, and what is refused."""
+"""tvq prepare on raw files that are made here: what they become, and what is rejected."""
 
 import hashlib
 import io
@@ -371,10 +371,10 @@ MANIFEST = """{
 
 
 def test_the_manifest_never_changes(made, tmp_path):
-    # Recorded: runs go on only with the same tokens, and what reads a manifest relies on its names.
+    # Recorded: runs resume only with the same tokens, and what reads a manifest relies on its names.
     corpus = made("enwik8", packed(tmp_path, "enwik8", XML), n_train=5000)
     manifest = Path(corpus.folder, "manifest.json").read_text()
-    # What gzip comes to is zlib's affair.
+    # The size that gzip gives depends on zlib.
     assert re.sub(r'"gzip_bytes": \d+', '"gzip_bytes": 0', manifest) == MANIFEST
     assert corpus.fingerprint == "e587cdfac777c1c4c38f8e0341b37cbd8f918a8afc9c0abeee86e94a21a4991d"
     index = np.fromfile(Path(corpus.folder, "train.documents"), "<u8")

@@ -1,4 +1,4 @@
-"""Reports of runs that are made up; the page as a browser shows it."""
+"""Reports of made-up runs; the page as a browser shows it."""
 
 import json
 import re
@@ -131,7 +131,7 @@ def broken_run(workdir: Path) -> int:
     ]  # fmt: skip
     strange = b'{"step": 205, "split": "train", "loss": NaN, "bits_per_byte": "x", "seconds_step": "y"}'
     huge = b'{"step": 206, "split": "validation", "loss": 1' + b"0" * 400 + b', "grad_norm": [1], "a": true}'
-    # A run that goes on, after a power cut.
+    # A run that resumed after a power cut.
     rows.write_bytes(b"\n".join([*lines[:5], *damaged, *lines[5:-1], strange, huge, b"", b"\0" * 9]))
     snapshots = [workdir / health.FOLDER / f"step_{step}.npz" for step in STEPS]
     cut(snapshots[-1])

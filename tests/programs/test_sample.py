@@ -32,14 +32,14 @@ def test_pieces_of_text_hold_whole_characters(text, n):
     pieces = list(sample.spoken(BYTES, ids[:5], drawn))
     want = (b"say: " + text).decode(errors="replace")
     assert "".join(pieces) == want
-    # Nothing said is taken back: what is broken is said once that is certain.
+    # No text is taken back: invalid bytes appear only once that is certain.
     if "\ufffd" not in want:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
 @pytest.mark.parametrize("image_size", [0, 6])
 def test_a_sample_of_a_run(image_size):
-    """Of parameters on the whole mesh, and cut over it: what one device draws."""
+    """With parameters on the whole mesh, and sharded over it: what one device draws."""
     model = dataclasses.replace(small.MODEL, n_vocab=259)
     c = config.Config(model=model, sample=config.Sample(prompt="a" * 9, n_sample=2, length=8))
     weights = small.parameters(model)

@@ -129,18 +129,18 @@ class Mixture:
 
     def info(self, split: str) -> prepared.Split:
         """Counts of a split of all folders together. InputError: it is empty in all."""
-        found = [part.splits[split] for part in self.parts]
-        if all(info.is_empty for info in found):
+        infos = [part.splits[split] for part in self.parts]
+        if all(info.is_empty for info in infos):
             raise InputError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
-        zipped = [info.gzip_bytes for info in found if info.gzip_bytes is not None]
+        zipped = [info.gzip_bytes for info in infos if info.gzip_bytes is not None]
         return prepared.Split(
-            n_token=sum(info.n_token for info in found),
-            n_document=sum(info.n_document for info in found),
-            n_byte=sum(info.n_byte for info in found),
-            n_word=sum(info.n_word for info in found),
-            sha256=hashlib.sha256("".join(info.sha256 for info in found).encode()).hexdigest(),
-            gzip_bytes=sum(zipped) if len(zipped) == len(found) else None,
-            n_unknown=sum(info.n_unknown or 0 for info in found),
+            n_token=sum(info.n_token for info in infos),
+            n_document=sum(info.n_document for info in infos),
+            n_byte=sum(info.n_byte for info in infos),
+            n_word=sum(info.n_word for info in infos),
+            sha256=hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest(),
+            gzip_bytes=sum(zipped) if len(zipped) == len(infos) else None,
+            n_unknown=sum(info.n_unknown or 0 for info in infos),
         )
 
 
@@ -192,20 +192,20 @@ def open_corpus(data: config.Data) -> AnyCorpus:
     if data.source == "tokens":
         remedy = "prepare it again (tvq prepare), or use config.data.source=text for plain text"
         return _open(_folder("config.data.path", data.path), "config.data.path", remedy)
-    found, is_file = _listed(data)
+    listed, is_file = _listed(data)
     vocabulary = ByteVocabulary()
-    folder = cache_folder(data) / _key(found, is_file, vocabulary)
+    folder = cache_folder(data) / _key(listed, is_file, vocabulary)
     if not folder.exists():
         try:
             with files.naming("config.data.path"):
-                source = texts.cut(found.files[0]) if is_file else texts.Texts(found.files, column="")
+                source = texts.cut(listed.files[0]) if is_file else texts.Texts(listed.files, column="")
                 _prepare(folder, source, data, vocabulary)
         except OSError as error:
             raise InputError(
                 f"config.data.cache: cannot write {folder} ({error.strerror}); choose another folder"
             ) from error
     corpus = _open(epath.Path(folder), "config.data.cache", "delete this folder, it is then made again")
-    left_out = {"left_out": found.left_out} if found.left_out else {}
+    left_out = {"left_out": listed.left_out} if listed.left_out else {}
     return dataclasses.replace(corpus, source=corpus.source | left_out)
 
 
@@ -243,11 +243,11 @@ def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
     )
 
 
-def _key(found: walk.Walk, is_file: bool, vocabulary: Vocabulary) -> str:
+def _key(listed: walk.Walk, is_file: bool, vocabulary: Vocabulary) -> str:
     """Names the prepared folder by everything that determines its contents."""
     rule = texts.CUT if is_file else HASHED
     key = hashlib.sha256(json.dumps([prepared.VERSION, rule, vocabulary.name, vocabulary.size]).encode())
-    for file in found.files:
+    for file in listed.files:
         key.update(os.fsencode(file.path) + b"\0" + json.dumps([file.size, file.mtime_ns]).encode() + b"\0")
     return key.hexdigest()[:32]
 

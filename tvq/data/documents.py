@@ -89,7 +89,7 @@ def listed(names: Collection[str]) -> str:
 
 def by_reason(pairs: Collection[tuple[str, str]]) -> dict[str, list[str]]:
     """`{why: [name]}` of pairs `(name, why)`."""
-    found = defaultdict(list)
+    reasons = defaultdict(list)
     for name, why in pairs:
-        found[why].append(name)
-    return dict(found)
+        reasons[why].append(name)
+    return dict(reasons)

@@ -85,16 +85,16 @@ class Images:
 
     def __init__(self, root: epath.Path, choice: str = "") -> None:
         """InputError: there are none."""
-        found = walk.walk(root)
-        kept = [file for file in found.files if is_image(file.name)]
+        listed = walk.walk(root)
+        kept = [file for file in listed.files if is_image(file.name)]
         if not kept:
             raise InputError(f"{shown(root)} holds no images (.png, .jpg and whatever else Pillow reads)")
         names = [file.name for file in kept]
         self._splits = documents.told_splits(names, choice, dict.fromkeys(names, "image"))
         self.files = [file for file in kept if not self._splits or file.name in self._splits]
-        self.left_out = [(file.name, NO_IMAGE) for file in found.files if file not in kept]
+        self.left_out = [(file.name, NO_IMAGE) for file in listed.files if file not in kept]
         self.left_out += [(file.name, documents.SIDE) for file in kept if file not in self.files]
-        self.left_out += [(name, walk.OWN) for name in found.left_out]
+        self.left_out += [(name, walk.OWN) for name in listed.left_out]
         self.rule = NAMED if self._splits else HASHED
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
@@ -118,13 +118,13 @@ class ImageNet64:
         InputError: there are no training or no test images.
         """
         self._root, self._n_train = root, n_train or IMAGENET64_TRAIN
-        found = {file: named_split(file.name) for file in walk.walk(root).files}
-        named = [file for file, split in found.items() if split in ("train", "validation")]
+        splits = {file: named_split(file.name) for file in walk.walk(root).files}
+        named = [file for file, split in splits.items() if split in ("train", "validation")]
         batches = [file for file in named if file.path.suffix in (".npz", ".pickle", ".pkl", "")]
         self.in_batches = bool(batches)
         kept = batches or [file for file in named if is_image(file.name)]
-        self._train = [file for file in kept if found[file] == "train"]
-        self._test = [file for file in kept if found[file] == "validation"]
+        self._train = [file for file in kept if splits[file] == "train"]
+        self._test = [file for file in kept if splits[file] == "validation"]
         if not self._train or not self._test:
             raise InputError(
                 f"{shown(root)} holds {len(self._train)} files to train and {len(self._test)} to test on;"
@@ -132,7 +132,7 @@ class ImageNet64:
             )
         self.files = self._train + self._test
         read = set(self.files)
-        self.left_out = [(file.name, "that is not part of it") for file in found if file not in read]
+        self.left_out = [(file.name, "that is not part of it") for file in splits if file not in read]
         self.rule = f"the first {self._n_train} training images, the others; the official validation set"
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
@@ -150,8 +150,8 @@ class ImageNet64:
             )
         yield from self._images(self._test, meter)
 
-    def _images(self, found: list[File], meter: Meter) -> Iterator[Piece]:
-        for file in found:
+    def _images(self, listed: list[File], meter: Meter) -> Iterator[Piece]:
+        for file in listed:
             if self.in_batches:
                 for i, image in enumerate(_of_batch(file.path, meter)):
                     yield Piece("test", f"{file.name}:{i}", image, last=True)

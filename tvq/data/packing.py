@@ -71,8 +71,8 @@ class Sequences:
         for part, (first, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
             rows = [row for row, index in enumerate(indices) if first <= index < end]
             if rows:
-                found = self._read(part, [indices[row] - first for row in rows])
-                for row, tokens in zip(rows, found, strict=True):
+                sequences = self._read(part, [indices[row] - first for row in rows])
+                for row, tokens in zip(rows, sequences, strict=True):
                     targets_BT[row, : len(tokens)] = tokens
                     n_token_B[row] = len(tokens)
         return features(targets_BT, n_token_B)
@@ -83,10 +83,10 @@ class Sequences:
         assert read is not None, "a sequence of an empty split"
         starts = [index * self.sequence_len for index in indices]
         n_token = corpus.splits[self.split].n_token
-        found = read([(start, min(start + self.sequence_len, n_token)) for start in starts])
-        for start, tokens in zip(starts, found, strict=True):
+        sequences = read([(start, min(start + self.sequence_len, n_token)) for start in starts])
+        for start, tokens in zip(starts, sequences, strict=True):
             check_ids(corpus, self.split, start, tokens)
-        return found
+        return sequences
 
 
 def check_ids(corpus: Corpus, split: str, start: int, tokens: np.ndarray) -> None:
@@ -133,26 +133,26 @@ class Streams:
 
     def piece(self, number: int, rows: Sequence[int]) -> Example:
         """`inputs, targets, loss_mask` int32 [rows, length] of some rows. An end id begins each document."""
-        found = {name: np.full((len(rows), self.length), PAD, np.int32) for name in STREAMED}
+        piece = {name: np.full((len(rows), self.length), PAD, np.int32) for name in STREAMED}
         for i, row in enumerate(rows):
             for place, n, context, part, start in self._spans(number, row):
                 read, before = self._readers[part], min(context, 1)
                 assert read is not None, "a document of an empty split"
                 (tokens,) = read([(start - before, start + n)])
                 check_ids(self.corpus.parts[part], self.split, start - before, tokens)
-                found["targets"][i, place : place + n] = tokens[before:]
-                found["inputs"][i, place] = tokens[0] if before else END
-                found["inputs"][i, place + 1 : place + n] = tokens[before:-1]
-                found["loss_mask"][i, place : place + n] = 1
-        return found
+                piece["targets"][i, place : place + n] = tokens[before:]
+                piece["inputs"][i, place] = tokens[0] if before else END
+                piece["inputs"][i, place + 1 : place + n] = tokens[before:-1]
+                piece["loss_mask"][i, place : place + n] = 1
+        return piece
 
     def contexts(self, number: int) -> np.ndarray:
         """int64 [n_row, length]: how many tokens of its document come before each; -1 for padding."""
-        found = np.full((len(self.rows), self.length), -1)
+        contexts = np.full((len(self.rows), self.length), -1)
         for row in range(len(self.rows)):
             for place, n, context, *_ in self._spans(number, row):
-                found[row, place : place + n] = np.arange(context, context + n)
-        return found
+                contexts[row, place : place + n] = np.arange(context, context + n)
+        return contexts
 
     def _spans(self, number: int, row: int) -> Iterator[tuple[int, int, int, int, int]]:
         """The part of each document in a piece: place in it, tokens, those before, folder, place there."""

@@ -179,18 +179,18 @@ def text(
         raise InputError(
             f"--n_train={n_train} counts bytes of one file, but {shown(path)} is a folder or a table"
         )
-    found = walk.walk(path)
-    source = Texts(found.files, column, documents.told_splits([file.name for file in found.files], choice))
-    source.left_out += [(name, walk.OWN) for name in found.left_out]
+    listed = walk.walk(path)
+    source = Texts(listed.files, column, documents.told_splits([file.name for file in listed.files], choice))
+    source.left_out += [(name, walk.OWN) for name in listed.left_out]
     return source
 
 
 def stdlib() -> walk.Walk:
     """The source of Python's standard library, without installed packages."""
     root = epath.Path(sysconfig.get_path("stdlib"))
-    found = walk.walk(root, skip=NOT_PYTHON).files
+    listed = walk.walk(root, skip=NOT_PYTHON).files
     # By name, because another order would make other batches.
-    return walk.Walk(sorted((f for f in found if f.name.endswith(".py")), key=lambda f: f.name), [])
+    return walk.Walk(sorted((f for f in listed if f.name.endswith(".py")), key=lambda f: f.name), [])
 
 
 def _row(where: str, row: object, column: str) -> bytes:

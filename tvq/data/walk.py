@@ -43,14 +43,14 @@ def walk(root: epath.Path, *, skip: Collection[str] = (), leave_out: Collection[
         if is_bucket(root):
             if not root.exists():
                 raise InputError(f"{root} does not exist")
-            found = Walk([] if root.is_dir() else [File(root, root.name)], [])
+            listed = Walk([] if root.is_dir() else [File(root, root.name)], [])
             if root.is_dir():
-                _in_bucket(root, "", found)
+                _in_bucket(root, "", listed)
         else:
-            found = _local(Path(root), skip, leave_out)
-    if not found.files:
+            listed = _local(Path(root), skip, leave_out)
+    if not listed.files:
         raise InputError(f"{shown(root)} holds no text or images (no files except hidden ones)")
-    return Walk(sorted(found.files, key=lambda file: natural(file.name)), sorted(found.left_out))
+    return Walk(sorted(listed.files, key=lambda file: natural(file.name)), sorted(listed.left_out))
 
 
 def one(path: epath.Path) -> File:
@@ -61,17 +61,17 @@ def one(path: epath.Path) -> File:
     return walk(path).files[0]
 
 
-def _in_bucket(folder: epath.Path, prefix: str, found: Walk) -> None:
+def _in_bucket(folder: epath.Path, prefix: str, listed: Walk) -> None:
     inside = list(folder.iterdir())
     if prefix and is_own(folder, {path.name for path in inside}):
-        found.left_out.append(prefix)
+        listed.left_out.append(prefix)
         return
     for path in inside:
         if not path.name.startswith("."):
             if path.is_dir():
-                _in_bucket(path, f"{prefix}{path.name}/", found)
+                _in_bucket(path, f"{prefix}{path.name}/", listed)
             else:
-                found.files.append(File(path, prefix + path.name))
+                listed.files.append(File(path, prefix + path.name))
 
 
 def _local(root: Path, skip: Collection[str], leave_out: Collection[Path]) -> Walk:

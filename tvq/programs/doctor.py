@@ -57,10 +57,10 @@ def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
     console = metrics.Console()
     path = workdir / records.FILE
     rows, broken = runs.read_rows(path) if path.exists() else ([], [])
-    looked, step = newest_look(c, workdir, bool(rows), console.say, broken)
-    findings = all_findings(c, rows, looked)
+    snapshot, step = newest_snapshot(c, workdir, bool(rows), console.say, broken)
+    findings = all_findings(c, rows, snapshot)
     last = f"{rows[-1]['step']:,}" if rows else "none"
-    seen = f"codebooks of step {step:,}" if looked else "no codebooks"
+    seen = f"codebooks of step {step:,}" if snapshot else "no codebooks"
     console.say(f"{workdir}: rows to step {last}, {seen}")
     for line in broken:
         console.say(f"left out: {line}")
@@ -71,7 +71,7 @@ def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
     return FOUND if findings else 0
 
 
-def newest_look(
+def newest_snapshot(
     c: Config, workdir: epath.Path, has_rows: bool, say: Callable[[str], None], broken: list[str]
 ) -> tuple[dict[str, np.ndarray], int]:
     """The newest readable snapshot, or the use of codes in the newest checkpoint, and its step.
@@ -95,9 +95,9 @@ def newest_look(
     return jax.device_get(lm.use(restored.state.weights, initial)), restored.step
 
 
-def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.ndarray]) -> list[Finding]:
+def all_findings(c: Config, rows: Sequence[metrics.Row], snapshot: dict[str, np.ndarray]) -> list[Finding]:
     findings = list(of_rows(c, rows))
-    return findings if any(f.is_lost for f in findings) else [*findings, *of_codebooks(c, looked)]
+    return findings if any(f.is_lost for f in findings) else [*findings, *of_codebooks(c, snapshot)]
 
 
 def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
@@ -202,67 +202,67 @@ def of_time(row: metrics.Row) -> Iterator[Finding]:
             )
 
 
-def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
-    """`looked` is the result of `lm.snapshot`, or of `lm.use` alone, or nothing."""
-    if not looked:
+def of_codebooks(c: Config, snapshot: dict[str, np.ndarray]) -> Iterator[Finding]:
+    """`snapshot` is the result of `lm.snapshot`, or of `lm.use` alone, or nothing."""
+    if not snapshot:
         return
     m, o = c.model, c.optimizer
-    crowded_NHS = np.where(looked["usage"] > lm.OVERUSED, looked["usage"], 0.0)
-    yield from over(looked["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, looked))
+    crowded_NHS = np.where(snapshot["usage"] > lm.OVERUSED, snapshot["usage"], 0.0)
+    yield from over(snapshot["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, snapshot))
     yield from over(
         crowded_NHS.sum(-1) / m.n_code,
         CROWDED,
         f"{{:.0%}} of the keys choose codes used over {lm.OVERUSED:g} times an even share",
-        more_even(c, looked),
+        more_even(c, snapshot),
     )
-    if "churn" not in looked:
+    if "churn" not in snapshot:
         return
     yield from over(
-        looked["relative_error"],
+        snapshot["relative_error"],
         FAR,
         "keys are {:.2f} of their norm from their codeword",
         f"raise config.model.n_code {m.n_code} or config.model.c_beta {m.c_beta:g}",
     )
     revival = f"raise config.model.revive_codes {m.revive_codes}, " if m.revive_codes else ""
     yield from over(
-        looked["churn"],
+        snapshot["churn"],
         RESTLESS,
         "{:.0%} of the keys have another code than at the last snapshot",
         f"codewords move too much: {revival}raise config.model.c_gamma {m.c_gamma:g}, or lower"
         f" config.optimizer.lr_max {o.lr_max:g}",
     )
-    if "norm_drift" not in looked:
+    if "norm_drift" not in snapshot:
         return
     yield from over(
-        abs(looked["norm_drift"]),
+        abs(snapshot["norm_drift"]),
         DRIFT,
         "the norm of the codewords has changed by {:.0%} since the last snapshot",
         f"codewords diverge or vanish: lower config.optimizer.lr_max {o.lr_max:g}",
     )
 
 
-def more_even(c: Config, looked: dict[str, np.ndarray]) -> str:
+def more_even(c: Config, snapshot: dict[str, np.ndarray]) -> str:
     """What to do about codes that are hardly used."""
     m, t = c.model, c.train
     # In this many updates a code with a hundredth of an even share is chosen about once.
     n = max(20, t.sequence_len // t.update_len, 100 * m.n_code // (t.global_batch_size * t.update_len))
     n = min(n, m.revive_codes // 2) if m.revive_codes else n
-    used = float(np.median(looked["perplexity"]))
+    used = float(np.median(snapshot["perplexity"]))
     enough = 2 ** round(math.log2(2 * used)) if 1 <= used < m.n_code else m.n_code
     fewer = f", or config.model.n_code={enough}" if enough < m.n_code else ""
     return f"in a new run, set config.model.revive_codes={n}{fewer}"
 
 
-def over(found_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator[Finding]:
+def over(values_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator[Finding]:
     """One finding for all units and heads beyond the limit, including those that are not a number."""
-    places = [tuple(place) for place in np.argwhere(~(found_NH <= limit))]
+    places = [tuple(place) for place in np.argwhere(~(values_NH <= limit))]
     if places:
-        places.sort(key=lambda place: -found_NH[place])
+        places.sort(key=lambda place: -values_NH[place])
         number = re.search(r"\{.*\}", what)[0]  # type: ignore[index]
         where = [f"unit {i + 1}, head {h + 1}" for i, h in places[:N_NAMED]]
         more = [
-            f"{number.format(found_NH[place])} in {name}" for place, name in zip(places, where, strict=False)
+            f"{number.format(values_NH[place])} in {name}" for place, name in zip(places, where, strict=False)
         ]
         rest = [f"too much in {len(places) - N_NAMED} more"] if len(places) > N_NAMED else []
-        text = "; ".join([f"{what.format(found_NH[places[0]])} in {where[0]}", *more[1:], *rest])
+        text = "; ".join([f"{what.format(values_NH[places[0]])} in {where[0]}", *more[1:], *rest])
         yield Finding(text.replace("%", " %"), remedy)

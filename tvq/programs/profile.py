@@ -70,11 +70,11 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     n_run = N_STEP * mesh.size
     spent = {name: seconds / n_run for name, seconds in kernel_seconds(newest(Path(output))).items()}
     program = Program.read(update.as_text() or "")
-    found, rest = costs(program, spent), unattributed(program, spent)
-    if not found:
+    largest, rest = costs(program, spent), unattributed(program, spent)
+    if not largest:
         where = mesh.devices.flat[0].device_kind
         raise InputError(f"{nameless(where, rest)}; open the trace instead: tensorboard --logdir {output}")
-    console.say(table(found, rest))
+    console.say(table(largest, rest))
     console.say(f"the trace: tensorboard --logdir {output}")
     return 0
 
@@ -119,25 +119,25 @@ def kernel_seconds(path: Path) -> dict[str, float]:
 
     What a GPU did outside of any program in the trace has its own name.
     """
-    found: defaultdict[str, float] = defaultdict(float)
+    seconds: defaultdict[str, float] = defaultdict(float)
     for event in events(path):
         module = str(event.stats.get("hlo_module", ""))
         if module.startswith("jit_train_step"):
-            found[str(event.stats.get("hlo_op", event.name))] += event.seconds
+            seconds[str(event.stats.get("hlo_op", event.name))] += event.seconds
         elif not module and event.plane.startswith("/device:GPU"):
-            found[event.name] += event.seconds
-    return found
+            seconds[event.name] += event.seconds
+    return seconds
 
 
 def costs(program: Program, seconds: Mapping[str, float]) -> list[Cost]:
     """The kernels of a program summed by operation, the largest cost first."""
-    found: dict[tuple[str, str, str], np.ndarray] = {}
+    sums: dict[tuple[str, str, str], np.ndarray] = {}
     for kernel in program.kernels():
         name = kernel.instruction.name
         if name in seconds:
-            row = found.setdefault(named(program, kernel), np.zeros(3))
+            row = sums.setdefault(named(program, kernel), np.zeros(3))
             row += (seconds[name], kernel.n * kernel.nbytes, kernel.n)
-    rows = [Cost(*key, *row.tolist()) for key, row in found.items()]
+    rows = [Cost(*key, *row.tolist()) for key, row in sums.items()]
     return sorted(rows, key=lambda cost: -cost.seconds)
 
 
@@ -177,19 +177,19 @@ def origin(program: Program, one: Instruction) -> str:
     return ""
 
 
-def table(found: list[Cost], rest: Mapping[str, float]) -> str:
+def table(spent: list[Cost], rest: Mapping[str, float]) -> str:
     """The N_ROW largest costs, and the time of each part; `rest` has no known part."""
-    known = sum(cost.seconds for cost in found)
+    known = sum(cost.seconds for cost in spent)
     total = known + sum(rest.values())
     by_part = {
-        part: sum(cost.seconds for cost in found if cost.part == part)
+        part: sum(cost.seconds for cost in spent if cost.part == part)
         for part in (*trace.PARTS, EXCHANGE, OTHER)
     }
     if rest:
         largest = ", ".join(sorted(rest, key=lambda name: -rest[name])[:3])
         by_part[f"not attributed: {largest}{' ...' if len(rest) > 3 else ''}"] = total - known
     lines = [
-        *rows(found, total),
+        *rows(spent, total),
         "",
         f"by part, of {1e3 * total:,.1f} ms a step and device:",
         *(
@@ -204,9 +204,9 @@ def table(found: list[Cost], rest: Mapping[str, float]) -> str:
     return "\n".join(lines).replace("%", " %")
 
 
-def rows(found: list[Cost], total: float) -> Iterator[str]:
+def rows(spent: list[Cost], total: float) -> Iterator[str]:
     yield f"{'share':>7}  {'ms':>9}  {'MB':>9}  {'GB/s':>7}  {'launches':>8}  what"
-    for cost in found[:N_ROW]:
+    for cost in spent[:N_ROW]:
         rate = cost.nbytes / cost.seconds / 1e9 if cost.seconds else 0.0
         yield (
             f"{cost.seconds / total:6.1%}  {1e3 * cost.seconds:9.2f}  {cost.nbytes / 1e6:9,.1f}  {rate:7.1f}"

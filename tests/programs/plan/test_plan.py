@@ -84,7 +84,7 @@ def test_gradients_and_statistics_are_all_that_devices_exchange():
     ("group", "n"), [((0, 1), 1), ((0, 2), 1), ((0, 1, 2, 3), 2), ((0, 3), 2), ((0,), 1)]
 )
 def test_an_exchange_has_a_ring_along_each_dimension(group, n):
-    """On chips that lie 2 x 2 x 1."""
+    """On chips in a 2 x 2 x 1 slice."""
     chips = [types.SimpleNamespace(coords=(i // 2, i % 2, 0)) for i in range(4)]
     slice_ = types.SimpleNamespace(devices=np.array(chips))
     assert step.n_ring(slice_, group) == n

@@ -293,7 +293,7 @@ ENTRY %main (a.1: f32[48,64], i.1: s32[]) -> f32[48,64] {
 
 
 def test_a_fusion_beside_other_work_moves_what_it_slices():
-    """As one that is waited for at once; with its operands it would be 48 times as much."""
+    """Like one that is waited for at once; with its operands it would be 48 times as much."""
     kernels = list(Program.read(BESIDE).kernels())
     assert [kernel.instruction.name for kernel in kernels] == ["get.1", "put.1"]
     assert [kernel.nbytes for kernel in kernels] == [2 * 4 * 64 + 4] * 2

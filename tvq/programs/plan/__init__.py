@@ -25,10 +25,10 @@ def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) 
     devices = targets.devices(c.plan.topology)
     if not c.plan.sweep:
         try:
-            found = step.estimate(c, sharding.make(c.mesh, devices, c))
+            estimate = step.estimate(c, sharding.make(c.mesh, devices, c))
         except TooLargeError as error:
             console.say(report.too_large(error))
             return DOES_NOT_FIT
-        console.say(report.page(c, found))
-        return 0 if found.fits else DOES_NOT_FIT
+        console.say(report.page(c, estimate))
+        return 0 if estimate.fits else DOES_NOT_FIT
     return 0 if sweep.sweep(c, devices, console) else DOES_NOT_FIT

@@ -83,8 +83,8 @@ class Instruction(NamedTuple):
         return sum(array.nbytes for array in self.arrays)
 
     def attribute(self, pattern: str) -> str:
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else ""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
 
     @property
     def called(self) -> str:

@@ -102,7 +102,7 @@ class Program:
             yield Kernel(one, n, flops, self.traffic(one, scope), dearest)
 
     def traffic(self, one: Instruction, scope: dict[str, Instruction]) -> int:
-        """Bytes that a kernel reads and writes: only the part of an array that it slices or updates in place."""
+        """Bytes that a kernel reads and writes; of arrays sliced or updated in place, only that part."""
         if one.op == "fusion":
             read = [self.read_of(one.called, i) for i in range(len(one.operands))]
             return sum(read) + sum(self.written(one.called))
