@@ -209,7 +209,7 @@ def test_wrong_input_is_named(tmp_path, fields, message):
 def test_full_attention_is_no_baseline_of_the_window_alone(tmp_path):
     c = tiny(tmp_path)
     c = dataclasses.replace(c, model=dataclasses.replace(TINY, agg_cache=False))
-    with pytest.raises(ValueError, match=r"agg_cache .* must be true where full"):
+    with pytest.raises(ValueError, match=r"agg_cache .* must be true if full"):
         list(cases.sweep(c))
 
 

@@ -181,10 +181,13 @@ def test_every_wrong_array_of_ours_is_listed(tmp_path):
     ("content", "message"),
     [
         (None, "cannot read it (No such file or directory)"),
-        (b"", "is no msgpack of flax, or a damaged one"),
-        (b"plain text", "is no msgpack of flax"),
-        (serialization.msgpack_serialize({"a": np.zeros(9)})[:-9], "is no msgpack of flax, or a damaged one"),
-        (b"\x93\x01\x02\x03", "is no msgpack of flax: it holds no names"),
+        (b"", "is not a flax msgpack file, or is damaged"),
+        (b"plain text", "is not a flax msgpack file"),
+        (
+            serialization.msgpack_serialize({"a": np.zeros(9)})[:-9],
+            "is not a flax msgpack file, or is damaged",
+        ),
+        (b"\x93\x01\x02\x03", "is not a flax msgpack file: it holds no names"),
     ],
 )
 def test_what_is_no_checkpoint(content, message, tmp_path):

@@ -231,7 +231,7 @@ def test_text_that_a_vocabulary_does_not_read(tmp_path):
     path.write_bytes(b"caf\xe9")
     assert len(sample.read_document(path, BYTES)) == 4
     with pytest.raises(
-        ValueError, match=r"--document=.* is not UTF-8, and a model of sentencepiece .*byte 3"
+        ValueError, match=r"--document=.* is not UTF-8, which a model of sentencepiece needs.*byte 3"
     ):
         sample.read_document(path, pieces)
     assert len(sample.encoded(BYTES, "caf\udce9")) == 4
