@@ -237,7 +237,7 @@ def test_text_that_a_vocabulary_does_not_read(tmp_path):
     assert len(sample.encoded(BYTES, "caf\udce9")) == 4
     for vocabulary, prompt in ((pieces, "caf\udce9"), (BYTES, "\ud800")):
         with pytest.raises(
-            ValueError, match=f"a prompt is not UTF-8, and a model of {vocabulary.name}"
+            ValueError, match=f"a prompt is not UTF-8, which a model of {vocabulary.name}"
         ) as error:
             sample.encoded(vocabulary, prompt)
         assert isinstance(error.value, InputError)
