@@ -33,10 +33,10 @@ FIRST_BYTES = {
     b"PK\3\4": "zip",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a\7": "a RAR archive",
-    b"\x04\x22\x4d\x18": "packed with lz4",
-    b"\xff\6\0\0sNaPpY": "packed with Snappy",
-    b"\x1f\x9d": "packed with compress",
-    b"LZIP\1": "packed with lzip",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\xff\6\0\0sNaPpY": "compressed with Snappy",
+    b"\x1f\x9d": "compressed with compress",
+    b"LZIP\1": "compressed with lzip",
     b"PAR1\x15": "a Parquet table",
     b"ARROW1\0\0": "an Arrow table",
     b"\x93NUMPY": "an array of NumPy",
@@ -48,9 +48,9 @@ BZ2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 REFUSED = {
     ".tar": "a tar archive", ".tgz": "a tar archive", ".tbz2": "a tar archive", ".tbz": "a tar archive",
     ".txz": "a tar archive", ".tzst": "a tar archive", ".7z": "a 7z archive", ".rar": "a RAR archive",
-    ".lz4": "packed with lz4", ".br": "packed with Brotli", ".z": "packed with compress",
-    ".sz": "packed with Snappy", ".snappy": "packed with Snappy", ".lz": "packed with lzip",
-    ".lzo": "packed with lzop", ".arrow": "an Arrow table", ".feather": "an Arrow table",
+    ".lz4": "compressed with lz4", ".br": "compressed with Brotli", ".z": "compressed with compress",
+    ".sz": "compressed with Snappy", ".snappy": "compressed with Snappy", ".lz": "compressed with lzip",
+    ".lzo": "compressed with lzop", ".arrow": "an Arrow table", ".feather": "an Arrow table",
 }  # fmt: skip
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
@@ -183,7 +183,7 @@ def chunks(file: File, meter: Meter) -> Iterator[bytes]:
         for i, chunk in enumerate(_unpacked(path, raw, kind, stack)):
             inside = kind_of_bytes(chunk[:512]) if kind and not i else ""
             if inside:
-                what = f"packed with {inside}" if inside in PACKED.values() else inside
+                what = f"compressed with {inside}" if inside in PACKED.values() else inside
                 raise InputError(f"what {shown(path)} holds is {what}; unpack it")
             n_byte += len(chunk)
             yield chunk
