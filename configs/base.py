@@ -1,4 +1,4 @@
-"""Every field at its default; the meaning of each stands in tvq/schema.py. Not meant to be run."""
+"""Every field at its default; tvq/schema.py says what each means. Not meant to be run."""
 
 from ml_collections import ConfigDict
 

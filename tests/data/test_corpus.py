@@ -245,9 +245,7 @@ def test_contents_that_changed_at_equal_size(corpus_of, tmp_path, monkeypatch, n
     content = bytearray(path.read_bytes())
     content[: len(content) // 2 - 20] = content[: len(content) // 2 - 20][::-1]
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=rf"is damaged: {name} is of sha256 .* says .*: its contents changed"
-    ):
+    with pytest.raises(ValueError, match=rf"is damaged: {name} has sha256 .* says .*: its contents changed"):
         open_corpus(data)
 
 
@@ -282,7 +280,7 @@ def test_a_folder_and_its_only_file_are_not_the_same(tmp_path):
 
 
 def test_what_tvq_makes_inside_the_data_is_no_data(tmp_path):
-    """Or no run could be resumed whose workdir, cache or prepared data lie there."""
+    """Otherwise a run whose workdir, cache or prepared data are there could not resume."""
     (tmp_path / "a.txt").write_text("text" * 100)
     data = config.Data(source="text", path=str(tmp_path), cache=str(tmp_path / "cache"))
     first = open_corpus(data)

@@ -62,11 +62,11 @@ def test_published_splits(names, choice, wanted):
 @pytest.mark.parametrize(
     ("names", "choice", "wanted"),
     [
-        (["train.py", "test_a.py", "a.py", "b.py"], "", "and 2 others tell none, as a.py; name all"),
+        (["train.py", "test_a.py", "a.py", "b.py"], "", "and 2 others tell none, such as a.py; name all"),
         (
             ["corpus.jsonl", "test.jsonl"],
             "",
-            r"as test.jsonl \(test\), and 1 others tell none, as corpus.jsonl",
+            r"such as test.jsonl \(test\), and 1 others tell none, such as corpus.jsonl",
         ),
         (["validation.jsonl", "test.jsonl"], "", "and none of them trains; .* --split=hash"),
         (["a.txt"], "names", "no name tells a split"),

@@ -1,4 +1,4 @@
-"""Downloads from a server here that tears connections, forgets ranges and lies."""
+"""Downloads from a local server that drops connections, ignores ranges and lies."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ CONTENT = bytes(range(256)) * 40
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; tears the connection of each path after the bytes in `tears`, one a request."""
+    """Serves `files`; drops the connection of each path after the bytes in `tears`, one per request."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -104,7 +104,9 @@ def test_torn_and_resumed(server, tmp_path):
 
 def test_given_up_and_gone_on_with(server, tmp_path):
     server.tears["/file"] = [500, 0, 0, 0, 0]
-    with pytest.raises(ValueError, match=r"cannot fetch http.*/file \(.*; what has come is kept, the same"):
+    with pytest.raises(
+        ValueError, match=r"cannot fetch http.*/file \(.*; what has arrived is kept, the same"
+    ):
         download.fetch(f"{server.url}/file", tmp_path / "got", progress=lambda *_: None)
     assert not (tmp_path / "got").exists()
     download.fetch(f"{server.url}/file", tmp_path / "got", progress=lambda *_: None)
@@ -130,7 +132,7 @@ def test_wrong_checksum(server, tmp_path):
     fetch = lambda: download.fetch(
         f"{server.url}/file", tmp_path / "got", progress=lambda *_: None, md5=right
     )
-    with pytest.raises(ValueError, match=f"/file came as {len(CONTENT)} bytes of MD5 .*; it is removed"):
+    with pytest.raises(ValueError, match=f"/file arrived as {len(CONTENT)} bytes of MD5 .*; it is removed"):
         fetch()
     assert list(tmp_path.iterdir()) == []
     fetch()
@@ -188,7 +190,7 @@ def test_enwik8_that_is_another_file(server, tmp_path):
     options = prepare.Options(
         kind="enwik8", download=True, url=f"{server.url}/enwik8.zip", input=str(raw), output=str(out)
     )
-    with pytest.raises(ValueError, match=r"enwik8\.zip is damaged or not all there"):
+    with pytest.raises(ValueError, match=r"enwik8\.zip is damaged or incomplete"):
         prepare.prepare(options)
     assert [path.name for path in tmp_path.iterdir()] == ["enwik8.zip"]
     assert Path(raw).read_bytes() == CONTENT

@@ -1,4 +1,4 @@
-"""Inputs as people have them: packed in other ways, in other encodings, damaged, or nothing of the kind."""
+"""Inputs as people have them: compressed in other ways, in other encodings, damaged, or something else."""
 
 import bz2
 import gzip
@@ -71,7 +71,7 @@ def test_packed_text_is_unpacked(tmp_path, suffix, upper):
         path.write_bytes(PACK[suffix](text))
         assert b"".join(text for _, text in documents_of(path)) == text
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(ValueError, match=r"is damaged or not all there|cannot read"):
+        with pytest.raises(ValueError, match=r"is damaged or incomplete|cannot read"):
             documents_of(path)
 
 
@@ -107,17 +107,17 @@ def test_a_zip_of_rows(tmp_path):
         (
             "a.txt.gz.gz",
             gzip.compress(gzip.compress(b"x" * 99)),
-            "what .* holds is packed with gz; unpack it",
+            "what .* holds is compressed with gz; unpack it",
         ),
         ("a.txt", b"7z\xbc\xaf\x27\x1c" + bytes(99), "is a 7z archive, which is not read"),
         ("a", b"Rar!\x1a\x07\x01\x00" + bytes(99), "is a RAR archive"),
-        ("a.lz4", b"\x04\x22\x4d\x18" + bytes(99), "is packed with lz4"),
-        ("a.txt.br", b"some text that is none", "is packed with Brotli"),
+        ("a.lz4", b"\x04\x22\x4d\x18" + bytes(99), "is compressed with lz4"),
+        ("a.txt.br", b"some text that is none", "is compressed with Brotli"),
         ("a.docx", zipped({"a": b"x", "b": b"x"}), "holds 2 files, not one; unpack it"),
         ("a.txt", b"PAR1\x15" + bytes(99), "is a Parquet table"),
-        ("a.gz", b"no such format", "is damaged or not all there"),
+        ("a.gz", b"no such format", "is damaged or incomplete"),
     ],
-    ids=lambda value: None if isinstance(value, str) else "",  # what is packed has the time in it
+    ids=lambda value: None if isinstance(value, str) else "",  # compressed data contains the time
 )
 def test_what_is_no_text_is_refused(tmp_path, name, content, wanted):
     (tmp_path / name).write_bytes(content)
@@ -264,7 +264,7 @@ def test_sixteen_bits():
     for kind in ("TIFF", "PNG", "PPM"):
         found = rgb(encoded(Image.fromarray(values), kind), 2)
         assert found[..., 1].tolist() == [[0, 1], [128, 255]], kind
-    with pytest.raises(ValueError, match="32 bits without a known range"):
+    with pytest.raises(ValueError, match="32 bits a value without a known range"):
         rgb(encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), 2)
 
 
@@ -348,7 +348,7 @@ def test_a_published_split_of_images(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"x", pickle.dumps(3), b"\x89PNG\r\n\x1a\n" + bytes(99)])
 def test_an_image_that_is_damaged_is_named(content):
-    with pytest.raises(ValueError, match=r"^image is no image that can be read"):
+    with pytest.raises(ValueError, match=r"^image cannot be read as an image"):
         rgb(content)
 
 

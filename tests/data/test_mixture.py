@@ -1,4 +1,4 @@
-"""Several prepared folders as one: shares, order, evaluation, and what is refused."""
+"""Several prepared folders as one: shares, order, evaluation, and what is rejected."""
 
 import contextlib
 import json

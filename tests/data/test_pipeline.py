@@ -246,9 +246,9 @@ def test_arguments_out_of_range(sequences):
 @pytest.mark.parametrize(
     ("code", "wanted"),
     [
-        (7, r"workers=2: one was ended by signal 7 \(SIGBUS\): /dev/shm, .* is too small.*--shm-size"),
-        (9, r"workers=2: one was ended by signal 9 \(SIGKILL\), most likely for lack of memory"),
-        (11, "ended by signal 11; config.data.workers=0 reads in threads"),
+        (7, r"workers=2: one was killed by signal 7 \(SIGBUS\): /dev/shm, .* is too small.*--shm-size"),
+        (9, r"workers=2: one was killed by signal 9 \(SIGKILL\), most likely for lack of memory"),
+        (11, "killed by signal 11; config.data.workers=0 reads in threads"),
     ],
 )
 def test_a_worker_that_a_signal_ends(random_corpus, monkeypatch, code, wanted):

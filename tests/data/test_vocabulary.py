@@ -76,12 +76,14 @@ def test_training_is_repeatable():
 
 def test_too_little_text_for_the_pieces():
     for text in ([], ["a b"]):
-        with pytest.raises(ValueError, match=r"cannot train 120 pieces on this text \(.+\); give more, or"):
+        with pytest.raises(
+            ValueError, match=r"cannot train 120 pieces on this text \(.+\); give more text, or"
+        ):
             vocabulary.train_sentencepiece(iter(text), 120)
 
 
 def test_not_a_model():
-    with pytest.raises(ValueError, match="of 3 bytes is no SentencePiece model"):
+    with pytest.raises(ValueError, match="of 3 bytes is not a SentencePiece model"):
         SentencePieceVocabulary(b"abc")
 
 
@@ -94,7 +96,7 @@ def test_other_special_ids(monkeypatch):
 def test_text_that_is_not_utf8():
     piece = Piece("train", "book.txt", b"kalo \xff\xfe mi \xc3", last=True)
     assert len(encode_text(ByteVocabulary(), piece)) == len(piece.raw)
-    with pytest.raises(ValueError, match=r"book\.txt is not UTF-8: 3 wrong places, the first after b.kalo"):
+    with pytest.raises(ValueError, match=r"book\.txt is not UTF-8: 3 invalid places, the first after b.kalo"):
         encode_text(books.vocabulary(), piece)
 
 

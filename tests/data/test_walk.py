@@ -1,4 +1,4 @@
-"""The one walker: what it reads of a folder that holds all kinds of things."""
+"""The one walk: what it reads from a folder that holds all kinds of things."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The tvq command that stands still at one point of its run, so that a test can stop or kill it right there.
+"""The tvq command, held at one point of its run so that a test can stop or kill it right there.
 
 python -m tests.end_to_end.held POINT ARGUMENTS. It prints "held" at POINT: start, before there is a state;
 row:STEP, the row of that update is written; save:STEP, all files of that checkpoint are written and it is

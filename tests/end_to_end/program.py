@@ -48,7 +48,7 @@ SETTINGS = (
 
 @contextlib.contextmanager
 def as_if_started(n_device: int, programs: Path) -> Iterator[None]:
-    """This process as a command finds it that starts: `n_device` devices, compiled `programs`, no more."""
+    """This process as a new command sees it: `n_device` devices, compiled `programs`, nothing else."""
     share_programs()
     devices, settings = jax.devices()[:n_device], {name: getattr(jax.config, name) for name in SETTINGS}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -159,13 +159,13 @@ def end(process: subprocess.Popen[str], exit_code: int) -> tuple[str, str]:
 
 
 def has_rows(workdir: Path) -> bool:
-    """Whether a run has written one; it may be in the midst of the next."""
+    """Whether a run has written one; it may be writing the next."""
     path = workdir / "metrics.jsonl"
     return path.exists() and "\n" in path.read_text()
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what it took."""
+    """metrics.jsonl without times."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in found]
 
@@ -195,7 +195,7 @@ def arrays(restored: Restored) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bitwise equal final checkpoints, the same rows, the same samples and looks at the codebooks."""
+    """Bitwise equal final checkpoints, the same rows, the same samples and codebook snapshots."""
     assert rows(a) == rows(b)
     looks = [epath.Path(folder) / health.FOLDER for folder in (a, b)]
     assert (

@@ -59,7 +59,7 @@ FIELDS = {
     "--cpu_devices=0": "--cpu_devices must be at least 1, not 0",
     "--config.model.dtype=float64": "use float64 for both or neither",
     "--config.model.n_vocab=300": "has a vocabulary of 259 ids (bytes); set it to 259",
-    "--config.data.path=none": "(No such file or directory): nothing is there, or a link that leads nowhere",
+    "--config.data.path=none": "(No such file or directory): it does not exist, or is a broken link",
     "--config.data.path=/dev/null": "/dev/null is neither a file nor a folder",
     "--config.data.path=": "config.data.source=text needs config.data.path",
     "--config.data.cache=/dev/null/x": "config.data.cache: cannot write",
@@ -124,7 +124,7 @@ def test_other_tokens_than_the_vocabulary(tvq: Program, refuse: Refuse, tmp_path
     tokens = np.fromfile(folder / "train.tokens", "<u2")
     tokens[5] = 50256
     tokens.tofile(folder / "train.tokens")
-    assert "train.tokens is of sha256" in refuse("train", *command)
+    assert "train.tokens has sha256" in refuse("train", *command)
     manifest = folder / "manifest.json"
     found = json.loads(manifest.read_text())
     found["splits"]["train"]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()

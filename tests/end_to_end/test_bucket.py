@@ -1,4 +1,4 @@
-"""A workdir on gs://, on a pretended bucket: what tvq itself writes there. Orbax brings its own driver."""
+"""A workdir on gs://, on a simulated bucket: what tvq itself writes there. Orbax brings its own driver."""
 
 import contextlib
 import gzip
@@ -67,7 +67,7 @@ def test_a_run_is_recorded_in_a_bucket(workdir: epath.Path, tmp_path: Path) -> N
 
 
 def test_rows_and_samples_go_to_a_bucket(workdir: epath.Path) -> None:
-    for resume_step in (0, 2, 2):  # the last is killed and resumed: its row is written anew
+    for resume_step in (0, 2, 2):  # the last is killed and resumed: its row is written again
         rows = records.JsonlWriter(workdir / "metrics.jsonl", resume_step)
         rows.write({"step": resume_step + 2, "split": "train"})
         rows.close()
@@ -120,7 +120,7 @@ def test_prepared_from_a_bucket_into_a_bucket(workdir: epath.Path, tmp_path: Pat
         prepare.prepare(prepare.Options(kind="text", input=str(raw), output=str(made)))
         fingerprints.append(open_corpus(config.Data(source="tokens", path=str(made))).fingerprint)
     assert fingerprints[0] == fingerprints[1]
-    with pytest.raises(ValueError, match=r"--output=gs://bucket/run/made is there already"):
+    with pytest.raises(ValueError, match=r"--output=gs://bucket/run/made already exists"):
         prepare.prepare(prepare.Options(kind="text", input=str(root), output=str(output)))
 
 

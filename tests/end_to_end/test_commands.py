@@ -94,7 +94,7 @@ def test_prepare(here: Here, tmp_path: Path) -> None:
     assert lines[5].startswith(f"prepared   {tmp_path / 'out'}, at ")
     assert sorted(path.name for path in (tmp_path / "out").iterdir())[0] == "manifest.json"
     _, err = here(*command, exit_code=2)
-    assert err == f"tvq: --output={tmp_path / 'out'} is there already; use another folder, or remove it\n"
+    assert err == f"tvq: --output={tmp_path / 'out'} already exists; use another folder, or remove it\n"
     _, err = here(*command, "--colunm=a", exit_code=2)
     assert err == "tvq: --colunm=a is no option; did you mean --column?\n"
 
@@ -159,7 +159,7 @@ def test_sample(here: Here, unbroken: Path) -> None:
     assert one + "\n" != two
     assert sample("--prompt=import ", "--n_sample=2", "--seed=3") == text
     assert sample("--prompt=import ", "--n_sample=2", "--seed=4") != text
-    # What a sequence is given does not depend on how many there are.
+    # The input of a sequence does not depend on how many there are.
     assert sample("--prompt=import ", "--seed=3") == one + "\n"
     assert sample("--prompt=\udcffmport ", "--seed=3").startswith("\ufffdmport "), "a byte that is no UTF-8"
     likeliest = sample("--prompt=import ", "--seed=3", "--temperature=0")
@@ -266,7 +266,7 @@ def test_eval_of_whole_documents(tvq: Program, run: Path) -> None:
 
 
 def render(output: str) -> list[str]:
-    """The lines that stand on a terminal in the end."""
+    """The lines on a terminal at the end."""
     return [line.rstrip("\r").rpartition(CLEAR)[2] for line in output.split("\n")]
 
 

@@ -22,7 +22,7 @@ def test_profile(tvq: Program, tmp_path: Path) -> None:
     }
     assert set(shares) == {*trace.PARTS, profile.EXCHANGE, profile.OTHER}
     assert sum(shares.values()) == pytest.approx(100, abs=1)
-    # Not its share: a kernel that had to wait for its processor, on a busy machine, seems large.
+    # Not its share: on a busy machine a kernel that waited for its processor seems large.
     assert sum(" other, " in line for line in lines[2:12]) < 7
 
 

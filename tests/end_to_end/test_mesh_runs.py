@@ -1,4 +1,4 @@
-"""The mesh is no part of a run's identity: one device or eight, and a change of them on the way."""
+"""The mesh is not part of a run's identity: one device or eight, and a change between them."""
 
 import contextlib
 import json

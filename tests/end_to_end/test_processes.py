@@ -1,4 +1,4 @@
-"""`tvq train` and `tvq eval` as several processes: what one process computes, and all or none go on."""
+"""`tvq train` and `tvq eval` as several processes: what one process computes, and all or none continue."""
 
 import contextlib
 import json
@@ -124,7 +124,7 @@ def test_sigterm_on_one_process_saves_all_at_one_step(tvq: Program, tmp_path: Pa
 
 
 def refused(tvq: Program, folder: Path, **differing: Mapping) -> list[str]:
-    """What two processes print that are refused."""
+    """What two rejected processes print."""
     arguments = ("train", *tvq.options(folder / "run", *QUICK_TO_GIVE_UP))
     with pod(folder, 2, 2, *arguments, **differing) as started:
         assert started.codes() == [cluster.EXIT_INPUT] * 2, [started.said(i) for i in (0, 1)]

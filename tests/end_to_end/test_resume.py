@@ -45,7 +45,7 @@ def checkpoints(workdir: Path) -> list[str]:
 def kill(tvq: Program, point: str, committed: list[str], workdir: Path, *more: str) -> None:
     """Starts the run, kills it at `point`, when exactly these checkpoints are there."""
     with held(tvq, point, workdir, *more) as process:
-        for name in committed:  # saving goes on beside the run
+        for name in committed:  # saving continues beside the run
             wait_for(workdir / "checkpoints" / name)
         os.killpg(process.pid, signal.SIGKILL)
         end(process, -signal.SIGKILL)

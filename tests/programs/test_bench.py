@@ -1,4 +1,4 @@
-"""tvq bench: it times what it has checked, refuses what disagrees; its FLOPs are the compiler's."""
+"""tvq bench: it times only checked programs, rejects those that disagree; its FLOPs are the compiler's."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def measured(tmp_path: Path, **fields: object) -> dict:
 
 @pytest.mark.slow
 def test_train(tmp_path):
-    """Also the files and that nothing is missing in them."""
+    """Also the files, and that nothing is missing in them."""
     found = measured(tmp_path, kind="train", lengths="16", n_token=32, formulations="all,serial:nothing,full")
     labels = [(row["formulation"], row["T"]) for row in found["rows"]]
     assert labels == [(name, 16) for name in ("all", "serial:nothing", "full")]
@@ -102,7 +102,7 @@ def test_decode(tmp_path):
     assert labels == [(w, B, n) for B in (3,) for n in (8, 16) for w in ("prefill", "decode")]
     assert len(found["notes"]) == 1
     c = dataclasses.replace(tiny(tmp_path), model=dataclasses.replace(TINY, attention="full"))
-    with pytest.raises(ValueError, match="full does not decode"):
+    with pytest.raises(ValueError, match="full cannot decode"):
         cases.prepare_decode(begun(c))
 
 
@@ -192,7 +192,8 @@ def test_what_does_not_fit_is_left_out(tmp_path):
         ({"lengths": "16,24"}, "config.bench.n_token 24 is not a multiple of the 16 .* use 32"),
         (
             {"formulations": "fast"},
-            "config.bench.formulations must be of auto, serial, all, full, flash, not 'fast'",
+            "config.bench.formulations must be among auto, serial, all, full, flash, or like"
+            " auto:nothing, not 'fast'",
         ),
         ({"formulations": "auto:some"}, "config.model.remat"),
         ({"formulations": "flash"}, "config.model.attention=flash needs"),
@@ -208,7 +209,7 @@ def test_wrong_input_is_named(tmp_path, fields, message):
 def test_full_attention_is_no_baseline_of_the_window_alone(tmp_path):
     c = tiny(tmp_path)
     c = dataclasses.replace(c, model=dataclasses.replace(TINY, agg_cache=False))
-    with pytest.raises(ValueError, match=r"agg_cache .* must be true where full"):
+    with pytest.raises(ValueError, match=r"agg_cache .* must be true if full"):
         list(cases.sweep(c))
 
 
@@ -256,7 +257,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_script_for_a_gpu():
-    """Each command that it would run is one that the door takes."""
+    """Each command that it would run is valid on the command line."""
     shown = script("--seconds", "100", "--output", "here")
     assert shown.returncode == 0, shown.stderr
     commands = [shlex.split(line) for line in shown.stdout.splitlines() if line.startswith("timeout")]

@@ -1,4 +1,4 @@
-"""Sick runs, made up: each has its finding, which names the place, the number and what to change."""
+"""Made-up runs with faults: each has its finding, which names the place, the number and what to change."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def rows(**changes: Any) -> list[dict]:
 
 
 def looked(**changes: float) -> dict[str, np.ndarray]:
-    """Healthy codebooks, but for unit 2, head 1."""
+    """Healthy codebooks, except for unit 2, head 1."""
     found = {
         "perplexity": np.full((N, H), 40.0), "dead": np.zeros((N, H)), "relative_error": np.full((N, H), 0.5),
         "churn": np.full((N, H), 0.05), "norm_drift": np.zeros((N, H)), "usage": np.ones((N, H, 64)),
@@ -86,7 +86,7 @@ def test_a_run_that_diverged_is_told_nothing_else():
         ({"relative_error": 0.95}, ("0.95 of their norm", "raise config.model.n_code 64")),
         ({"churn": 0.5}, ("50 % of the keys have another code", "raise config.model.c_gamma 0.99")),
         ({"norm_drift": -0.5}, ("changed by 50 %", "lower config.optimizer.lr_max")),
-        ({"norm_drift": np.nan}, ("changed by nan % since the last look in unit 2, head 1", "diverge")),
+        ({"norm_drift": np.nan}, ("changed by nan % since the last snapshot in unit 2, head 1", "diverge")),
     ],
 )  # fmt: skip
 def test_codebooks_of_a_sick_run(changes, words):
@@ -100,7 +100,7 @@ def test_keys_that_crowd_into_a_few_codes():
     found["usage"][1, 0] = [40.0, *[24.0 / 63] * 63]
     (finding,) = doctor.of_codebooks(C, found)
     assert finding.what == (
-        "62 % of the keys choose codes that have over 10 times an even share in unit 2, head 1"
+        "62 % of the keys choose codes used over 10 times an even share in unit 2, head 1"
     )
 
 
@@ -117,7 +117,7 @@ def test_where_many_are_sick_the_worst_are_named():
 def test_what_is_healthy_has_no_finding():
     assert not [*doctor.of_rows(C, evaluated(1.3)), *doctor.of_codebooks(C, looked())]
     assert not list(doctor.of_rows(C, []))
-    # Warm-up is no trend, without clipping there is none, and shares of a short time say little.
+    # Warm-up is not a trend, without clipping nothing is clipped, and shares of a short time say little.
     still = dataclasses.replace(C, optimizer=config.Optimizer())
     assert not list(doctor.of_rows(still, rows(loss=lambda i: 3.0)))
     free = dataclasses.replace(C, optimizer=config.Optimizer(grad_clip=0.0, n_warmup_step=0))

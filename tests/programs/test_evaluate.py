@@ -144,7 +144,7 @@ def test_result():
     }
     got = evaluate.result(nats=300.0, n_token=200, info=info(n_word=60))
     assert got["word_perplexity"] == pytest.approx(math.exp(5.0))
-    # Without spaces there is but one word, and its perplexity no number.
+    # Without spaces there is only one word, and its perplexity is not a number.
     assert "word_perplexity" not in evaluate.result(nats=1e4, n_token=200, info=info(n_word=1))
 
 

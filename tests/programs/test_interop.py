@@ -1,4 +1,4 @@
-"""Weights in and out: files of the original program and of our own, bitwise; and what is refused."""
+"""Weights in and out: files of the original program and of our own, bitwise; and what is rejected."""
 
 import contextlib
 import dataclasses
@@ -157,7 +157,7 @@ def test_every_wrong_array_of_the_original_is_listed(tmp_path):
     arrays["out_proj/bias"] = np.zeros(259, np.float64)
     assert refused(RUN, original_file(tmp_path / "given", arrays), tmp_path) == [
         f"--input={tmp_path / 'given'} holds another model than the config: 4 arrays differ;"
-        " set config.model to what it was trained with",
+        " set config.model to the model that was trained",
         "  extra/kernel: float32[3] in the file, absent wanted",
         "  out_proj/bias: float64[259] in the file, float32[259] wanted",
         f"  {unit}/u: absent in the file, float32[16] wanted",
@@ -181,10 +181,13 @@ def test_every_wrong_array_of_ours_is_listed(tmp_path):
     ("content", "message"),
     [
         (None, "cannot read it (No such file or directory)"),
-        (b"", "is no msgpack of flax, or a damaged one"),
-        (b"plain text", "is no msgpack of flax"),
-        (serialization.msgpack_serialize({"a": np.zeros(9)})[:-9], "is no msgpack of flax, or a damaged one"),
-        (b"\x93\x01\x02\x03", "is no msgpack of flax: it holds no names"),
+        (b"", "is not a flax msgpack file, or is damaged"),
+        (b"plain text", "is not a flax msgpack file"),
+        (
+            serialization.msgpack_serialize({"a": np.zeros(9)})[:-9],
+            "is not a flax msgpack file, or is damaged",
+        ),
+        (b"\x93\x01\x02\x03", "is not a flax msgpack file: it holds no names"),
     ],
 )
 def test_what_is_no_checkpoint(content, message, tmp_path):
@@ -229,13 +232,13 @@ def test_weights_that_another_program_saved_again(facts, tmp_path):
         found = interop.read_weights(epath.Path(given), RUN)
         assert tensors.fingerprint(found[0]) == tensors.fingerprint(want[0])
         assert found[1:] == want[1:] == (ByteVocabulary(), 0)
-    # Of images, or of pieces, the data must tell.
+    # For images, or for pieces, the data must tell.
     tokens = config.Data(source="tokens", path=str(tmp_path))
-    with pytest.raises(ValueError, match="has lost what tvq export noted in it of vocabulary and images"):
+    with pytest.raises(ValueError, match="has lost the vocabulary and image size that tvq export recorded"):
         interop.read_weights(epath.Path(path), dataclasses.replace(RUN, data=tokens))
     for damaged in ("{", "{}", "[]", "1"):
         saved_again(path, {"vocabulary": damaged, "image_size": "0"})
-        with pytest.raises(ValueError, match=r"--input=.*its vocabulary is damaged"):
+        with pytest.raises(ValueError, match=r"--input=.*the vocabulary is damaged"):
             interop.read_weights(epath.Path(path), RUN)
 
 
@@ -247,7 +250,7 @@ def test_weights_of_other_dtypes_are_converted(dtype, tmp_path):
     want = tensors.named(small.parameters(RUN.model))
     for name, x in tensors.named(weights).items():
         np.testing.assert_array_equal(x, np.asarray(want[name]).astype(dtype).astype(np.float32))
-    assert f"arrays of {path} are converted, as codebooks.count: {dtype}" in said[0]
+    assert f"arrays of {path} are converted, such as codebooks.count: {dtype}" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,7 @@ def test_weights_of_other_dtypes_are_converted(dtype, tmp_path):
         (lambda arrays: arrays.clear(), "absent in the file"),
         (
             lambda arrays: arrays.update({f"model.{k}": arrays.pop(k) for k in list(arrays)}),
-            "holds no array of the model under its name; it has model.codebooks.count",
+            "holds no array with a name of the model; it has model.codebooks.count",
         ),
     ],
 )
@@ -285,7 +288,7 @@ def test_a_dtype_that_numpy_does_not_know(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"model": {"w": np.zeros(3)}}, "holds no array of the model under its name; it has model/w, not"),
+        ({"model": {"w": np.zeros(3)}}, "holds no array with a name of the model; it has model/w, not"),
         ({"0": {"1": np.zeros(3)}, "step": np.zeros(1)}, "it has 0/1, step, not"),
         ({"params": {}}, "absent in the file"),
         ({"params": {"a": "text"}}, "a is not an array but 'text'"),

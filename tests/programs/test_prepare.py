@@ -1,4 +1,4 @@
-"""tvq prepare from raw forms that are made here: what they become, and what is refused."""
+"""tvq prepare on raw files that are made here: what they become, and what is rejected."""
 
 import hashlib
 import io
@@ -82,7 +82,7 @@ def test_enwik8(made, tmp_path, name, monkeypatch):
 def test_enwik8_is_checked(refused, tmp_path, monkeypatch):
     message = refused("enwik8", packed(tmp_path, "enwik8.zip", XML))
     assert (
-        f"enwik8.zip holds {len(XML)} bytes of SHA-1 {hashlib.sha1(XML).hexdigest()}, enwik8 are 1" in message
+        f"enwik8.zip holds {len(XML)} bytes of SHA-1 {hashlib.sha1(XML).hexdigest()}, enwik8 has 1" in message
     )
     assert "--n_train" in message
     monkeypatch.setattr(texts, "ENWIK8_BYTES", len(XML))
@@ -102,9 +102,9 @@ def test_enwik8_whole(made, tmp_path, monkeypatch):
 def test_truncated(refused, tmp_path, name):
     path = packed(tmp_path, name, XML)
     path.write_bytes(path.read_bytes()[: -len(XML) // 20])
-    assert f"{path} is damaged or not all there" in refused("enwik8", path, n_train=100)
+    assert f"{path} is damaged or incomplete" in refused("enwik8", path, n_train=100)
     path.write_bytes(b"no such format" * 9)
-    assert f"{path} is damaged or not all there" in refused("enwik8", path, n_train=100)
+    assert f"{path} is damaged or incomplete" in refused("enwik8", path, n_train=100)
 
 
 def test_pg19(made, tmp_path):
@@ -137,7 +137,9 @@ def test_another_model_in_the_folder(made, tmp_path):
     folder = Path(made("pg19", library(tmp_path / "pg19"), pieces=120).folder)
     for model in (books.vocabulary().model, b""):
         (folder / "vocabulary.model").write_bytes(model)
-        with pytest.raises(ValueError, match=r"made with a vocabulary\.model of sha256 .*, there is one of"):
+        with pytest.raises(
+            ValueError, match=r"made with a vocabulary\.model of sha256 .*, the one there has"
+        ):
             open_corpus(config.Data(source="tokens", path=str(folder)))
 
 
@@ -218,10 +220,10 @@ def test_text_that_is_not_utf8(refused, made, tmp_path):
     model = tmp_path / "books.model"
     model.write_bytes(books.vocabulary().model)
     message = refused("pg19", root, model=str(model))
-    wanted = "--input: test/1.txt is not UTF-8: 2 wrong places, the first after b'kalo '; mend it, or use"
+    wanted = "--input: test/1.txt is not UTF-8: 2 invalid places, the first after b'kalo '; fix it, or use"
     assert message == f"{wanted} --vocabulary=bytes"
     (root / "train" / "1.txt").write_bytes(b"kalo \xff")
-    assert refused("pg19", root).startswith("--input: train/1.txt is not UTF-8: 1 wrong places")
+    assert refused("pg19", root).startswith("--input: train/1.txt is not UTF-8: 1 invalid places")
     assert made("pg19", root, vocabulary="bytes").info("test").n_document == 2
 
 
@@ -259,7 +261,7 @@ def test_imagenet64_of_another_size(refused, tmp_path):
     np.savez(root / "train_data_batch_9.npz", images=np.zeros((4, 12288), np.uint8))
     assert "has no array 'data', it has ['images.npy']" in refused("imagenet64", root, n_train=3)
     (root / "train_data_batch_9.npz").write_bytes((root / "val_data.npz").read_bytes()[:9999])
-    assert "train_data_batch_9.npz is damaged or not all there" in refused("imagenet64", root, n_train=3)
+    assert "train_data_batch_9.npz is damaged or incomplete" in refused("imagenet64", root, n_train=3)
 
 
 def test_imagenet64_with_too_few_images(refused, tmp_path):
@@ -278,7 +280,7 @@ def test_a_pickle_that_runs_a_program(refused, tmp_path):
     (tmp_path / "raw").mkdir()
     for name in ("train_data_batch_1", "val_data"):
         (tmp_path / "raw" / name).write_bytes(pickle.dumps({"data": Evil()}))
-    assert "is no pickled batch with an array 'data'" in refused("imagenet64", tmp_path / "raw", n_train=3)
+    assert "is not a pickled batch with an array 'data'" in refused("imagenet64", tmp_path / "raw", n_train=3)
     assert not (tmp_path / "ran").exists()
 
 
@@ -300,11 +302,11 @@ def test_images_of_any_size(made, tmp_path):
 def test_an_image_that_is_not_one(refused, tmp_path, content):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.png").write_bytes(content)
-    assert refused("images", tmp_path / "raw").startswith("--input: a.png is no image that can be read (")
+    assert refused("images", tmp_path / "raw").startswith("--input: a.png cannot be read as an image (")
     whole = io.BytesIO()
     Image.fromarray(picture(0)).save(whole, "PNG")
     (tmp_path / "raw" / "a.png").write_bytes(whole.getvalue()[:-900])
-    assert refused("images", tmp_path / "raw").startswith("--input: a.png is no image that can be read (")
+    assert refused("images", tmp_path / "raw").startswith("--input: a.png cannot be read as an image (")
 
 
 def test_a_png_of_another_size():
@@ -369,10 +371,10 @@ MANIFEST = """{
 
 
 def test_the_manifest_never_changes(made, tmp_path):
-    # Recorded: runs go on only with the same tokens, and what reads a manifest relies on its names.
+    # Recorded: runs resume only with the same tokens, and what reads a manifest relies on its names.
     corpus = made("enwik8", packed(tmp_path, "enwik8", XML), n_train=5000)
     manifest = Path(corpus.folder, "manifest.json").read_text()
-    # What gzip comes to is zlib's affair.
+    # The size that gzip gives depends on zlib.
     assert re.sub(r'"gzip_bytes": \d+', '"gzip_bytes": 0', manifest) == MANIFEST
     assert corpus.fingerprint == "e587cdfac777c1c4c38f8e0341b37cbd8f918a8afc9c0abeee86e94a21a4991d"
     index = np.fromfile(Path(corpus.folder, "train.documents"), "<u8")
@@ -424,7 +426,7 @@ def test_a_folder_of_the_users_with_the_temporary_name(tmp_path, content):
 
 def test_what_is_there_stays(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match=r"--output=.*mine is there already; use another folder"):
+    with pytest.raises(ValueError, match=r"--output=.*mine already exists; use another folder"):
         prepare.prepare(prepare.Options(kind="text", input=__file__, output=str(tmp_path / "mine")))
 
 
@@ -433,13 +435,13 @@ def test_what_is_there_stays(tmp_path):
     [
         ({"kind": "text", "download": True}, "--download can fetch enwik8 and pg19, not text"),
         ({"vocabulary": "words"}, "--vocabulary must be bytes or sentencepiece, not 'words'"),
-        ({"kind": "images", "model": "x"}, "--vocabulary of images is bytes; leave"),
+        ({"kind": "images", "model": "x"}, "--vocabulary of images is bytes; omit"),
         ({"vocabulary": "bytes", "model": "x"}, "--model is for --vocabulary=sentencepiece, not for bytes"),
         ({"size": 0}, "--size must be at least 1, not 0"),
         ({"input": "gone"}, "--input: cannot read gone"),
         (
             {"kind": "pg19", "input": "gone"},
-            "--input: cannot read gone (No such file or directory): nothing is there",
+            "--input: cannot read gone (No such file or directory): it does not exist",
         ),
         ({"kind": "enwik8", "input": "/dev"}, "--input: cannot read /dev (Is a directory)"),
         ({"model": "gone"}, "--model: cannot read gone (No such file or directory)"),

@@ -115,7 +115,7 @@ def test_a_part_of_the_time_is_not_told_as_all_of_it() -> None:
     text = profile.table(profile.costs(program, seconds), rest)
     assert " 75.0 %  not attributed: call.1, nvjet" in text
     assert "by part, of 4,000.0 ms a step" in text
-    assert text.endswith("only 25.0 % of this time is in kernels that the trace and the program name")
+    assert text.endswith("only 25.0 % of this time is in kernels that both the trace and the program name")
     little = profile.table(profile.costs(program, seconds), {"nvjet": 0.1})
     assert "not attributed: nvjet" in little
     assert "only" not in little

@@ -1,4 +1,4 @@
-"""The recall probe: made as it says, and able to tell who recalls from who does not."""
+"""The recall probe: made as it says, and able to tell a model that recalls from one that does not."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_too_short():
 
 
 def test_it_tells_who_recalls_how_far():
-    """Of one who sees its window alone, one who sees all, and one who guesses."""
+    """Of a model that sees only its window, one that sees everything, and one that guesses."""
     probe = made()
     window = recall.in_window(probe.distance_BT, L, M)
     # By hand: the window of query i begins M before its block.

@@ -1,4 +1,4 @@
-"""Reports of runs that are made up; the page as a browser shows it."""
+"""Reports of made-up runs; the page as a browser shows it."""
 
 import json
 import re
@@ -20,7 +20,7 @@ STEPS = range(10, 210, 10)
 N, H, S = 4, 2, 16
 
 
-def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, samples: bool = True) -> None:
+def write_run(workdir: Path, lr_max: float = 1e-3, *, snapshots: bool = True, samples: bool = True) -> None:
     workdir.mkdir()
     c = config.base()
     c.optimizer.lr_max = lr_max
@@ -38,13 +38,13 @@ def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, sample
             if step % 50 == 0:
                 evaluated = {"step": step, "split": "validation", "loss": bits, "bits_per_byte": bits + 0.1}
                 file.write(json.dumps(evaluated) + "\n")
-    for step in STEPS if looks else ():
+    for step in STEPS if snapshots else ():
         usage = draws.dirichlet(np.full(S, step / 50), (N, H)) * S
         by_head = {name: draws.random((N, H)) for name in ("perplexity", "dead", "relative_error", "churn")}
         health.save(epath.Path(workdir) / health.FOLDER, step, {"usage": usage, **by_head})
     (workdir / "evaluations").mkdir()
     table = [{"context_from": 1 << i >> 1, "context_to": (1 << i) - 1, "loss": 9 - i} for i in range(9)]
-    for step in (1000, 100, 200, 2000) if looks else ():
+    for step in (1000, 100, 200, 2000) if snapshots else ():
         evaluated = {"step": step, "split": "test", "by_context": table[: step // 100] if step < 2000 else []}
         (workdir / "evaluations" / f"step_{step}_test.json").write_text(json.dumps(evaluated))
     (workdir / "evaluations" / "step_100_recall.json").write_text('{"step": 100, "answers": []}')
@@ -56,7 +56,7 @@ def write_run(workdir: Path, lr_max: float = 1e-3, *, looks: bool = True, sample
 
 def test_a_report_of_two_runs_stands_on_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "one")
-    write_run(tmp_path / "two", 2e-3, looks=False, samples=False)
+    write_run(tmp_path / "two", 2e-3, snapshots=False, samples=False)
     output = tmp_path / "out"
     assert report([str(tmp_path / "one"), str(tmp_path / "two")], str(output)) == 0
     assert capsys.readouterr().out == f"{output / FILE}: 2 runs, 8 pictures\n"
@@ -86,7 +86,7 @@ def test_a_report_of_two_runs_stands_on_its_own(tmp_path: Path, capsys: pytest.C
 
 def test_a_report_of_little(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    write_run(workdir, looks=False, samples=False)
+    write_run(workdir, snapshots=False, samples=False)
     half = '{"step": 10, "split": "train", "loss": 2.0, "bits_per_token": 3.0}\n{"step": 20, "spl'
     (workdir / "metrics.jsonl").write_text(half)
     assert report([str(workdir), str(workdir)], "") == 0
@@ -99,7 +99,7 @@ def test_a_report_of_little(tmp_path: Path) -> None:
 
 def test_a_run_that_diverged_does_not_press_the_others_together(tmp_path: Path) -> None:
     for name, factor in (("good", 1.0), ("bad", 1e6)):
-        write_run(tmp_path / name, factor, looks=False, samples=False)
+        write_run(tmp_path / name, factor, snapshots=False, samples=False)
     path = tmp_path / "bad/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text(
@@ -131,18 +131,18 @@ def broken_run(workdir: Path) -> int:
     ]  # fmt: skip
     strange = b'{"step": 205, "split": "train", "loss": NaN, "bits_per_byte": "x", "seconds_step": "y"}'
     huge = b'{"step": 206, "split": "validation", "loss": 1' + b"0" * 400 + b', "grad_norm": [1], "a": true}'
-    # A run that goes on, after a power cut.
+    # A run that resumed after a power cut.
     rows.write_bytes(b"\n".join([*lines[:5], *damaged, *lines[5:-1], strange, huge, b"", b"\0" * 9]))
-    looks = [workdir / health.FOLDER / f"step_{step}.npz" for step in STEPS]
-    cut(looks[-1])
-    looks[1].write_bytes(b"")
-    looks[2].write_bytes(b"\0" * 999)
-    np.savez(looks[3], usage=np.ones((N, H, S)), perplexity=np.ones((N, H)))
-    np.savez(looks[4], **{name: np.ones(3) for name in ("usage", *runs.LOOK)})
-    np.savez(looks[5], usage=np.array([{}]))
-    np.savez(looks[6], usage=np.ones((9, H, S)), **{name: np.ones((9, H)) for name in runs.LOOK})
-    looks[7].unlink()
-    looks[7].mkdir()
+    snapshots = [workdir / health.FOLDER / f"step_{step}.npz" for step in STEPS]
+    cut(snapshots[-1])
+    snapshots[1].write_bytes(b"")
+    snapshots[2].write_bytes(b"\0" * 999)
+    np.savez(snapshots[3], usage=np.ones((N, H, S)), perplexity=np.ones((N, H)))
+    np.savez(snapshots[4], **{name: np.ones(3) for name in ("usage", *runs.SNAPSHOT)})
+    np.savez(snapshots[5], usage=np.array([{}]))
+    np.savez(snapshots[6], usage=np.ones((9, H, S)), **{name: np.ones((9, H)) for name in runs.SNAPSHOT})
+    snapshots[7].unlink()
+    snapshots[7].mkdir()
     found = {
         "cut": '{"step": 3000, "split": "te', "list": "[]", "empty": "", "other": '{"step": "x"}',
         "split": '{"step": 1, "split": [], "by_context": [{"context_from": 0, "context_to": 1, "loss": 2}]}',
@@ -157,7 +157,7 @@ def broken_run(workdir: Path) -> int:
     cut(drawn / "step_200.png")
     (drawn / "step_300.txt").mkdir()
     (workdir / config.FILE).write_text('{"model": {"n_lay')
-    return len(damaged) + 1 + len(looks[1:8]) + 1 + len(found) + 1 + 3 + 1
+    return len(damaged) + 1 + len(snapshots[1:8]) + 1 + len(found) + 1 + 3 + 1
 
 
 def test_broken_pieces_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +175,7 @@ def test_broken_pieces_are_named_and_left_out(tmp_path: Path, capsys: pytest.Cap
     (run,) = runs.read([str(workdir)])
     assert len(run.column("bits_per_byte")[0]) == len(STEPS)
     assert run.splits() == ["validation"]
-    assert list(run.looks) == [10, *range(90, 200, 10)]
+    assert list(run.snapshots) == [10, *range(90, 200, 10)]
     assert list(run.samples) == [1000]
     assert last.endswith("1 run, 8 pictures")
 
@@ -184,14 +184,14 @@ def test_broken_pieces_are_named_and_left_out(tmp_path: Path, capsys: pytest.Cap
     "content", [b"\0" * 50, b"\0\n" * 5, b'[{"step": 1}]\n'], ids=["zeros", "lines of zeros", "a list"]
 )
 def test_a_run_whose_rows_are_all_broken(tmp_path: Path, content: bytes) -> None:
-    write_run(tmp_path / "run", looks=False, samples=False)
+    write_run(tmp_path / "run", snapshots=False, samples=False)
     (tmp_path / "run/metrics.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=r"has no row yet: line 1 of .* is not a row of metrics"):
         report([str(tmp_path / "run")], "")
 
 
 def test_a_run_that_spent_no_time(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", looks=False, samples=False)
+    write_run(tmp_path / "run", snapshots=False, samples=False)
     row = {"step": 1, "split": "train", "loss": 1.0, "seconds_step": 0.0, "seconds_data": None}
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert report([str(tmp_path / "run")], "") == 0
@@ -215,7 +215,7 @@ def test_what_is_no_run(tmp_path: Path, files: dict[str, str], message: str) -> 
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", looks=False)
+    write_run(tmp_path / "run", snapshots=False)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--output=.*: cannot write there"):
         report([str(tmp_path / "run")], str(tmp_path / "file"))

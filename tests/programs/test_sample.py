@@ -32,14 +32,14 @@ def test_pieces_of_text_hold_whole_characters(text, n):
     pieces = list(sample.spoken(BYTES, ids[:5], drawn))
     want = (b"say: " + text).decode(errors="replace")
     assert "".join(pieces) == want
-    # Nothing said is taken back: what is broken is said once that is certain.
+    # No text is taken back: invalid bytes appear only once that is certain.
     if "\ufffd" not in want:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
 @pytest.mark.parametrize("image_size", [0, 6])
 def test_a_sample_of_a_run(image_size):
-    """Of parameters on the whole mesh, and cut over it: what one device draws."""
+    """With parameters on the whole mesh, and sharded over it: what one device draws."""
     model = dataclasses.replace(small.MODEL, n_vocab=259)
     c = config.Config(model=model, sample=config.Sample(prompt="a" * 9, n_sample=2, length=8))
     weights = small.parameters(model)
@@ -185,10 +185,10 @@ def test_a_state_overwrites_nothing_but_a_state(tmp_path):
                 ValueError, match=rf"--save_state=.* is the file of {option} too; use another"
             ):
                 sample.check_save_state(path, {option: str(document)})
-        with pytest.raises(ValueError, match=r"is there already and is not a saved state"):
+        with pytest.raises(ValueError, match=r"already exists and is not a saved state"):
             sample.check_save_state(path, {"--document": None})
     for path in ("/dev/null", tmp_path, document.parent / "folder"):
-        with pytest.raises(ValueError, match=r"is there already and is not a saved state"):
+        with pytest.raises(ValueError, match=r"already exists and is not a saved state"):
             sample.check_save_state(epath.Path(path), {})
     with pytest.raises(ValueError, match=r"is the file of --from_state too"):
         sample.check_save_state(state, {"--from_state": str(state)})
@@ -231,13 +231,13 @@ def test_text_that_a_vocabulary_does_not_read(tmp_path):
     path.write_bytes(b"caf\xe9")
     assert len(sample.read_document(path, BYTES)) == 4
     with pytest.raises(
-        ValueError, match=r"--document=.* is not UTF-8, and a model of sentencepiece .*byte 3"
+        ValueError, match=r"--document=.* is not UTF-8, which a model of sentencepiece needs.*byte 3"
     ):
         sample.read_document(path, pieces)
     assert len(sample.encoded(BYTES, "caf\udce9")) == 4
     for vocabulary, prompt in ((pieces, "caf\udce9"), (BYTES, "\ud800")):
         with pytest.raises(
-            ValueError, match=f"a prompt is not UTF-8, and a model of {vocabulary.name}"
+            ValueError, match=f"a prompt is not UTF-8, which a model of {vocabulary.name}"
         ) as error:
             sample.encoded(vocabulary, prompt)
         assert isinstance(error.value, InputError)

@@ -1,4 +1,4 @@
-"""The text of a run as memory-mapped tokens, prepared at first use and found again later."""
+"""The text of a run as memory-mapped tokens, prepared at first use and reused later."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ Span = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """An opened prepared folder: plain values, so it pickles in a few hundred bytes and its vocabulary."""
+    """An opened prepared folder: plain values, so it pickles in a few hundred bytes plus its vocabulary."""
 
     folder: epath.Path
     vocabulary: Vocabulary
@@ -45,7 +45,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same tokens in the same splits, wherever they lie."""
+        """The same for the same tokens in the same splits, wherever they are stored."""
         return hashlib.sha256("".join(info.sha256 for info in self.splits.values()).encode()).hexdigest()
 
     @property
@@ -57,19 +57,19 @@ class Corpus:
         """Counts of a split. InputError: it is empty."""
         info = self.splits[split]
         if info.is_empty:
-            way_out = (
+            remedy = (
                 "config.data.path needs more files (a file's name decides its split) or a longer file"
                 if self.source.get("name") == "text"
                 else "prepare it from more text"
             )
-            raise InputError(f"config.data: the {split} split of {self.folder} is empty; {way_out}")
+            raise InputError(f"config.data: the {split} split of {self.folder} is empty; {remedy}")
         return info
 
     def tokens_path(self, split: str) -> epath.Path:
         return prepared.tokens_path(self.folder, split)
 
     def tokens(self, split: str) -> np.memmap:
-        """uint16 [n_token], mapped anew at each call, of a local folder. InputError: the split is empty."""
+        """uint16 [n_token], newly mapped at each call, of a local folder. InputError: the split is empty."""
         n_token = self.info(split).n_token
         return np.memmap(self.tokens_path(split), prepared.DTYPE, mode="r", shape=(n_token,))
 
@@ -79,7 +79,7 @@ class Corpus:
         return np.frombuffer(raw, prepared.INDEX_DTYPE).reshape(-1, 3)
 
     def reader(self, split: str) -> Callable[[Sequence[Span]], list[np.ndarray]]:
-        """Reads spans `(start, stop)` of the tokens: from a memory map; of a bucket those ranges alone."""
+        """Reads spans `(start, stop)` of the tokens: from a memory map, or only those ranges of a bucket."""
         self.info(split)
         if not files.is_bucket(self.folder):
             tokens = self.tokens(split)
@@ -89,8 +89,8 @@ class Corpus:
 
         def read(spans: Sequence[Span]) -> list[np.ndarray]:
             starts, stops = ([size * span[i] for span in spans] for i in (0, 1))
-            found = bucket.cat_ranges([name] * len(spans), starts, stops, on_error="raise")
-            return [np.frombuffer(raw, prepared.DTYPE) for raw in found]
+            parts = bucket.cat_ranges([name] * len(spans), starts, stops, on_error="raise")
+            return [np.frombuffer(raw, prepared.DTYPE) for raw in parts]
 
         return read
 
@@ -119,8 +119,8 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """The same for the same tokens with the same shares."""
-        found = [[part.fingerprint, weight] for part, weight in zip(self.parts, self.weights, strict=True)]
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        shares = [[part.fingerprint, weight] for part, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(shares).encode()).hexdigest()
 
     @property
     def bytes_per_token(self) -> float:
@@ -129,18 +129,18 @@ class Mixture:
 
     def info(self, split: str) -> prepared.Split:
         """Counts of a split of all folders together. InputError: it is empty in all."""
-        found = [part.splits[split] for part in self.parts]
-        if all(info.is_empty for info in found):
+        infos = [part.splits[split] for part in self.parts]
+        if all(info.is_empty for info in infos):
             raise InputError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
-        zipped = [info.gzip_bytes for info in found if info.gzip_bytes is not None]
+        zipped = [info.gzip_bytes for info in infos if info.gzip_bytes is not None]
         return prepared.Split(
-            n_token=sum(info.n_token for info in found),
-            n_document=sum(info.n_document for info in found),
-            n_byte=sum(info.n_byte for info in found),
-            n_word=sum(info.n_word for info in found),
-            sha256=hashlib.sha256("".join(info.sha256 for info in found).encode()).hexdigest(),
-            gzip_bytes=sum(zipped) if len(zipped) == len(found) else None,
-            n_unknown=sum(info.n_unknown or 0 for info in found),
+            n_token=sum(info.n_token for info in infos),
+            n_document=sum(info.n_document for info in infos),
+            n_byte=sum(info.n_byte for info in infos),
+            n_word=sum(info.n_word for info in infos),
+            sha256=hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest(),
+            gzip_bytes=sum(zipped) if len(zipped) == len(infos) else None,
+            n_unknown=sum(info.n_unknown or 0 for info in infos),
         )
 
 
@@ -148,9 +148,9 @@ AnyCorpus = Corpus | Mixture
 
 
 def open_mixture(text: str) -> Mixture:
-    """`FOLDER:WEIGHT,FOLDER:WEIGHT`; weights are made to add up to 1.
+    """`FOLDER:WEIGHT,FOLDER:WEIGHT`; weights are scaled to add up to 1.
 
-    InputError: it is written otherwise, a folder cannot be opened, or their vocabularies differ.
+    InputError: it has another form, a folder cannot be opened, or their vocabularies differ.
     """
     folders, weights = [], []
     for item in text.split(","):
@@ -185,27 +185,27 @@ def _folder(field: str, name: str) -> epath.Path:
 def open_corpus(data: config.Data) -> AnyCorpus:
     """Opens and checks what `data` names, by its hashes; a source of text is prepared into the cache first.
 
-    InputError: nothing is there, it is unreadable, damaged, of a newer format, or has nothing to train on.
+    InputError: it is missing, unreadable, damaged, of a newer format, or has nothing to train on.
     """
     if data.mix:
         return open_mixture(data.mix)
     if data.source == "tokens":
         remedy = "prepare it again (tvq prepare), or use config.data.source=text for plain text"
         return _open(_folder("config.data.path", data.path), "config.data.path", remedy)
-    found, is_file = _listed(data)
+    listed, is_file = _listed(data)
     vocabulary = ByteVocabulary()
-    folder = cache_folder(data) / _key(found, is_file, vocabulary)
+    folder = cache_folder(data) / _key(listed, is_file, vocabulary)
     if not folder.exists():
         try:
             with files.naming("config.data.path"):
-                source = texts.cut(found.files[0]) if is_file else texts.Texts(found.files, column="")
+                source = texts.cut(listed.files[0]) if is_file else texts.Texts(listed.files, column="")
                 _prepare(folder, source, data, vocabulary)
         except OSError as error:
             raise InputError(
                 f"config.data.cache: cannot write {folder} ({error.strerror}); choose another folder"
             ) from error
-    corpus = _open(epath.Path(folder), "config.data.cache", "delete this folder and it is made again")
-    left_out = {"left_out": found.left_out} if found.left_out else {}
+    corpus = _open(epath.Path(folder), "config.data.cache", "delete this folder, it is then made again")
+    left_out = {"left_out": listed.left_out} if listed.left_out else {}
     return dataclasses.replace(corpus, source=corpus.source | left_out)
 
 
@@ -217,7 +217,7 @@ def _listed(data: config.Data) -> tuple[walk.Walk, bool]:
     cache = cache_folder(data)
     with files.naming("config.data.path"), files.reading(root):
         is_file = root.is_file()
-        # The cache goes by the path; that of a pipe leads nowhere.
+        # The cache depends on the path; that of a pipe leads nowhere.
         root = root.resolve() if is_file or root.is_dir() else root
         return walk.walk(epath.Path(root), leave_out=[cache]), is_file
 
@@ -243,11 +243,11 @@ def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
     )
 
 
-def _key(found: walk.Walk, is_file: bool, vocabulary: Vocabulary) -> str:
-    """Names the prepared folder after all that decides its contents."""
+def _key(listed: walk.Walk, is_file: bool, vocabulary: Vocabulary) -> str:
+    """Names the prepared folder by everything that determines its contents."""
     rule = texts.CUT if is_file else HASHED
     key = hashlib.sha256(json.dumps([prepared.VERSION, rule, vocabulary.name, vocabulary.size]).encode())
-    for file in found.files:
+    for file in listed.files:
         key.update(os.fsencode(file.path) + b"\0" + json.dumps([file.size, file.mtime_ns]).encode() + b"\0")
     return key.hexdigest()[:32]
 
@@ -255,7 +255,7 @@ def _key(found: walk.Walk, is_file: bool, vocabulary: Vocabulary) -> str:
 def _prepare(
     folder: Path, made_of: texts.Texts | texts.OneText, data: config.Data, vocabulary: Vocabulary
 ) -> None:
-    """Makes `folder` whole or not at all. Of processes that make it at once the first to finish wins."""
+    """Makes `folder` whole or not at all. If several processes make it at once, the first to finish wins."""
     source = {"name": data.source, "path": data.path, "n_file": len(made_of.files)}
     if data.source == "stdlib":
         source["python"] = sys.version.split()[0]

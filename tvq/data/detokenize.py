@@ -1,4 +1,4 @@
-"""Ids to text piece by piece, in linear time: together exactly what decoding all at once gives."""
+"""Ids to text piece by piece, in linear time: exactly the text that decoding all at once gives."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -26,11 +26,11 @@ def stream(vocabulary: Vocabulary, pieces: Iterable[np.ndarray]) -> Iterator[str
 
 
 class _Reader:
-    """Of SentencePiece's ids. What an id gives depends on its neighbours in two ways alone.
+    """Decodes SentencePiece ids. The text of an id depends on its neighbours in only two ways.
 
-    Before there is any text a space may be left out, so ids that gave none are decoded again with the next
-    ones; once there is text, what follows is decoded behind an anchor, a piece that has text, and does not
-    depend on what came before. And bytes (of characters that are no pieces) are read together, as UTF-8.
+    Before there is any text a space may be dropped, so ids that gave none are decoded again with the next
+    ones; once there is text, what follows is decoded after an anchor, a piece that has text, and does not
+    depend on what came before. And bytes (of characters that are not pieces) are read together, as UTF-8.
     """
 
     def __init__(self, vocabulary: SentencePieceVocabulary) -> None:
@@ -55,7 +55,7 @@ class _Reader:
         return self._text(self._bytes)
 
     def _characters(self) -> Iterator[str]:
-        """Those of the waiting bytes that are whole, or certainly broken: a byte each."""
+        """Those of the waiting bytes that are whole, or certainly invalid: one for each byte."""
         text = self._text(self._bytes)
         if text and not text.endswith(BROKEN):
             self._bytes = []
@@ -65,7 +65,7 @@ class _Reader:
         while len(self._bytes) - done >= MAX_BYTES:
             next_bytes = self._bytes[done : done + MAX_BYTES]
             character = self._text(next_bytes)[0]
-            # It may also be written out, in three bytes, which then are no character two at a time.
+            # U+FFFD may also be in the text itself, as three bytes, of which two alone are no character.
             is_byte = character == BROKEN and self._text(next_bytes[:3]) != BROKEN
             done += 1 if is_byte else len(character.encode())
             yield self._said(character)

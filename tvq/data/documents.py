@@ -1,6 +1,6 @@
 """Documents, and the split that each belongs to: as published, or by a hash of its name.
 
-By the hash a file's split stays what it is when other files come and go.
+With the hash, a file's split stays the same when other files come and go.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ class Piece(NamedTuple):
 
 
 def hashed_split(name: str) -> str:
-    """The split of the document called `name`: 98 of 100 names train, one validates, one tests."""
+    """The split of the document called `name`: of 100 names 98 train, one validates, one tests."""
     percent = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) % 100
     return "train" if percent < 98 else "validation" if percent == 98 else "test"
 
 
 def named_split(name: str) -> str:
-    """The split that the first folder with such a name, or else the file, tells; or nothing."""
+    """The split told by the first folder with such a name, or else by the file; or nothing."""
     *folders, file = name.lower().split("/")
     for part in (*folders, file):
         if told := BEGINS.fullmatch(part):
@@ -59,7 +59,7 @@ def told_splits(
     """The split of each file whose name tells it, where the files have a published split; otherwise nothing.
 
     `choice` is names, hash, or empty: names where they tell what trains and what does not. Names that tell
-    nothing are then left out, if they are of another kind (suffix) or few. InputError: it cannot be told
+    nothing are then left out, if they are of another kind (suffix) or few. InputError: it is unclear
     whether there is a published split.
     """
     told = {name: split for name in names if (split := named_split(name))}
@@ -74,22 +74,22 @@ def told_splits(
     if splits == {"train"}:
         return {}
     known = ", ".join(f"{shown(n)} ({split})" for n, split in sorted(told.items())[:3])
-    other = f"{len(silent)} others tell none, as {shown(silent[0])}" if silent else "none of them trains"
+    other = f"{len(silent)} others tell none, such as {shown(silent[0])}" if silent else "none of them trains"
     raise InputError(
-        f"{len(told)} of the names tell a split, as {known}, and {other}; name all by their splits, or say"
+        f"{len(told)} names tell a split, such as {known}, and {other}; name all by their splits, or use"
         " --split=hash (a split of your own by a hash of each name) or --split=names (leave the others out)"
     )
 
 
 def listed(names: Collection[str]) -> str:
-    """Some of the names in a line."""
+    """Some of the names, on one line."""
     some = ", ".join(shown(name) for name in sorted(names)[:3])
     return some + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def by_reason(pairs: Collection[tuple[str, str]]) -> dict[str, list[str]]:
     """`{why: [name]}` of pairs `(name, why)`."""
-    found = defaultdict(list)
+    reasons = defaultdict(list)
     for name, why in pairs:
-        found[why].append(name)
-    return dict(found)
+        reasons[why].append(name)
+    return dict(reasons)

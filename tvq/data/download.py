@@ -1,6 +1,6 @@
-"""Public data fetched over HTTP: a torn transfer goes on where it was, and what is whole is checked.
+"""Public data fetched over HTTP: an interrupted transfer resumes where it was, and whole files are checked.
 
-A file has its name only once it is whole; until then it is `NAME.part`.
+A file gets its name only once it is whole; until then it is `NAME.part`.
 """
 
 import base64
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], Any]  # bytes so far, bytes in all
 
 
 class Item(NamedTuple):
-    """A file of a list: its name below the folder, bytes, MD5 in base64."""
+    """A file of a listing: its name below the folder, bytes, MD5 in base64."""
 
     name: str
     size: int
@@ -37,9 +37,9 @@ class Item(NamedTuple):
 
 
 def fetch(url: str, path: Path, *, progress: Callable[[int, int], Any], md5: str = "") -> None:
-    """Makes `path` the file at `url`. `progress` hears bytes so far, and in all.
+    """Downloads `url` to `path`. `progress` is called with the bytes so far and in total.
 
-    InputError: it cannot be fetched, or is not of that MD5 (base64); nothing of that name is there then.
+    InputError: it cannot be fetched, or has another MD5 (base64); there is then no file of that name.
     """
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +60,11 @@ def fetch(url: str, path: Path, *, progress: Callable[[int, int], Any], md5: str
         _check(url, part, total, md5)
         part.replace(path)
         return
-    raise InputError(f"cannot fetch {url} ({reason}); what has come is kept, the same command goes on")
+    raise InputError(f"cannot fetch {url} ({reason}); what has arrived is kept, the same command resumes")
 
 
 def _transfer(url: str, part: Path, start: int, progress: Progress) -> int:
-    """Appends what is missing; returns the bytes that the server says there are, 0 if it does not say."""
+    """Appends what is missing; returns the total bytes that the server states, 0 if it states none."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -90,19 +90,19 @@ def _transfer(url: str, part: Path, start: int, progress: Progress) -> int:
 def _check(url: str, part: Path, total: int, md5: str) -> None:
     size = part.stat().st_size
     with part.open("rb") as file:
-        found = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
-    if (total and size != total) or (md5 and found != md5):
+        digest = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+    if (total and size != total) or (md5 and digest != md5):
         part.unlink()
         raise InputError(
-            f"{url} came as {size} bytes of MD5 {found}, not {total or size} of {md5 or 'any'};"
+            f"{url} arrived as {size} bytes of MD5 {digest}, not {total or size} of {md5 or 'any'};"
             " it is removed, the same command fetches it again"
         )
 
 
 def listed(url: str, bucket: str, prefix: str) -> Iterator[Item]:
-    """The objects of a public bucket whose names begin so, by the JSON interface of Google Cloud Storage.
+    """The objects of a public bucket with this prefix, by the JSON interface of Google Cloud Storage.
 
-    InputError: it cannot be asked.
+    InputError: it cannot be listed.
     """
     page = ""
     while True:
@@ -110,20 +110,20 @@ def listed(url: str, bucket: str, prefix: str) -> Iterator[Item]:
         address = f"{url}/storage/v1/b/{bucket}/o?{query}"
         try:
             with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
-                found = json.load(response)
-            items = [Item(o["name"], int(o["size"]), o["md5Hash"]) for o in found["items"]]
+                listing = json.load(response)
+            items = [Item(o["name"], int(o["size"]), o["md5Hash"]) for o in listing["items"]]
         except (*BROKEN, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"cannot list {address} ({error!r}); give the right --url, or --input"
             ) from error
         yield from items
-        if "nextPageToken" not in found:
+        if "nextPageToken" not in listing:
             return
-        page = found["nextPageToken"]
+        page = listing["nextPageToken"]
 
 
 def pg19(url: str, folder: Path, progress: Progress) -> None:
-    """Makes `folder` hold all books of PG-19 and their metadata; those that are there already stay.
+    """Downloads all books of PG-19 and their metadata to `folder`; those that are there already stay.
 
     InputError: one cannot be fetched; the others are kept.
     """
@@ -148,7 +148,7 @@ def pg19(url: str, folder: Path, progress: Progress) -> None:
 
 
 def enwik8(url: str, path: Path, progress: Progress) -> None:
-    """Makes `path` enwik8.zip, if it is not there. InputError: it cannot be fetched."""
+    """Downloads enwik8.zip to `path`, if it is not there. InputError: it cannot be fetched."""
     if not path.exists():
         fetch(url, path, progress=progress)
 

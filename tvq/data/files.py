@@ -22,7 +22,7 @@ from tvq.errors import InputError
 
 CHUNK = 1 << 20
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
-# What a file is packed with: by its suffix, or else by its first bytes.
+# How a file is compressed: by its suffix, or else by its first bytes.
 PACKED = {
     ".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".lzma": "xz", ".zst": "zst", ".zstd": "zst", ".zip": "zip",
 }  # fmt: skip
@@ -33,10 +33,10 @@ FIRST_BYTES = {
     b"PK\3\4": "zip",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a\7": "a RAR archive",
-    b"\x04\x22\x4d\x18": "packed with lz4",
-    b"\xff\6\0\0sNaPpY": "packed with Snappy",
-    b"\x1f\x9d": "packed with compress",
-    b"LZIP\1": "packed with lzip",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\xff\6\0\0sNaPpY": "compressed with Snappy",
+    b"\x1f\x9d": "compressed with compress",
+    b"LZIP\1": "compressed with lzip",
     b"PAR1\x15": "a Parquet table",
     b"ARROW1\0\0": "an Arrow table",
     b"\x93NUMPY": "an array of NumPy",
@@ -44,13 +44,13 @@ FIRST_BYTES = {
     b"%PDF-": "a PDF document",
 }
 BZ2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
-# Suffixes of what is not read.
+# Suffixes of files that are not read.
 REFUSED = {
     ".tar": "a tar archive", ".tgz": "a tar archive", ".tbz2": "a tar archive", ".tbz": "a tar archive",
     ".txz": "a tar archive", ".tzst": "a tar archive", ".7z": "a 7z archive", ".rar": "a RAR archive",
-    ".lz4": "packed with lz4", ".br": "packed with Brotli", ".z": "packed with compress",
-    ".sz": "packed with Snappy", ".snappy": "packed with Snappy", ".lz": "packed with lzip",
-    ".lzo": "packed with lzop", ".arrow": "an Arrow table", ".feather": "an Arrow table",
+    ".lz4": "compressed with lz4", ".br": "compressed with Brotli", ".z": "compressed with compress",
+    ".sz": "compressed with Snappy", ".snappy": "compressed with Snappy", ".lz": "compressed with lzip",
+    ".lzo": "compressed with lzop", ".arrow": "an Arrow table", ".feather": "an Arrow table",
 }  # fmt: skip
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
@@ -106,7 +106,7 @@ def is_bucket(path: os.PathLike | str) -> bool:
 
 
 def shown(name: os.PathLike | str) -> str:
-    """A name in one line, also one with line ends or with bytes that are not UTF-8."""
+    """A name on one line, even if it has line ends or bytes that are not UTF-8."""
     text = os.fspath(name)
     return text if text.isprintable() else repr(text)[1:-1]
 
@@ -122,9 +122,9 @@ def naming(option: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: os.PathLike | str) -> Iterator[None]:
-    """Whatever goes wrong while somebody's file is read becomes an InputError that names it.
+    """Whatever goes wrong while a user's file is read becomes an InputError that names it.
 
-    Everything is caught: what a library raises for a damaged file is not a closed list.
+    Everything is caught: a library may raise anything for a damaged file.
     """
     try:
         yield
@@ -132,12 +132,12 @@ def reading(path: os.PathLike | str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise InputError(
-            f"cannot read {shown(path)} ({error.strerror}): nothing is there, or a link that leads nowhere;"
+            f"cannot read {shown(path)} ({error.strerror}): it does not exist, or is a broken link;"
             " give a file or folder"
         ) from error
     except DAMAGED as error:
         raise InputError(
-            f"{shown(path)} is damaged or not all there ({error}); fetch it again, whole"
+            f"{shown(path)} is damaged or incomplete ({error}); fetch it again, whole"
         ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
@@ -146,23 +146,23 @@ def reading(path: os.PathLike | str) -> Iterator[None]:
             ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"cannot read {shown(path)} ({reason}); it is damaged, or of a form that is not read here"
+            f"cannot read {shown(path)} ({reason}); it is damaged, or of a format that is not supported"
         ) from error
 
 
 def packing(name: str) -> str:
-    """What a file of that name is packed with, or nothing."""
+    """How a file of that name is compressed, or nothing."""
     return PACKED.get(Path(name.lower()).suffix, "")
 
 
 def unpacked_suffix(name: str) -> str:
-    """The suffix of a file in lower case, behind which there may be one of packing."""
+    """The suffix of a file in lower case, without one of compression after it."""
     path = Path(name.lower())
     return Path(path.stem).suffix if packing(name) else path.suffix
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """What a file that begins so is packed with, or what it is instead of text; nothing for text."""
+    """How a file that begins with these bytes is compressed, or what else it is; nothing for text."""
     if BZ2.match(head):
         return "bz2"
     if head[257:262] == b"ustar":
@@ -171,10 +171,10 @@ def kind_of_bytes(head: bytes) -> str:
 
 
 def chunks(file: File, meter: Meter) -> Iterator[bytes]:
-    """The contents of a file, unpacked.
+    """The contents of a file, decompressed.
 
     InputError: it is damaged, holds several files, has changed since it was listed, or is neither text nor
-    packed in a way that is read.
+    compressed in a supported way.
     """
     path, n_byte = file.path, 0
     with reading(path), contextlib.ExitStack() as stack:
@@ -183,7 +183,7 @@ def chunks(file: File, meter: Meter) -> Iterator[bytes]:
         for i, chunk in enumerate(_unpacked(path, raw, kind, stack)):
             inside = kind_of_bytes(chunk[:512]) if kind and not i else ""
             if inside:
-                what = f"packed with {inside}" if inside in PACKED.values() else inside
+                what = f"compressed with {inside}" if inside in PACKED.values() else inside
                 raise InputError(f"what {shown(path)} holds is {what}; unpack it")
             n_byte += len(chunk)
             yield chunk
@@ -220,7 +220,7 @@ def _unpacked(
 def _only_member(path: epath.Path, raw: BinaryIO, stack: contextlib.ExitStack) -> Any:
     packed = stack.enter_context(zipfile.ZipFile(raw))
     names = [info.filename for info in packed.infolist() if not info.is_dir()]
-    # A Mac adds files of its own.
+    # macOS adds files of its own.
     names = [n for n in names if not n.startswith("__MACOSX/") and not n.rpartition("/")[2].startswith(".")]
     if len(names) != 1:
         raise InputError(f"{shown(path)} holds {len(names)} files, not one; unpack it")
@@ -232,9 +232,9 @@ def _only_member(path: epath.Path, raw: BinaryIO, stack: contextlib.ExitStack) -
 
 
 def _zstd(raw: BinaryIO) -> Iterator[bytes]:
-    """One frame after the other: a plain reader takes a torn one for the end."""
+    """One frame after the other: a plain reader takes a truncated one for the end."""
     zstandard = optional.load("zstandard")
-    # As much as `zstd --long=31` looks back.
+    # The window of `zstd --long=31`.
     begin = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
     frame = begin()
     try:
@@ -266,7 +266,7 @@ def lines(file: File, meter: Meter) -> Iterator[bytes]:
 
 
 def hashes(files: Sequence[File], n_thread: int) -> tuple[bytes, int]:
-    """The lines that sha256sum writes, and the bytes of all files. InputError: one cannot be read."""
+    """The lines that sha256sum writes, and the total bytes. InputError: a file cannot be read."""
 
     def hashed(file: File) -> tuple[bytes, int]:
         meter = Meter()
@@ -277,5 +277,5 @@ def hashes(files: Sequence[File], n_thread: int) -> tuple[bytes, int]:
         return os.fsencode(f"{mark}{digest}  {name}\n"), meter.n_byte
 
     with ThreadPoolExecutor(n_thread) as pool:
-        found = list(pool.map(hashed, files))
-    return b"".join(line for line, _ in found), sum(n_byte for _, n_byte in found)
+        results = list(pool.map(hashed, files))
+    return b"".join(line for line, _ in results), sum(n_byte for _, n_byte in results)

@@ -21,7 +21,7 @@ from tvq.errors import InputError
 IMAGENET64_TRAIN = 1_200_000
 ROWS = 512  # images of a batch file read at a time
 NO_READER = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow knows by name alone
-NO_IMAGE = "that is no image"
+NO_IMAGE = "that is not an image"
 
 
 def is_image(name: str) -> bool:
@@ -33,9 +33,9 @@ def is_image(name: str) -> bool:
 
 
 def pixels(piece: Piece, size: int, *, fit: bool) -> bytes:
-    """The RGB bytes [size, size, 3] of an image file, upright and on white; the first picture of several.
+    """The RGB bytes [size, size, 3] of an image file, upright and on white; the first frame of several.
 
-    `fit` scales the shorter side and cuts the longer. InputError: it is no image, or of another size
+    `fit` scales the shorter side and crops the longer. InputError: it is not an image, or of another size
     without `fit`.
     """
     image_of, operations = optional.load("PIL.Image"), optional.load("PIL.ImageOps")
@@ -44,11 +44,11 @@ def pixels(piece: Piece, size: int, *, fit: bool) -> bytes:
             rgb = on_white(eight_bits(operations.exif_transpose(image), image.format))
         if fit:
             rgb = operations.fit(rgb, (size, size), image_of.Resampling.LANCZOS)
-    except Exception as error:  # what Pillow raises for a damaged file is not a closed list
+    except Exception as error:  # Pillow may raise anything for a damaged file
         unknown = isinstance(error, optional.load("PIL").UnidentifiedImageError)
-        reason = "its form is not known" if unknown else " ".join(f"{error!r}".split())
+        reason = "unknown format" if unknown else " ".join(f"{error!r}".split())
         raise InputError(
-            f"{shown(piece.document)} is no image that can be read ({reason}); mend or remove it"
+            f"{shown(piece.document)} cannot be read as an image ({reason}); fix or remove it"
         ) from error
     if rgb.size != (size, size):
         raise InputError(
@@ -58,7 +58,7 @@ def pixels(piece: Piece, size: int, *, fit: bool) -> bytes:
 
 
 def eight_bits(image: Any, kind: str) -> Any:
-    """The image with values of 8 bits; Pillow itself would cut greater ones off at white."""
+    """The image with 8 bits a value; Pillow itself would clip larger values to white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64)
         grey = np.round(values * (255 / 65535)).astype(np.uint8)
@@ -66,12 +66,12 @@ def eight_bits(image: Any, kind: str) -> Any:
         both = np.stack([grey, np.where(clear, 0, 255).astype(np.uint8)], axis=-1)
         return optional.load("PIL.Image").fromarray(both)
     if image.mode in ("I", "F"):
-        raise ValueError("it has values of 32 bits without a known range, save it with 8 or 16")
+        raise ValueError("it has 32 bits a value without a known range, save it with 8 or 16")
     return image
 
 
 def on_white(image: Any) -> Any:
-    """The colours that one sees: what is transparent is white, and not a colour that hides there."""
+    """The visible colours: transparent pixels are white, whatever colour they store."""
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa"):
         colours = image.convert("RGBA")
         white = optional.load("PIL.Image").new("RGBA", image.size, "white")
@@ -85,16 +85,16 @@ class Images:
 
     def __init__(self, root: epath.Path, choice: str = "") -> None:
         """InputError: there are none."""
-        found = walk.walk(root)
-        kept = [file for file in found.files if is_image(file.name)]
+        listed = walk.walk(root)
+        kept = [file for file in listed.files if is_image(file.name)]
         if not kept:
-            raise InputError(f"{shown(root)} holds no images (.png, .jpg and what else Pillow reads)")
+            raise InputError(f"{shown(root)} holds no images (.png, .jpg and whatever else Pillow reads)")
         names = [file.name for file in kept]
         self._splits = documents.told_splits(names, choice, dict.fromkeys(names, "image"))
         self.files = [file for file in kept if not self._splits or file.name in self._splits]
-        self.left_out = [(file.name, NO_IMAGE) for file in found.files if file not in kept]
+        self.left_out = [(file.name, NO_IMAGE) for file in listed.files if file not in kept]
         self.left_out += [(file.name, documents.SIDE) for file in kept if file not in self.files]
-        self.left_out += [(name, walk.OWN) for name in found.left_out]
+        self.left_out += [(name, walk.OWN) for name in listed.left_out]
         self.rule = NAMED if self._splits else HASHED
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
@@ -118,25 +118,25 @@ class ImageNet64:
         InputError: there are no training or no test images.
         """
         self._root, self._n_train = root, n_train or IMAGENET64_TRAIN
-        found = {file: named_split(file.name) for file in walk.walk(root).files}
-        named = [file for file, split in found.items() if split in ("train", "validation")]
+        splits = {file: named_split(file.name) for file in walk.walk(root).files}
+        named = [file for file, split in splits.items() if split in ("train", "validation")]
         batches = [file for file in named if file.path.suffix in (".npz", ".pickle", ".pkl", "")]
         self.in_batches = bool(batches)
         kept = batches or [file for file in named if is_image(file.name)]
-        self._train = [file for file in kept if found[file] == "train"]
-        self._test = [file for file in kept if found[file] == "validation"]
+        self._train = [file for file in kept if splits[file] == "train"]
+        self._test = [file for file in kept if splits[file] == "validation"]
         if not self._train or not self._test:
             raise InputError(
                 f"{shown(root)} holds {len(self._train)} files to train and {len(self._test)} to test on;"
-                " it needs batch files, or folders of images, whose names begin with train and val"
+                " there must be batch files, or folders of images, whose names begin with train and val"
             )
         self.files = self._train + self._test
         read = set(self.files)
-        self.left_out = [(file.name, "that is no part of it") for file in found if file not in read]
+        self.left_out = [(file.name, "that is not part of it") for file in splits if file not in read]
         self.rule = f"the first {self._n_train} training images, the others; the official validation set"
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
-        """Each image: its pixels, if from a batch, or else its file.
+        """Each image: its pixels if it is from a batch, else its file.
 
         InputError: a file is unreadable, or too few images train.
         """
@@ -146,12 +146,12 @@ class ImageNet64:
         if n <= self._n_train:
             raise InputError(
                 f"{shown(self._root)} has {n} images to train on, and the first {self._n_train} would train,"
-                " none validate; for less than all of ImageNet64 say with --n_train how many"
+                " none validate; for a part of ImageNet64 say with --n_train how many train"
             )
         yield from self._images(self._test, meter)
 
-    def _images(self, found: list[File], meter: Meter) -> Iterator[Piece]:
-        for file in found:
+    def _images(self, listed: list[File], meter: Meter) -> Iterator[Piece]:
+        for file in listed:
             if self.in_batches:
                 for i, image in enumerate(_of_batch(file.path, meter)):
                     yield Piece("test", f"{file.name}:{i}", image, last=True)
@@ -168,7 +168,7 @@ def _of_batch(path: epath.Path, meter: Meter) -> Iterator[bytes]:
 
 
 def _npz_rows(path: epath.Path, file: BinaryIO) -> Iterator[np.ndarray]:
-    """A few at a time: numpy itself would read all."""
+    """A few at a time: numpy itself would read all of them."""
     with zipfile.ZipFile(file) as packed:
         if "data.npy" not in packed.namelist():
             raise InputError(f"{shown(path)} has no array 'data', it has {packed.namelist()}")
@@ -187,7 +187,7 @@ def _pickled_rows(path: epath.Path, file: BinaryIO) -> Iterator[np.ndarray]:
         data = _Arrays(file, encoding="latin1").load()["data"]
         shape, dtype, fortran = data.shape, data.dtype, not data.flags.c_contiguous
     except Exception as error:
-        raise InputError(f"{shown(path)} is no pickled batch with an array 'data' ({error!r})") from error
+        raise InputError(f"{shown(path)} is not a pickled batch with an array 'data' ({error!r})") from error
     _check(path, shape, dtype, fortran)
     yield data
 
@@ -202,7 +202,7 @@ def _check(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype, fortran: b
 
 
 class _Arrays(pickle.Unpickler):
-    """Unpickles arrays and nothing else: a pickle may otherwise run any program."""
+    """Unpickles arrays and nothing else, because a pickle can run arbitrary code."""
 
     ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}  # noqa: RUF012
 

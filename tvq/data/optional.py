@@ -1,4 +1,4 @@
-"""Packages that only some data needs: the one place that imports them."""
+"""Packages that only some data need: the one place that imports them."""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Documents end to end, cut into sequences of equal length; or each whole, in rows read side by side."""
+"""Documents end to end, cut into sequences of equal length; or each kept whole, in rows read side by side."""
 
 import functools
 import heapq
@@ -20,7 +20,7 @@ def features(targets_BT: np.ndarray, n_token_B: np.ndarray) -> Example:
     """What the model is given: `inputs, targets, doc_ids, loss_mask`, int32 [B, T].
 
     `targets_BT` int32 are the `n_token_B` tokens of each sequence, then padding, which `loss_mask` marks with
-    0. `inputs` are the targets shifted right behind an end id. `doc_ids` counts the end ids in `inputs`.
+    0. `inputs` are an end id, then the targets shifted right. `doc_ids` counts the end ids in `inputs`.
     """
     inputs_BT = np.empty_like(targets_BT)
     inputs_BT[:, :1], inputs_BT[:, 1:] = END, targets_BT[:, :-1]
@@ -33,7 +33,7 @@ def features(targets_BT: np.ndarray, n_token_B: np.ndarray) -> Example:
 
 
 class Sequences:
-    """Random access to the T-token sequences of a split, of each folder the last is padded.
+    """Random access to the T-token sequences of a split; the last of each folder is padded.
 
     Those of a mixture's folders follow one another. Pickles without its tokens. InputError: the split is
     empty; when a sequence is read, a token is outside the vocabulary.
@@ -71,8 +71,8 @@ class Sequences:
         for part, (first, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
             rows = [row for row, index in enumerate(indices) if first <= index < end]
             if rows:
-                found = self._read(part, [indices[row] - first for row in rows])
-                for row, tokens in zip(rows, found, strict=True):
+                sequences = self._read(part, [indices[row] - first for row in rows])
+                for row, tokens in zip(rows, sequences, strict=True):
                     targets_BT[row, : len(tokens)] = tokens
                     n_token_B[row] = len(tokens)
         return features(targets_BT, n_token_B)
@@ -83,14 +83,14 @@ class Sequences:
         assert read is not None, "a sequence of an empty split"
         starts = [index * self.sequence_len for index in indices]
         n_token = corpus.splits[self.split].n_token
-        found = read([(start, min(start + self.sequence_len, n_token)) for start in starts])
-        for start, tokens in zip(starts, found, strict=True):
+        sequences = read([(start, min(start + self.sequence_len, n_token)) for start in starts])
+        for start, tokens in zip(starts, sequences, strict=True):
             check_ids(corpus, self.split, start, tokens)
-        return found
+        return sequences
 
 
 def check_ids(corpus: Corpus, split: str, start: int, tokens: np.ndarray) -> None:
-    """InputError: one of the tokens, which stand in the split from `start` on, is outside the vocabulary."""
+    """InputError: one of the tokens, which begin at `start` in the split, is outside the vocabulary."""
     size = corpus.vocabulary.size
     if tokens.max() >= size:
         at = int(np.argmax(tokens >= size))
@@ -122,7 +122,7 @@ class Streams:
             n_row_token, row = heapq.heappop(shortest)
             rows[row].append((n, part, start))
             heapq.heappush(shortest, (n_row_token + n, row))
-        # Of each row, the place in it, the folder and the place there of every document.
+        # For each row, the place of every document in it, its folder and its place there.
         self.rows = [np.array(row, np.int64).reshape(-1, 3) for row in rows]
         self.offsets = [np.concatenate([[0], np.cumsum(row[:, 0])]) for row in self.rows]
         self._readers = [part.reader(split) if part.splits[split].n_token else None for part in corpus.parts]
@@ -133,29 +133,29 @@ class Streams:
 
     def piece(self, number: int, rows: Sequence[int]) -> Example:
         """`inputs, targets, loss_mask` int32 [rows, length] of some rows. An end id begins each document."""
-        found = {name: np.full((len(rows), self.length), PAD, np.int32) for name in STREAMED}
+        piece = {name: np.full((len(rows), self.length), PAD, np.int32) for name in STREAMED}
         for i, row in enumerate(rows):
             for place, n, context, part, start in self._spans(number, row):
                 read, before = self._readers[part], min(context, 1)
                 assert read is not None, "a document of an empty split"
                 (tokens,) = read([(start - before, start + n)])
                 check_ids(self.corpus.parts[part], self.split, start - before, tokens)
-                found["targets"][i, place : place + n] = tokens[before:]
-                found["inputs"][i, place] = tokens[0] if before else END
-                found["inputs"][i, place + 1 : place + n] = tokens[before:-1]
-                found["loss_mask"][i, place : place + n] = 1
-        return found
+                piece["targets"][i, place : place + n] = tokens[before:]
+                piece["inputs"][i, place] = tokens[0] if before else END
+                piece["inputs"][i, place + 1 : place + n] = tokens[before:-1]
+                piece["loss_mask"][i, place : place + n] = 1
+        return piece
 
     def contexts(self, number: int) -> np.ndarray:
         """int64 [n_row, length]: how many tokens of its document come before each; -1 for padding."""
-        found = np.full((len(self.rows), self.length), -1)
+        contexts = np.full((len(self.rows), self.length), -1)
         for row in range(len(self.rows)):
             for place, n, context, *_ in self._spans(number, row):
-                found[row, place : place + n] = np.arange(context, context + n)
-        return found
+                contexts[row, place : place + n] = np.arange(context, context + n)
+        return contexts
 
     def _spans(self, number: int, row: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """What of each document lies in a piece: place in it, tokens, those before, folder, place there."""
+        """The part of each document in a piece: place in it, tokens, those before, folder, place there."""
         first, offsets = number * self.length, self.offsets[row]
         i = int(np.searchsorted(offsets, first, "right")) - 1
         while i < len(self.rows[row]) and offsets[i] < first + self.length:

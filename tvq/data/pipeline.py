@@ -47,7 +47,7 @@ class _Batches:
             raise InputError(f"{rows} takes none of the {batch_size} rows of a batch")
 
     def __len__(self) -> int:
-        # An endless order has sys.maxsize elements, and a rounded-up count must not pass that.
+        # An endless order has sys.maxsize elements, and a rounded-up count must not exceed that.
         n_batch = (len(self._order) - 1) // self._batch_size + 1
         return max(0, n_batch - self._start)
 
@@ -67,9 +67,9 @@ def training_batches(
     rows: Rows = ALL_ROWS,
     workers: int = 0,
 ) -> Batches:
-    """Shuffled batches without end, from batch `start` on; each epoch has its own order.
+    """Endless shuffled batches, from batch `start` on; each epoch has its own order.
 
-    `batch_size` is global; this process is given its `rows`: `inputs, targets, doc_ids, loss_mask`, int32
+    `batch_size` is global; this process gets its `rows`: `inputs, targets, doc_ids, loss_mask`, int32
     [rows, T] each. `workers` processes read ahead; 0 reads in threads. `close()` ends them.
     """
     batches = _Batches(sequences, _order(sequences, seed), batch_size=batch_size, rows=rows, start=start)
@@ -77,7 +77,7 @@ def training_batches(
 
 
 def _order(sequences: Sequences, seed: int) -> grain.MapDataset:
-    """Sequence numbers without end: of each folder epoch after epoch, mixed by the folders' weights."""
+    """Endless sequence numbers: epoch after epoch of each folder, mixed by the folders' weights."""
     spans = list(zip(sequences.starts[:-1], sequences.starts[1:], strict=True))
     # Grain's epochs use seed, seed + 1, ...: hashed first, so that neighbouring seeds share no epoch.
     seeds = np.random.SeedSequence(seed).generate_state(len(spans)).tolist()
@@ -91,7 +91,7 @@ def _order(sequences: Sequences, seed: int) -> grain.MapDataset:
 def evaluation_batches(sequences: Sequences, *, batch_size: int, rows: Rows = ALL_ROWS) -> Batches:
     """Every sequence once, in order: int32 [rows, T] each. The last batch is filled up with masked rows.
 
-    All processes get equally many batches. `close()` ends the threads that read ahead.
+    All processes get the same number of batches. `close()` ends the threads that read ahead.
     """
     order = range(len(sequences))
     return _read(_Batches(sequences, order, batch_size=batch_size, rows=rows), workers=0)
@@ -101,7 +101,7 @@ def _read(batches: _Batches, workers: int) -> Batches:
     threads = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=READ_AHEAD)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(threads)
     if workers:
-        # Grain's workers read absl flags, which are unparsed where absl.app does not run the program.
+        # Grain's workers read absl flags, which are not parsed unless absl.app runs the program.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _start_worker)
@@ -121,30 +121,30 @@ def _read(batches: _Batches, workers: int) -> Batches:
 
 
 def why_ended(error: str, workers: int) -> str:
-    """What to do about a worker that a signal ended; nothing if none did."""
+    """What to do about a worker that a signal killed; nothing if none did."""
     code = re.search(r"exit code -(\d+)", error)
     if not code:
         return ""
-    number, ended = int(code[1]), f"config.data.workers={workers}: one was ended by signal {code[1]}"
+    number, ended = int(code[1]), f"config.data.workers={workers}: one was killed by signal {code[1]}"
     if number == signal.SIGBUS:
         free = ""
         if os.path.isdir(SHARED_MEMORY):
             space = shutil.disk_usage(SHARED_MEMORY)
             free = f" ({space.free / 2**20:,.0f} of {space.total / 2**20:,.0f} MiB free)"
         return (
-            f"{ended} (SIGBUS): {SHARED_MEMORY}, through which they hand over batches, is too small{free};"
+            f"{ended} (SIGBUS): {SHARED_MEMORY}, through which they pass batches, is too small{free};"
             " enlarge it (docker run --shm-size=2g), use fewer workers, or 0, which reads in threads"
         )
     if number == signal.SIGKILL:
         return (
             f"{ended} (SIGKILL), most likely for lack of memory; use fewer workers, or 0, or smaller batches"
         )
-    return f"{ended}; config.data.workers=0 reads in threads, and shows what is wrong"
+    return f"{ended}; config.data.workers=0 reads in threads and shows the error"
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in each worker process. Grain's own would outlive a killed run for ever."""
-    # A signal to the whole group is for the run, which still wants batches until it has saved.
+    """Runs first in each worker process. Without it Grain's workers would outlive a killed run forever."""
+    # A signal to the whole group is for the run, which still needs batches until it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

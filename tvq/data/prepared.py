@@ -1,9 +1,9 @@
-"""The prepared folder: what a source of text or images has become, written once and read by every run.
+"""The prepared folder: text or images as tokens, written once and read by every run.
 
 manifest.json        format version, vocabulary, source, and the counts of each split
 <split>.tokens       bare little-endian uint16
 <split>.documents    little-endian uint64 [n_document, 3]: tokens, bytes and words up to a document's end
-vocabulary.model     the SentencePiece model, where there is one
+vocabulary.model     the SentencePiece model, if there is one
 sources.sha256       the hashes of the files that it was made from, as sha256sum writes them
 """
 
@@ -28,7 +28,7 @@ from tvq.errors import InputError
 
 VERSION = 2
 # Token files of up to this size are hashed whole whenever they are opened, seconds at most; of larger ones
-# only the blocks below, spread evenly, which tells other tokens at once but not a few that were changed.
+# only the evenly spaced blocks below, which detects other tokens but not a few changed ones.
 HASHED_WHOLE = 4 << 30
 WARN_UNKNOWN = 0.001  # of all tokens
 N_BLOCK, BLOCK = 1024, 1 << 16
@@ -60,7 +60,7 @@ class Split:
 
     @property
     def is_empty(self) -> bool:
-        """End ids alone are nothing, and neither is text of which no token is left."""
+        """End ids alone count as nothing, and so does text that leaves no token."""
         return not (self.n_byte and self.n_token)
 
 
@@ -90,7 +90,7 @@ def text_form(vocabulary: Vocabulary, *, end_ids: bool = True) -> Form:
 
 
 def encode_text(vocabulary: Vocabulary, piece: Piece) -> np.ndarray:
-    """The ids of text. InputError: the vocabulary needs UTF-8 and this is something else."""
+    """The ids of text. InputError: the vocabulary needs UTF-8 and this is not."""
     try:
         return vocabulary.encode(piece.raw)
     except UnicodeDecodeError as error:
@@ -101,13 +101,13 @@ def not_utf8(piece: Piece, error: UnicodeDecodeError) -> InputError:
     n_wrong = piece.raw.decode(errors="replace").count("\ufffd") - piece.raw.count("\ufffd".encode())
     utf16 = " (it begins as UTF-16 does)" if piece.raw.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
     return InputError(
-        f"{shown(piece.document)} is not UTF-8{utf16}: {n_wrong} wrong places, the first after"
-        f" {piece.raw[: error.start][-20:]!r}; mend it, or use --vocabulary=bytes"
+        f"{shown(piece.document)} is not UTF-8{utf16}: {n_wrong} invalid places, the first after"
+        f" {piece.raw[: error.start][-20:]!r}; fix it, or use --vocabulary=bytes"
     )
 
 
 def unknown(info: Split) -> str:
-    """What to say of tokens that stand for text without a piece, where they are many; otherwise nothing."""
+    """A warning about tokens for text that no piece covers, if they are many; otherwise nothing."""
     if not info.n_unknown or info.n_unknown < WARN_UNKNOWN * info.n_token:
         return ""
     return (
@@ -125,7 +125,7 @@ def index_path(folder: epath.Path, split: str) -> epath.Path:
 
 
 class _Words:
-    """Counts the runs of other bytes than ASCII white space in a text that comes in pieces."""
+    """Counts the runs of bytes other than ASCII white space in a text that comes in pieces."""
 
     IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
@@ -217,7 +217,8 @@ def write(
     """Fills an existing empty folder, `n_thread` pieces at a time; 0 encodes in this thread.
 
     The pieces of a document follow one another. `source` (JSON values) says where they came from. `progress`
-    hears the bytes so far. InputError: a document cannot be read. OSError: the folder cannot be written.
+    is called with the bytes so far. InputError: a document cannot be read. OSError: the folder cannot be
+    written.
     """
     with ExitStack() as files:
         writers = {split: _Writer(folder, split, form, files) for split in SPLITS}
@@ -273,15 +274,15 @@ def _encoded(
 def read(folder: epath.Path, where: str, remedy: str) -> Manifest:
     """The manifest, checked against the files.
 
-    `where` names the config field and the folder, `remedy` the way out, for the messages. InputError: not a
-    prepared folder, damaged, of another version, or of an unknown vocabulary.
+    `where` names the config field and the folder, `remedy` says how to fix it, for the messages. InputError:
+    not a prepared folder, damaged, of another version, or of an unknown vocabulary.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["version"] != VERSION:
-            way_out = f"update tvq, or {remedy}" if manifest["version"] > VERSION else remedy
+            remedy = f"update tvq, or {remedy}" if manifest["version"] > VERSION else remedy
             raise InputError(
-                f"{where} has format version {manifest['version']}, this tvq reads {VERSION}; {way_out}"
+                f"{where} has format version {manifest['version']}, this tvq reads {VERSION}; {remedy}"
             )
         splits = {split: Split(**manifest["splits"][split]) for split in SPLITS}
         vocabulary = _vocabulary(folder, f"{where} was made with", remedy, **manifest["vocabulary"])
@@ -296,12 +297,12 @@ def read(folder: epath.Path, where: str, remedy: str) -> Manifest:
         raise InputError(
             f"{where} is not a prepared folder: cannot read {MANIFEST} ({error.strerror}); {remedy}"
         ) from error
-    except Exception as error:  # whatever stands in the file
+    except Exception as error:  # whatever the file holds
         raise InputError(f"{where} has a damaged {MANIFEST} ({error!r}); {remedy}") from error
 
 
 def _check_files(folder: epath.Path, split: str, info: Split, damaged: str, remedy: str) -> None:
-    """InputError: the sizes, the end of the index, or, of a local folder, the contents are others."""
+    """InputError: the sizes, the end of the index, or, in a local folder, the contents differ."""
     tokens, index = tokens_path(folder, split), index_path(folder, split)
     wanted = {tokens: info.n_token * DTYPE.itemsize, index: info.n_document * 3 * INDEX_DTYPE.itemsize}
     for path, n_byte in wanted.items():
@@ -325,7 +326,7 @@ def _check_files(folder: epath.Path, split: str, info: Split, damaged: str, reme
     for path, (hashed, known) in hashes.items():
         if known is not None and wanted[path] and (now := hashed(path)) != known:
             raise InputError(
-                f"{damaged}: {path.name} is of sha256 {now}, its manifest says {known}: its contents changed;"
+                f"{damaged}: {path.name} has sha256 {now}, its manifest says {known}: its contents changed;"
                 f" {remedy}"
             )
 
@@ -345,9 +346,9 @@ def _vocabulary(
         )
     path = folder / MODEL
     model = path.read_bytes() if path.exists() else b""
-    found = hashlib.sha256(model).hexdigest()
-    if found != sha256:
-        raise InputError(f"{made_with} a {MODEL} of sha256 {sha256}, there is one of {found}; {remedy}")
+    actual = hashlib.sha256(model).hexdigest()
+    if actual != sha256:
+        raise InputError(f"{made_with} a {MODEL} of sha256 {sha256}, the one there has {actual}; {remedy}")
     vocabulary = VOCABULARIES[name](model)
     if vocabulary.size != size:
         raise InputError(f"{made_with} {size} ids of {name!r}, which has {vocabulary.size}; {remedy}")

@@ -19,7 +19,7 @@ ENWIK8_SHA1 = "57b8363b814821dc9d47aa4d41f58733519076b2"  # mattmahoney.net/dc/t
 PIECE = 1 << 14  # SentencePiece is slower on longer text
 SPACE = re.compile(rb"[ \n\t\r]")
 CUT = "train, validation and test end at bytes {}, {} and {}"
-# Of a text in UTF-8 the bytes of a letter behind its first.
+# The bytes of a UTF-8 character after its first.
 BEHIND = re.compile(rb"[\x80-\xbf]{0,3}")
 NOT_PYTHON = ("site-packages", "dist-packages", "__pycache__")
 
@@ -32,13 +32,13 @@ def is_table(name: str) -> bool:
 class Texts:
     """Documents of text, a file each or a row of a table.
 
-    `rule` says how they are split, `files` is what is read, `left_out` are pairs of a name and the reason.
+    `rule` says how they are split, `files` are read, `left_out` holds pairs of a name and the reason.
     """
 
     def __init__(self, files: Collection[File], column: str, splits: dict[str, str] | None = None) -> None:
-        """Rows of tables have their text in `column`; without one tables are text as any other file.
+        """Rows of tables have their text in `column`; without one, tables are text like any other file.
 
-        `splits` of the files by their names; without any a hash tells.
+        `splits` of the files by their names; without it a hash decides.
         """
         self._column, self._splits = column, splits
         self.files = [file for file in files if not splits or file.name in splits]
@@ -64,14 +64,14 @@ class Texts:
 
 
 class OneText:
-    """A file whose bytes are split in order, one document a split."""
+    """A file whose bytes are split in order, one document for each split."""
 
     left_out: Collection[tuple[str, str]] = ()
 
     def __init__(self, file: File, n_byte: int, n_train: int, *, whole_letters: bool = False) -> None:
-        """Of the `n_byte` bytes the first `n_train` train, the rest in halves validates and tests.
+        """Of the `n_byte` bytes the first `n_train` train; half of the rest validates, half tests.
 
-        With `whole_letters`, for a vocabulary of UTF-8, a split that would end within a letter ends behind
+        With `whole_letters`, for a vocabulary of UTF-8, a split that would end within a character ends after
         it. InputError: that leaves nothing to train or to test on.
         """
         if not n_byte:
@@ -84,10 +84,10 @@ class OneText:
             )
         self._file, self.files, self._whole_letters = file, [file], whole_letters
         self._ends = [n_train, n_train + (n_byte - n_train) // 2, n_byte]
-        self.rule = CUT.format(*self._ends) + (", or behind the letter there" if whole_letters else "")
+        self.rule = CUT.format(*self._ends) + (", or after the character there" if whole_letters else "")
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
-        """The documents, those of no bytes apart. InputError: the file is unreadable."""
+        """The documents, except empty ones. InputError: the file is unreadable."""
         parts, now = self._parts(meter), ""
         for split, raw in _at_letters(parts) if self._whole_letters else parts:
             if now not in ("", split):
@@ -108,7 +108,7 @@ class OneText:
 
 
 def _at_letters(parts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """The rest of a letter of UTF-8 that begins in one split goes to it."""
+    """The rest of a UTF-8 character goes to the split that it begins in."""
     now, left = "", 0
     for split, raw in parts:
         if now not in ("", split):
@@ -142,7 +142,7 @@ def enwik8(path: epath.Path, n_train: int, *, whole_letters: bool = False) -> On
     n_byte, sha1 = _measured(file)
     if not n_train and (n_byte, sha1) != (ENWIK8_BYTES, ENWIK8_SHA1):
         raise InputError(
-            f"{shown(path)} holds {n_byte} bytes of SHA-1 {sha1}, enwik8 are {ENWIK8_BYTES}"
+            f"{shown(path)} holds {n_byte} bytes of SHA-1 {sha1}, enwik8 has {ENWIK8_BYTES}"
             f" of {ENWIK8_SHA1}; fetch it again, or say with --n_train how many bytes of another file train"
         )
     return OneText(file, n_byte, n_train or ENWIK8_TRAIN, whole_letters=whole_letters)
@@ -150,13 +150,13 @@ def enwik8(path: epath.Path, n_train: int, *, whole_letters: bool = False) -> On
 
 def pg19(root: epath.Path, column: str) -> Texts:
     """Folders or tables of the three splits. InputError: one is missing."""
-    found = walk.walk(root).files
-    # Lists of the files may lie beside their folders.
-    splits = {file.name: documents.named_split(file.name) for file in found}
+    listed = walk.walk(root).files
+    # Lists of the files may be beside their folders.
+    splits = {file.name: documents.named_split(file.name) for file in listed}
     splits = {name: split for name, split in splits.items() if split and ("/" in name or is_table(name))}
     if set(splits.values()) != set(SPLITS):
         raise InputError(f"{shown(root)} needs folders or tables whose names begin with train, val and test")
-    return Texts(found, column, splits)
+    return Texts(listed, column, splits)
 
 
 def cut(file: File, n_train: int = 0, *, whole_letters: bool = False) -> OneText:
@@ -179,18 +179,18 @@ def text(
         raise InputError(
             f"--n_train={n_train} counts bytes of one file, but {shown(path)} is a folder or a table"
         )
-    found = walk.walk(path)
-    source = Texts(found.files, column, documents.told_splits([file.name for file in found.files], choice))
-    source.left_out += [(name, walk.OWN) for name in found.left_out]
+    listed = walk.walk(path)
+    source = Texts(listed.files, column, documents.told_splits([file.name for file in listed.files], choice))
+    source.left_out += [(name, walk.OWN) for name in listed.left_out]
     return source
 
 
 def stdlib() -> walk.Walk:
     """The source of Python's standard library, without installed packages."""
     root = epath.Path(sysconfig.get_path("stdlib"))
-    found = walk.walk(root, skip=NOT_PYTHON).files
-    # By name, as ever: another order would make other batches.
-    return walk.Walk(sorted((f for f in found if f.name.endswith(".py")), key=lambda f: f.name), [])
+    listed = walk.walk(root, skip=NOT_PYTHON).files
+    # By name, because another order would make other batches.
+    return walk.Walk(sorted((f for f in listed if f.name.endswith(".py")), key=lambda f: f.name), [])
 
 
 def _row(where: str, row: object, column: str) -> bytes:
@@ -207,11 +207,11 @@ def _row(where: str, row: object, column: str) -> bytes:
 def _encoded(where: str, value: object, column: str) -> bytes:
     if not isinstance(value, str):
         what = "null" if value is None else f"a value of type {type(value).__name__}"
-        raise InputError(f"{where} has no text in {column!r}, but {what}; mend it or leave it out")
+        raise InputError(f"{where} has no text in {column!r}, but {what}; fix it or leave it out")
     try:
         return value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where} has no text in {column!r} ({error}); mend it") from error
+        raise InputError(f"{where} has no text in {column!r} ({error}); fix it") from error
 
 
 def _jsonl(file: File, column: str, meter: Meter) -> Iterator[bytes]:
@@ -222,7 +222,7 @@ def _jsonl(file: File, column: str, meter: Meter) -> Iterator[bytes]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
-            raise InputError(f"{where} has no text in {column!r} ({error}); mend it") from error
+            raise InputError(f"{where} has no text in {column!r} ({error}); fix it") from error
         yield _row(where, row, column)
 
 
@@ -240,7 +240,7 @@ def _parquet(file: File, column: str, meter: Meter) -> Iterator[bytes]:
 
 
 def at_spaces(pieces: Iterable[Piece], size: int = PIECE) -> Iterator[Piece]:
-    """The same documents in pieces of a little over `size` bytes, cut at white space alone."""
+    """The same documents in pieces of a little over `size` bytes, cut only at white space."""
     rest, n_rest = list[bytes](), 0  # joined once, so that a text without spaces takes linear time
     for piece in pieces:
         raw, start = piece.raw, 0

@@ -17,7 +17,7 @@ N_SPECIAL = len((PAD, END, UNKNOWN))
 
 
 class Vocabulary(Protocol):
-    """Text to ids and back. `name`, `size` and `model` are all that there is to know of it."""
+    """Text to ids and back. `name`, `size` and `model` describe it completely."""
 
     @property
     def name(self) -> str: ...
@@ -58,7 +58,7 @@ class ByteVocabulary:
 class SentencePieceVocabulary:
     """The pieces of a SentencePiece model, whose file is `model`. Safe to use from several threads.
 
-    InputError: the package is missing, or the model has other special ids or more pieces than uint16 has.
+    InputError: the package is missing, or the model has other special ids or more pieces than fit uint16.
     """
 
     model: bytes = dataclasses.field(repr=False)
@@ -71,13 +71,13 @@ class SentencePieceVocabulary:
             processor = package.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
             raise InputError(
-                f"the vocabulary of {len(self.model)} bytes is no SentencePiece model"
+                f"the vocabulary of {len(self.model)} bytes is not a SentencePiece model"
             ) from error
         object.__setattr__(self, "processor", processor)
-        found = (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id())
-        if found != (PAD, END, UNKNOWN, -1):
+        special = (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id())
+        if special != (PAD, END, UNKNOWN, -1):
             raise InputError(
-                f"the SentencePiece model has pad, end, unknown and begin ids {found}, it needs"
+                f"the SentencePiece model has pad, end, unknown and begin ids {special}, it needs"
                 f" {(PAD, END, UNKNOWN, -1)}; train it with pad_id=0, eos_id=1, unk_id=2 and bos_id=-1"
             )
         if self.size > 1 << 16:
@@ -120,7 +120,7 @@ def _checked(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def train_sentencepiece(sentences: Iterator[str], n_piece: int) -> SentencePieceVocabulary:
-    """The BPE vocabulary of SPEC.md from sentences (what stands between line ends), which must fit memory.
+    """A BPE vocabulary, as in the paper, from sentences (text between line ends), which must fit in memory.
 
     InputError: the package is missing, or there is too little text for so many pieces; or what `sentences`
     raise.
@@ -154,7 +154,7 @@ def train_sentencepiece(sentences: Iterator[str], n_piece: int) -> SentencePiece
             raise failed[0] from None
         reason = str(error).rpartition("]")[2].strip() or "no text"
         raise InputError(
-            f"cannot train {n_piece} pieces on this text ({reason}); give more, or --pieces"
+            f"cannot train {n_piece} pieces on this text ({reason}); give more text, or another --pieces"
         ) from error
     return SentencePieceVocabulary(model.getvalue())
 
@@ -166,7 +166,7 @@ VOCABULARIES: dict[str, Callable[[bytes], Vocabulary]] = {
 
 
 def describe(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What tells a vocabulary from all others, for JSON."""
+    """What identifies a vocabulary, for JSON."""
     sha256 = hashlib.sha256(vocabulary.model).hexdigest()
     return {"name": vocabulary.name, "size": vocabulary.size, "sha256": sha256}
 
@@ -176,6 +176,6 @@ def to_json(vocabulary: Vocabulary) -> dict[str, Any]:
     return describe(vocabulary) | {"model": base64.b64encode(vocabulary.model).decode()}
 
 
-def from_json(found: dict[str, Any]) -> Vocabulary:
-    """What `to_json` made."""
-    return VOCABULARIES[found["name"]](base64.b64decode(found["model"]))
+def from_json(entry: dict[str, Any]) -> Vocabulary:
+    """The vocabulary that `to_json` described."""
+    return VOCABULARIES[entry["name"]](base64.b64decode(entry["model"]))

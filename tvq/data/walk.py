@@ -1,4 +1,4 @@
-"""The one walker over files: what a source of data reads below a file or folder, here or in a bucket."""
+"""The one walk over files: what a source of data reads below a file or folder, local or in a bucket."""
 
 import dataclasses
 import os
@@ -36,42 +36,42 @@ def walk(root: epath.Path, *, skip: Collection[str] = (), leave_out: Collection[
 
     Left out are hidden names, those in `skip`, pipes, sockets and devices, the folders `leave_out`, and
     folders that tvq made below the root: runs and prepared data, which would make other text at each start.
-    A folder that several links lead to is read once, so that links may form loops. InputError: there is no
-    file, one cannot be looked at, or the root can be read but once.
+    A folder that several links lead to is read once, so links may form loops. InputError: there is no
+    file, one cannot be inspected, or the root can be read only once.
     """
     with reading(root):
         if is_bucket(root):
             if not root.exists():
-                raise InputError(f"there is no {root}")
-            found = Walk([] if root.is_dir() else [File(root, root.name)], [])
+                raise InputError(f"{root} does not exist")
+            listed = Walk([] if root.is_dir() else [File(root, root.name)], [])
             if root.is_dir():
-                _in_bucket(root, "", found)
+                _in_bucket(root, "", listed)
         else:
-            found = _local(Path(root), skip, leave_out)
-    if not found.files:
-        raise InputError(f"{shown(root)} holds no text or images (no files, hidden ones apart)")
-    return Walk(sorted(found.files, key=lambda file: natural(file.name)), sorted(found.left_out))
+            listed = _local(Path(root), skip, leave_out)
+    if not listed.files:
+        raise InputError(f"{shown(root)} holds no text or images (no files except hidden ones)")
+    return Walk(sorted(listed.files, key=lambda file: natural(file.name)), sorted(listed.left_out))
 
 
 def one(path: epath.Path) -> File:
-    """The file at a path. InputError: there is none, it is a folder, or can be read but once."""
+    """The file at a path. InputError: there is none, it is a folder, or can be read only once."""
     with reading(path):
         if path.is_dir():
             raise InputError(f"cannot read {shown(path)} (Is a directory); give a file")
     return walk(path).files[0]
 
 
-def _in_bucket(folder: epath.Path, prefix: str, found: Walk) -> None:
+def _in_bucket(folder: epath.Path, prefix: str, listed: Walk) -> None:
     inside = list(folder.iterdir())
     if prefix and is_own(folder, {path.name for path in inside}):
-        found.left_out.append(prefix)
+        listed.left_out.append(prefix)
         return
     for path in inside:
         if not path.name.startswith("."):
             if path.is_dir():
-                _in_bucket(path, f"{prefix}{path.name}/", found)
+                _in_bucket(path, f"{prefix}{path.name}/", listed)
             else:
-                found.files.append(File(path, prefix + path.name))
+                listed.files.append(File(path, prefix + path.name))
 
 
 def _local(root: Path, skip: Collection[str], leave_out: Collection[Path]) -> Walk:
@@ -89,7 +89,7 @@ def _local(root: Path, skip: Collection[str], leave_out: Collection[Path]) -> Wa
     seen = {_identity(path) for path in leave_out if path.exists()} - {_identity(root)}
     waiting, linked = deque([("", root)]), deque[tuple[str, Path]]()
     while waiting or linked:
-        # Linked folders last: one that lies below the root too has its name there.
+        # Linked folders last: one that is also below the root keeps its name there.
         prefix, folder = (waiting or linked).popleft()
         if _identity(folder) in seen:
             continue

@@ -1,6 +1,6 @@
 """What is wrong with a run, in words, and what to change: `tvq doctor`.
 
-It reads the rows of metrics and the looks at the codebooks; where there is no look, the newest checkpoint.
+It reads the rows of metrics and the codebook snapshots; without a snapshot, the newest checkpoint.
 """
 
 import math
@@ -22,9 +22,9 @@ from tvq.programs import evaluate
 from tvq.programs.report import runs
 from tvq.run import describe, health, metrics, records
 
-FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; with the doctor
+FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; the doctor itself failed
 N_NAMED = 3  # units that a finding names
-LEAST_ROWS = 10  # fewer say nothing of a trend
+LEAST_ROWS = 10  # fewer show no trend
 DEAD, CROWDED, FAR, RESTLESS, DRIFT = 0.1, 0.5, 0.9, 0.3, 0.2
 SPIKE, SPIKE_NATS = 1.25, 0.3  # a loss so many times, and so many nats, over the rows before
 SPIKE_NORM = 1.5  # and its gradient
@@ -34,20 +34,22 @@ FLAT, RISING, GAP = 0.005, 1.05, 1.2
 class Finding(NamedTuple):
     what: str  # where, and the numbers
     remedy: str
-    is_lost: bool = False  # the run: what else is wrong follows from it
+    is_lost: bool = False  # the run is lost: all other findings follow from this one
 
 
 def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Prints what is wrong; 0 where that is nothing, else FOUND. InputError: there is nothing to read yet.
+    """Prints what is wrong; returns 0 if nothing is, else FOUND. InputError: there is nothing to read yet.
 
-    A failure of its own never ends with FOUND, as an exception would, but with FAILED.
+    A failure of the doctor itself exits with FAILED, not with FOUND as an exception would.
     """
     try:
         return examine(c, workdir, log)
     except InputError:
         raise
     except Exception as error:
-        log.say("".join(traceback.format_exception(error)) + "tvq doctor failed; nothing is said of the run")
+        log.say(
+            "".join(traceback.format_exception(error)) + "tvq doctor failed; this says nothing about the run"
+        )
         raise SystemExit(FAILED) from error
 
 
@@ -55,10 +57,10 @@ def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
     console = metrics.Console()
     path = workdir / records.FILE
     rows, broken = runs.read_rows(path) if path.exists() else ([], [])
-    looked, step = newest_look(c, workdir, bool(rows), console.say, broken)
-    findings = all_findings(c, rows, looked)
+    snapshot, step = newest_snapshot(c, workdir, bool(rows), console.say, broken)
+    findings = all_findings(c, rows, snapshot)
     last = f"{rows[-1]['step']:,}" if rows else "none"
-    seen = f"codebooks of step {step:,}" if looked else "no codebooks"
+    seen = f"codebooks of step {step:,}" if snapshot else "no codebooks"
     console.say(f"{workdir}: rows to step {last}, {seen}")
     for line in broken:
         console.say(f"left out: {line}")
@@ -69,17 +71,17 @@ def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
     return FOUND if findings else 0
 
 
-def newest_look(
+def newest_snapshot(
     c: Config, workdir: epath.Path, has_rows: bool, say: Callable[[str], None], broken: list[str]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The newest look that can be read, or what the newest checkpoint tells, and its step.
+    """The newest readable snapshot, or the use of codes in the newest checkpoint, and its step.
 
-    Nothing where there is neither, but rows; `broken` gets a line for each that cannot be read. InputError:
-    there is nothing at all.
+    Nothing if there are only rows; `broken` gets a line for each that cannot be read. InputError: there is
+    nothing at all.
     """
     for step in reversed(health.steps(workdir / health.FOLDER)):
         try:
-            return runs.read_look(workdir, step), step
+            return runs.read_snapshot(workdir, step), step
         except InputError as error:
             broken.append(str(error))
     try:
@@ -93,9 +95,9 @@ def newest_look(
     return jax.device_get(lm.use(restored.state.weights, initial)), restored.step
 
 
-def all_findings(c: Config, rows: Sequence[metrics.Row], looked: dict[str, np.ndarray]) -> list[Finding]:
-    found = list(of_rows(c, rows))
-    return found if any(finding.is_lost for finding in found) else [*found, *of_codebooks(c, looked)]
+def all_findings(c: Config, rows: Sequence[metrics.Row], snapshot: dict[str, np.ndarray]) -> list[Finding]:
+    findings = list(of_rows(c, rows))
+    return findings if any(f.is_lost for f in findings) else [*findings, *of_codebooks(c, snapshot)]
 
 
 def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
@@ -104,7 +106,7 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
     if broken is not None:
         yield Finding(
             f"the loss or its gradient is not a number at step {broken}",
-            "go on from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
+            "resume from the checkpoint before, with a lower config.optimizer.lr_max or grad_clip",
             is_lost=True,
         )
         return
@@ -129,7 +131,7 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
 
 
 def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
-    """Losses far above those before, with a gradient or a neighbour that is too: else it is a hard batch."""
+    """Losses far above those before, with a high gradient or neighbour too: else it is a hard batch."""
     losses, norms = ([row[name] for row in trained] for name in ("loss", "grad_norm"))
     usual = lambda values, i: median(values[i - 5 : i])
     heights = {i: losses[i] - usual(losses, i) for i in range(5, len(losses))}
@@ -184,7 +186,7 @@ def of_evaluations(rows: Sequence[metrics.Row]) -> Iterator[Finding]:
         yield Finding(
             f"the {last['split']} loss is {last['loss']:.3f} at step {last['step']:,}, the training loss"
             f" {seen:.3f}; the lowest was {best['loss']:.3f} at step {best['step']:,}",
-            "it learns its data by heart: more data, more dropout (config.model.p_dropres), or fewer steps",
+            "it is overfitting: use more data, more dropout (config.model.p_dropres), or fewer steps",
         )
 
 
@@ -200,67 +202,67 @@ def of_time(row: metrics.Row) -> Iterator[Finding]:
             )
 
 
-def of_codebooks(c: Config, looked: dict[str, np.ndarray]) -> Iterator[Finding]:
-    """`looked` is what `lm.snapshot` finds, or `lm.use` alone, or nothing."""
-    if not looked:
+def of_codebooks(c: Config, snapshot: dict[str, np.ndarray]) -> Iterator[Finding]:
+    """`snapshot` is the result of `lm.snapshot`, or of `lm.use` alone, or nothing."""
+    if not snapshot:
         return
     m, o = c.model, c.optimizer
-    crowded_NHS = np.where(looked["usage"] > lm.OVERUSED, looked["usage"], 0.0)
-    yield from over(looked["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, looked))
+    crowded_NHS = np.where(snapshot["usage"] > lm.OVERUSED, snapshot["usage"], 0.0)
+    yield from over(snapshot["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, snapshot))
     yield from over(
         crowded_NHS.sum(-1) / m.n_code,
         CROWDED,
-        f"{{:.0%}} of the keys choose codes that have over {lm.OVERUSED:g} times an even share",
-        more_even(c, looked),
+        f"{{:.0%}} of the keys choose codes used over {lm.OVERUSED:g} times an even share",
+        more_even(c, snapshot),
     )
-    if "churn" not in looked:
+    if "churn" not in snapshot:
         return
     yield from over(
-        looked["relative_error"],
+        snapshot["relative_error"],
         FAR,
         "keys are {:.2f} of their norm from their codeword",
         f"raise config.model.n_code {m.n_code} or config.model.c_beta {m.c_beta:g}",
     )
     revival = f"raise config.model.revive_codes {m.revive_codes}, " if m.revive_codes else ""
     yield from over(
-        looked["churn"],
+        snapshot["churn"],
         RESTLESS,
-        "{:.0%} of the keys have another code than at the last look",
+        "{:.0%} of the keys have another code than at the last snapshot",
         f"codewords move too much: {revival}raise config.model.c_gamma {m.c_gamma:g}, or lower"
         f" config.optimizer.lr_max {o.lr_max:g}",
     )
-    if "norm_drift" not in looked:
+    if "norm_drift" not in snapshot:
         return
     yield from over(
-        abs(looked["norm_drift"]),
+        abs(snapshot["norm_drift"]),
         DRIFT,
-        "the norm of the codewords has changed by {:.0%} since the last look",
+        "the norm of the codewords has changed by {:.0%} since the last snapshot",
         f"codewords diverge or vanish: lower config.optimizer.lr_max {o.lr_max:g}",
     )
 
 
-def more_even(c: Config, looked: dict[str, np.ndarray]) -> str:
+def more_even(c: Config, snapshot: dict[str, np.ndarray]) -> str:
     """What to do about codes that are hardly used."""
     m, t = c.model, c.train
-    # In so many updates a code with a hundredth of an even share is chosen about once.
+    # In this many updates a code with a hundredth of an even share is chosen about once.
     n = max(20, t.sequence_len // t.update_len, 100 * m.n_code // (t.global_batch_size * t.update_len))
     n = min(n, m.revive_codes // 2) if m.revive_codes else n
-    used = float(np.median(looked["perplexity"]))
+    used = float(np.median(snapshot["perplexity"]))
     enough = 2 ** round(math.log2(2 * used)) if 1 <= used < m.n_code else m.n_code
     fewer = f", or config.model.n_code={enough}" if enough < m.n_code else ""
     return f"in a new run, set config.model.revive_codes={n}{fewer}"
 
 
-def over(found_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator[Finding]:
-    """One finding for all units and heads beyond the limit; those that are not a number are."""
-    places = [tuple(place) for place in np.argwhere(~(found_NH <= limit))]
+def over(values_NH: np.ndarray, limit: float, what: str, remedy: str) -> Iterator[Finding]:
+    """One finding for all units and heads beyond the limit, including those that are not a number."""
+    places = [tuple(place) for place in np.argwhere(~(values_NH <= limit))]
     if places:
-        places.sort(key=lambda place: -found_NH[place])
+        places.sort(key=lambda place: -values_NH[place])
         number = re.search(r"\{.*\}", what)[0]  # type: ignore[index]
         where = [f"unit {i + 1}, head {h + 1}" for i, h in places[:N_NAMED]]
         more = [
-            f"{number.format(found_NH[place])} in {name}" for place, name in zip(places, where, strict=False)
+            f"{number.format(values_NH[place])} in {name}" for place, name in zip(places, where, strict=False)
         ]
         rest = [f"too much in {len(places) - N_NAMED} more"] if len(places) > N_NAMED else []
-        text = "; ".join([f"{what.format(found_NH[places[0]])} in {where[0]}", *more[1:], *rest])
+        text = "; ".join([f"{what.format(values_NH[places[0]])} in {where[0]}", *more[1:], *rest])
         yield Finding(text.replace("%", " %"), remedy)

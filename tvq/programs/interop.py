@@ -27,15 +27,15 @@ Say = Callable[[str], None]
 
 
 def read_original(path: epath.Path) -> dict[str, np.ndarray]:
-    """The parameters by path in a flax msgpack of its TrainState or parameters. InputError: no such."""
+    """The parameters by path in a flax msgpack of its TrainState or parameters. InputError: it is neither."""
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
     except OSError as error:
         raise InputError(f"--input={path}: cannot read it ({error.strerror})") from error
-    except Exception as error:  # msgpack has no common word for what it cannot read
-        raise InputError(f"--input={path} is no msgpack of flax, or a damaged one: {error}") from error
+    except Exception as error:  # msgpack's errors have no common class
+        raise InputError(f"--input={path} is not a flax msgpack file, or is damaged: {error}") from error
     if not isinstance(tree, dict):
-        raise InputError(f"--input={path} is no msgpack of flax: it holds no names")
+        raise InputError(f"--input={path} is not a flax msgpack file: it holds no names")
     while isinstance(tree.get("params"), dict):
         tree = tree["params"]
     flat = {"/".join(map(str, names)): x for names, x in traverse_util.flatten_dict(tree).items()}
@@ -49,7 +49,7 @@ def read_original(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def read_weights(path: epath.Path, c: Config, say: Say = print) -> tuple[lm.Weights, Vocabulary, int]:
-    """Weights, vocabulary, side of images: of the original's file, or of our folder or file.
+    """Weights, vocabulary and image size: from a file of the original program, or our folder or file.
 
     InputError: it is neither, or its arrays are not those of the model; each that differs is listed.
     """
@@ -65,17 +65,15 @@ def read_weights(path: epath.Path, c: Config, say: Say = print) -> tuple[lm.Weig
 
 
 def what_it_reads(path: epath.Path, facts: dict[str, str], c: Config) -> tuple[Vocabulary, int]:
-    """Vocabulary and side of images, as `tvq export` noted them in the file; else those of config.data.
+    """Vocabulary and image size, as `tvq export` recorded them in the file; else those of config.data.
 
-    InputError: they are damaged, or the data is not there.
+    InputError: they are damaged, or the data is missing.
     """
     if "vocabulary" in facts and "image_size" in facts:
         try:
             return from_json(json.loads(facts["vocabulary"])), int(facts["image_size"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"--input={path}: what it notes of its vocabulary is damaged: {error}"
-            ) from error
+            raise InputError(f"--input={path}: its record of the vocabulary is damaged: {error}") from error
     if c.model.n_vocab == ByteVocabulary().size and c.data.source != "tokens" and not c.data.mix:
         return ByteVocabulary(), 0
     try:
@@ -83,8 +81,8 @@ def what_it_reads(path: epath.Path, facts: dict[str, str], c: Config) -> tuple[V
         evaluate.check_vocabulary(corpus, c.model)
     except InputError as error:
         raise InputError(
-            f"--input={path} has lost what tvq export noted in it of vocabulary and images, as when another"
-            f" program saves it again; set config.data to the data of training, which has both: {error}"
+            f"--input={path} has lost the vocabulary and image size that tvq export recorded, as when another"
+            f" program saves it again; set config.data to the training data, which has both: {error}"
         ) from error
     return corpus.vocabulary, corpus.image_size
 
@@ -95,14 +93,14 @@ def is_ours(path: epath.Path) -> bool:
 
 
 def in_file(weights: lm.Weights) -> dict:
-    """The tree whose names a file of weights has: `params.units.q`, `codebooks.sum`."""
+    """The tree with the names of a weights file: `params.units.q`, `codebooks.sum`."""
     return {"params": weights.params, **weights.extra}
 
 
 def check(
     path: epath.Path, arrays: Mapping[str, np.ndarray], wanted: dict[str, str], say: Say
 ) -> dict[str, np.ndarray]:
-    """The arrays, of the wanted dtypes: where nothing but floating-point dtypes differs they are converted.
+    """The arrays in the wanted dtypes: they are converted if only floating-point dtypes differ.
 
     InputError lists each array that is missing, not wanted, of another shape or dtype, or not finite.
     """
@@ -110,7 +108,7 @@ def check(
     differing = tensors.differing(kinds, wanted, "in the file")
     if arrays and not arrays.keys() & wanted.keys():
         raise InputError(
-            f"--input={path} holds no array of the model under its name; it has {_some(arrays)}, not"
+            f"--input={path} holds no array with a name of the model; it has {_some(arrays)}, not"
             f" {_some(wanted)}"
         )
     shape_of = lambda kind: kind.partition("[")[2]
@@ -121,27 +119,27 @@ def check(
     if differing and not is_converted:
         raise InputError(
             f"--input={path} holds another model than the config: {len(differing)} arrays differ;"
-            " set config.model to what it was trained with\n" + "\n".join(differing)
+            " set config.model to the model that was trained\n" + "\n".join(differing)
         )
     if differing:
-        say(f"{len(differing)} arrays of {path} are converted, as {differing[0].strip()}")
+        say(f"{len(differing)} arrays of {path} are converted, such as {differing[0].strip()}")
     with np.errstate(over="ignore"):
-        found = {name: x.astype(jnp.dtype(wanted[name].partition("[")[0])) for name, x in arrays.items()}
-    broken = [name for name, x in found.items() if not np.isfinite(x).all()]
+        converted = {name: x.astype(jnp.dtype(wanted[name].partition("[")[0])) for name, x in arrays.items()}
+    broken = [name for name, x in converted.items() if not np.isfinite(x).all()]
     if broken:
         raise InputError(f"--input={path} holds numbers that are not finite, in {_some(broken)}")
-    return found
+    return converted
 
 
 def _some(names: Iterable[str]) -> str:
     """`a, b, c and 5 more`."""
-    found = sorted(names)
-    text = ", ".join(found[:3])
-    return f"{text} and {len(found) - 3} more" if len(found) > 3 else text
+    names = sorted(names)
+    text = ", ".join(names[:3])
+    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 
 
 def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002
-    """Makes a run at step 0 of weights, with a fresh optimizer. InputError: wrong ones, nothing written."""
+    """Makes a run at step 0 from weights, with a new optimizer. InputError: they are wrong."""
     one_process(place, "import")
     if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds a run already; use another folder")
@@ -152,7 +150,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     whole = sharding.sharding(sharding.make(config.Mesh(), jax.devices()[:1]), sharding.WHOLE)
 
     def begin(weights: lm.Weights) -> state.TrainState:
-        fresh = state.init(c.model, tx, c.train.seed)  # of which only the key stays
+        fresh = state.init(c.model, tx, c.train.seed)  # only its key is kept
         return fresh._replace(weights=weights, opt_state=tx.init(weights.params))
 
     now = jax.jit(begin, out_shardings=whole)(weights)
@@ -165,7 +163,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     record(workdir, c, log)  # last: without it the folder is no run
     console.say(
         f"{state.n_param(now):,} parameters of {input} are checkpoint 0 of {workdir}; it has no optimizer"
-        " state: training goes on from these weights with a fresh one and the schedule's warm-up"
+        " state: training continues from these weights with a new one and the schedule's warm-up"
     )
     if not is_ours(epath.Path(input)) and not c.model.attend_across_documents:
         console.say(
@@ -177,7 +175,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
 
 
 def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, output: str) -> int:
-    """Writes parameters and codebooks of the newest checkpoint, by name, and the config of the run."""
+    """Writes the newest checkpoint's parameters and codebooks, by name, and the config of the run."""
     one_process(place, "export")
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -197,7 +195,7 @@ def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
 
 
 def vocabulary_of(c: Config) -> Vocabulary:
-    """Bytes where the model has as many ids, else that of the data: the original's files have none."""
+    """Bytes if the model has that many ids, else the data's: the original program's files hold none."""
     if c.model.n_vocab == ByteVocabulary().size:
         return ByteVocabulary()
     corpus = open_corpus(c.data)

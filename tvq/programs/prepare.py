@@ -1,4 +1,4 @@
-"""Preparing data: from the raw form that a user downloads to the folder that runs read."""
+"""Preparing data: from the raw files that a user downloads to the folder that runs read."""
 
 import contextlib
 import dataclasses
@@ -37,12 +37,12 @@ KINDS = {
 IMAGES = ("imagenet64", "images")
 Source = texts.Texts | texts.OneText | images.Images | images.ImageNet64
 MAX_PIECES = 1 << 16
-EVERY = 0.25  # seconds between looks at the progress
+EVERY = 0.25  # seconds between progress lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `tvq prepare` is told."""
+    """The options of `tvq prepare`."""
 
     kind: str = field("text", "what the input is")
     input: str = field("", "the raw file or folder; with --download, where it goes")
@@ -53,19 +53,20 @@ class Options:
     model: str = field("", "a SentencePiece model to use; empty: one is trained on the training split")
     pieces: int = field(32_000, "pieces of the model to train", at_least=4)
     sample: int = field(
-        1_000_000_000, "bytes of the training split to train it on, which must fit memory", at_least=1
+        1_000_000_000, "bytes of the training split to train it on, which must fit in memory", at_least=1
     )
     column: str = field("text", "column or key of the text in tables")
     split: str = field(
-        "", "of a folder: names, as its names tell; hash, of each name; empty: names where they tell"
+        "",
+        "of a folder: names, as its names tell; hash, by a hash of each name; empty: names where they tell",
     )
-    size: int = field(64, "pixels on a side that images are scaled and cut to", at_least=1)
+    size: int = field(64, "pixels on a side that images are scaled and cropped to", at_least=1)
     n_train: int = field(
         0,
-        "bytes (enwik8, a file of text) or images (imagenet64) that train; 0: as published, 90 % of a file",
+        "bytes (enwik8, a text file) or images (imagenet64) that train; 0: as published, or 90 % of a file",
         at_least=0,
     )
-    threads: int = field(0, "threads that encode; 0: one a core", at_least=0)
+    threads: int = field(0, "threads that encode; 0: one for each core", at_least=0)
 
     @property
     def in_pieces(self) -> bool:
@@ -77,7 +78,7 @@ class Options:
 def prepare(options: Options) -> int:
     """Makes the folder whole or not at all, and prints what is in it.
 
-    InputError: the input is wrong or the output cannot be written; nothing is left there then.
+    InputError: the input is wrong or the output cannot be written; then nothing is left there.
     """
     check(options)
     output, raw = epath.Path(options.output).expanduser(), epath.Path(options.input).expanduser()
@@ -114,7 +115,7 @@ def prepare(options: Options) -> int:
 
 
 def check(options: Options) -> None:
-    """InputError: an option is impossible or has no effect, or the output is there."""
+    """InputError: an option is invalid or has no effect, or the output exists."""
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
         if isinstance(value, int) and value < f.metadata["at_least"]:
@@ -130,17 +131,17 @@ def check(options: Options) -> None:
     if options.split not in ("", "names", "hash"):
         raise InputError(f"--split must be names or hash, not {options.split!r}")
     if options.kind in IMAGES and (options.vocabulary == "sentencepiece" or options.model):
-        raise InputError(f"--vocabulary of {options.kind} is bytes; leave --vocabulary and --model out")
+        raise InputError(f"--vocabulary of {options.kind} is bytes; omit --vocabulary and --model")
     if options.model and options.vocabulary == "bytes":
-        raise InputError("--model is for --vocabulary=sentencepiece, not for bytes; leave one of them out")
+        raise InputError("--model is for --vocabulary=sentencepiece, not for bytes; omit one of them")
     check_effect(options)
     output = epath.Path(options.output).expanduser()
     if (output / prepared.MANIFEST).exists() or (output.exists() and not files.is_bucket(output)):
-        raise InputError(f"--output={output} is there already; use another folder, or remove it")
+        raise InputError(f"--output={output} already exists; use another folder, or remove it")
 
 
 def check_effect(options: Options) -> None:
-    """InputError: an option was set that changes nothing."""
+    """InputError: an option was set that has no effect."""
     kind, trains = options.kind, options.in_pieces and not options.model
     pieces = "a model is given with --model" if options.model else "the vocabulary is bytes"
     useless = {
@@ -155,16 +156,16 @@ def check_effect(options: Options) -> None:
     for f in dataclasses.fields(options):
         reason = getattr(options, f.name) != f.default and useless.get(f.name)
         if reason:
-            raise InputError(f"--{f.name} has no effect here: {reason}; leave it out")
+            raise InputError(f"--{f.name} has no effect here: {reason}; omit it")
 
 
 def check_column(options: Options, source: Source) -> None:
-    """InputError: a column was named, but there is no table."""
+    """InputError: a column was given, but there is no table."""
     default = next(f.default for f in dataclasses.fields(options) if f.name == "column")
     if options.column != default and not any(texts.is_table(file.name) for file in source.files):
         raise InputError(
             f"--column={options.column} has no effect here: no file of {options.input} is a table"
-            f" ({', '.join(files.JSON_LINES)}, packed or not, or .parquet)"
+            f" ({', '.join(files.JSON_LINES)}, compressed or not, or .parquet)"
         )
 
 
@@ -187,7 +188,7 @@ def fetch(options: Options, raw: epath.Path, console: metrics.Console) -> None:
 
 
 def find(options: Options, raw: epath.Path) -> Source:
-    """The documents of the input. InputError: it is something else."""
+    """The documents of the input. InputError: it is not of that kind."""
     match options.kind:
         case "enwik8":
             return texts.enwik8(raw, options.n_train, whole_letters=options.in_pieces)
@@ -201,7 +202,7 @@ def find(options: Options, raw: epath.Path) -> Source:
 
 
 def given_model(options: Options) -> Vocabulary | None:
-    """That of --model. InputError: it is not there, or is no such model."""
+    """The vocabulary of --model. InputError: it is missing, or not a SentencePiece model."""
     if not options.model:
         return None
     path = epath.Path(options.model).expanduser()
@@ -210,7 +211,7 @@ def given_model(options: Options) -> Vocabulary | None:
 
 
 def vocabulary_of(options: Options, source: Source, console: metrics.Console) -> Vocabulary:
-    """Bytes, or pieces that are trained."""
+    """Bytes, or newly trained pieces."""
     if not options.in_pieces:
         return ByteVocabulary()
     console.progress(f"training {options.pieces:,} pieces", brief=True)
@@ -231,7 +232,7 @@ def form_of(options: Options, source: Source, vocabulary: Vocabulary) -> Form:
 
 
 def cut(pieces: Iterable[Piece], vocabulary: Vocabulary) -> Iterable[Piece]:
-    """Pieces that the vocabulary makes the same tokens of as of the whole document."""
+    """Pieces that give the same tokens as the whole document."""
     if isinstance(vocabulary, SentencePieceVocabulary):
         return texts.at_spaces(pieces) if vocabulary.splits_at_spaces else texts.whole(pieces)
     return pieces
@@ -239,10 +240,10 @@ def cut(pieces: Iterable[Piece], vocabulary: Vocabulary) -> Iterable[Piece]:
 
 @contextlib.contextmanager
 def whole_or_not(output: epath.Path) -> Iterator[epath.Path]:
-    """A folder to fill, which is `output` at the end or not at all. What a killed start left is removed.
+    """A folder to fill, which becomes `output` at the end or not at all. What a killed start left is removed.
 
-    In a bucket it is `output` itself, which counts as nothing until it has a manifest. InputError: it
-    cannot be written, another process is at it, or a folder that tvq did not make has its temporary name.
+    In a bucket it is `output` itself, which does not count until it has a manifest. InputError: it cannot
+    be written, another process is writing it, or a folder that tvq did not make has its temporary name.
     """
     is_bucket = files.is_bucket(output)
     making = output if is_bucket else output.with_name(f"{output.name}.preparing")
@@ -275,7 +276,7 @@ def whole_or_not(output: epath.Path) -> Iterator[epath.Path]:
 
 
 def locked(folder: epath.Path, stack: contextlib.ExitStack) -> None:
-    """Holds the folder until the stack is left, or the process is gone. InputError: another holds it."""
+    """Locks the folder until the stack is closed or the process ends. InputError: another holds it."""
     number = os.open(folder, os.O_RDONLY)
     stack.callback(os.close, number)
     try:
@@ -299,7 +300,7 @@ class Rate:
         return True
 
     def line(self, n_byte: int, done: int, total: int) -> str:
-        """Megabytes, and how fast they come; the time left if `done` of `total` are read."""
+        """Megabytes and their rate; the time left if `done` of `total` are read."""
         seconds = time.monotonic() - self._began
         text = f"{n_byte / 1e6:,.1f} MB, {n_byte / 1e6 / seconds:,.1f} MB/s"
         if 0 < done < total:
@@ -308,7 +309,7 @@ class Rate:
 
 
 def progress(console: metrics.Console, meter: Meter, n_raw: int) -> Callable[[int], None]:
-    """Shows how far a preparation is."""
+    """Shows the progress of a preparation."""
     rate = Rate()
 
     def show(n_byte: int) -> None:
@@ -319,7 +320,7 @@ def progress(console: metrics.Console, meter: Meter, n_raw: int) -> Callable[[in
 
 
 def summary(output: epath.Path, source: Source, seconds: float) -> str:
-    """What a folder holds, and what is strange about it, for the console."""
+    """What a folder holds, and what is unusual about it, for the console."""
     manifest = prepared.read(output, f"--output: {output}", "prepare it again")
     n_byte = sum(info.n_byte for info in manifest.splits.values())
     rows = [

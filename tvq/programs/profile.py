@@ -1,4 +1,4 @@
-"""What a train step spends its time on: a few steps are traced, and their kernels summed up part by part."""
+"""What a train step spends its time on: a few steps are traced, and their kernels summed part by part."""
 
 import re
 import warnings
@@ -20,16 +20,16 @@ from tvq.run import metrics, trace
 from tvq.training import optimizer, state, train_step
 
 N_STEP, N_ROW = 2, 10
-# A CUDA graph runs many kernels, of which a trace names the graph alone.
+# A CUDA graph runs many kernels, but a trace names only the graph.
 COMMAND_BUFFER = "command_buffer"
 WITHOUT_COMMAND_BUFFERS: dict[str, str | bool] = {f"xla_gpu_enable_{COMMAND_BUFFER}": ""}
-ENOUGH = 0.9  # of the devices' time in kernels that are told apart, to speak of the whole
+ENOUGH = 0.9  # of the devices' time must be in named kernels, or a warning is shown
 EXCHANGE = "exchange"  # of devices, besides the sums of `reduce`
-OTHER = "other"  # what has no name of ours, and what the compiler added
+OTHER = "other"  # operations without a name of ours, and those that the compiler added
 
 
 class Cost(NamedTuple):
-    """Of one step on one device."""
+    """The cost of one operation in one step on one device."""
 
     part: str  # of trace.PARTS, or EXCHANGE or OTHER
     way: str  # forward, again (computed a second time) or backward
@@ -62,7 +62,7 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     console.say("compiling the train step")
     options = WITHOUT_COMMAND_BUFFERS if sharding.platform(mesh) == "gpu" else None
     update = train_step.make(c, mesh, tx).lower(now, batch).compile(options)
-    now, _ = jax.block_until_ready(update(now, batch))  # the first call is not like the others
+    now, _ = jax.block_until_ready(update(now, batch))  # the first call differs from the others
     with trace.written(Path(output)):
         for _ in range(N_STEP):
             now, _ = update(now, batch)
@@ -70,20 +70,20 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     n_run = N_STEP * mesh.size
     spent = {name: seconds / n_run for name, seconds in kernel_seconds(newest(Path(output))).items()}
     program = Program.read(update.as_text() or "")
-    found, rest = costs(program, spent), unattributed(program, spent)
-    if not found:
+    largest, rest = costs(program, spent), unattributed(program, spent)
+    if not largest:
         where = mesh.devices.flat[0].device_kind
-        raise InputError(f"{nameless(where, rest)}; look at it instead: tensorboard --logdir {output}")
-    console.say(table(found, rest))
+        raise InputError(f"{nameless(where, rest)}; open the trace instead: tensorboard --logdir {output}")
+    console.say(table(largest, rest))
     console.say(f"the trace: tensorboard --logdir {output}")
     return 0
 
 
 def nameless(device: str, rest: Mapping[str, float]) -> str:
-    """Why a trace is of no use here."""
+    """Why a trace cannot be used."""
     if any(COMMAND_BUFFER in name for name in rest):
         return (
-            f"the trace of a {device} names the CUDA graphs, `{COMMAND_BUFFER}`, and not their kernels,"
+            f"the trace of a {device} names the CUDA graphs, `{COMMAND_BUFFER}`, not their kernels,"
             f" although the step was compiled without such graphs"
         )
     return f"the trace of a {device} does not name its kernels"
@@ -102,9 +102,9 @@ class Event(NamedTuple):
 
 
 def events(path: Path) -> list[Event]:
-    """What a trace tells."""
+    """The events of a trace."""
     with warnings.catch_warnings():
-        # Python 3.12 warns of types that jaxlib makes while it reads; as an error that ends the process.
+        # Python 3.12 warns about types that jaxlib makes; as an error this would end the process.
         warnings.simplefilter("ignore", DeprecationWarning)
         return [
             Event(plane.name, event.name, event.duration_ns * 1e-9, dict(event.stats))
@@ -115,34 +115,34 @@ def events(path: Path) -> list[Event]:
 
 
 def kernel_seconds(path: Path) -> dict[str, float]:
-    """Seconds by the name of the instruction, of all devices together; loops hold what runs inside.
+    """Seconds by the name of the instruction, for all devices together; loops include what runs inside.
 
-    What a GPU did for no program that the trace tells of stands under its own name.
+    What a GPU did outside of any program in the trace has its own name.
     """
-    found: defaultdict[str, float] = defaultdict(float)
+    seconds: defaultdict[str, float] = defaultdict(float)
     for event in events(path):
         module = str(event.stats.get("hlo_module", ""))
         if module.startswith("jit_train_step"):
-            found[str(event.stats.get("hlo_op", event.name))] += event.seconds
+            seconds[str(event.stats.get("hlo_op", event.name))] += event.seconds
         elif not module and event.plane.startswith("/device:GPU"):
-            found[event.name] += event.seconds
-    return found
+            seconds[event.name] += event.seconds
+    return seconds
 
 
 def costs(program: Program, seconds: Mapping[str, float]) -> list[Cost]:
-    """The costs that the kernels of a program add up to, the largest first."""
-    found: dict[tuple[str, str, str], np.ndarray] = {}
+    """The kernels of a program summed by operation, the largest cost first."""
+    sums: dict[tuple[str, str, str], np.ndarray] = {}
     for kernel in program.kernels():
         name = kernel.instruction.name
         if name in seconds:
-            row = found.setdefault(named(program, kernel), np.zeros(3))
+            row = sums.setdefault(named(program, kernel), np.zeros(3))
             row += (seconds[name], kernel.n * kernel.nbytes, kernel.n)
-    rows = [Cost(*key, *row.tolist()) for key, row in found.items()]
+    rows = [Cost(*key, *row.tolist()) for key, row in sums.items()]
     return sorted(rows, key=lambda cost: -cost.seconds)
 
 
 def unattributed(program: Program, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of what is no kernel of the program, by name; of loops and calls, what runs inside tells."""
+    """Seconds of what is not a kernel of the program, by name; loops and calls count by what runs inside."""
     known = {kernel.instruction.name for kernel in program.kernels()}
     for computation in program.computations.values():
         for one in computation.values():
@@ -162,7 +162,7 @@ def named(program: Program, kernel: Kernel) -> tuple[str, str, str]:
 
 
 def origin(program: Program, one: Instruction) -> str:
-    """The name that jax gave; where the compiler lost it, that of what is read."""
+    """The name that jax gave; where the compiler lost it, that of an operand."""
     scope = next(names for names in program.computations.values() if one.name in names)
     seen: set[str] = set()
     waiting = [one]
@@ -177,19 +177,19 @@ def origin(program: Program, one: Instruction) -> str:
     return ""
 
 
-def table(found: list[Cost], rest: Mapping[str, float]) -> str:
-    """The N_ROW largest costs, and the time of each part; of `rest` no part is known."""
-    known = sum(cost.seconds for cost in found)
+def table(spent: list[Cost], rest: Mapping[str, float]) -> str:
+    """The N_ROW largest costs, and the time of each part; `rest` has no known part."""
+    known = sum(cost.seconds for cost in spent)
     total = known + sum(rest.values())
     by_part = {
-        part: sum(cost.seconds for cost in found if cost.part == part)
+        part: sum(cost.seconds for cost in spent if cost.part == part)
         for part in (*trace.PARTS, EXCHANGE, OTHER)
     }
     if rest:
         largest = ", ".join(sorted(rest, key=lambda name: -rest[name])[:3])
         by_part[f"not attributed: {largest}{' ...' if len(rest) > 3 else ''}"] = total - known
     lines = [
-        *rows(found, total),
+        *rows(spent, total),
         "",
         f"by part, of {1e3 * total:,.1f} ms a step and device:",
         *(
@@ -199,14 +199,14 @@ def table(found: list[Cost], rest: Mapping[str, float]) -> str:
     ]
     if known < ENOUGH * total:
         lines.append(
-            f"only {known / total:.1%} of this time is in kernels that the trace and the program name"
+            f"only {known / total:.1%} of this time is in kernels that both the trace and the program name"
         )
     return "\n".join(lines).replace("%", " %")
 
 
-def rows(found: list[Cost], total: float) -> Iterator[str]:
+def rows(spent: list[Cost], total: float) -> Iterator[str]:
     yield f"{'share':>7}  {'ms':>9}  {'MB':>9}  {'GB/s':>7}  {'launches':>8}  what"
-    for cost in found[:N_ROW]:
+    for cost in spent[:N_ROW]:
         rate = cost.nbytes / cost.seconds / 1e9 if cost.seconds else 0.0
         yield (
             f"{cost.seconds / total:6.1%}  {1e3 * cost.seconds:9.2f}  {cost.nbytes / 1e6:9,.1f}  {rate:7.1f}"

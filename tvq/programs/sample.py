@@ -1,4 +1,4 @@
-"""The program `tvq sample`: what is asked, in what order, and where the answer goes."""
+"""The program `tvq sample`: its prompts, their order, and where the texts go."""
 
 import errno
 import itertools
@@ -30,7 +30,7 @@ RESULTS = re.compile(r"\d{4,}\.(txt|png)|sheet\.png")
 
 
 def check(c: Config, image_size: int, placed: TrainState) -> None:
-    """InputError if a run with its state so placed could not draw or write its samples."""
+    """InputError if a run whose state is placed like this could not draw or write its samples."""
     if not c.sample.every or not c.model.carries_state:
         return
     if image_size:
@@ -64,8 +64,8 @@ def sampler(c: Config, vocabulary: Vocabulary, image_size: int, mesh: jax.shardi
         weights = jax.tree.map(here, weights)
         if image_size:
             nothing, options = [np.empty(0, np.int32)], drawing(c)
-            found = image_samples.drawn(weights, c, image_size, nothing, options, tell)
-            return image_samples.png(image_samples.sheet(found))
+            drawn = image_samples.drawn(weights, c, image_size, nothing, options, tell)
+            return image_samples.png(image_samples.sheet(drawn))
         before = draw.empty(c.model)
         return show(answers(weights, vocabulary, c, before, [c.sample.prompt], tell)) + "\n"
 
@@ -91,15 +91,15 @@ def drawing(c: Config) -> dict[str, Any]:
 
 
 def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
-    """Ids; a command line's bytes that are no UTF-8 stand as surrogates in a prompt.
+    """Ids; bytes of the command line that are not UTF-8 are surrogates in a prompt.
 
-    InputError: the vocabulary does not read them.
+    InputError: the vocabulary cannot read them.
     """
     try:
         return vocabulary.encode(prompt.encode(errors="surrogateescape"))
     except UnicodeError as error:
         raise InputError(
-            f"a prompt is not UTF-8, and a model of {vocabulary.name} reads nothing else: {prompt[:60]!r}"
+            f"a prompt is not UTF-8, which a model of {vocabulary.name} needs: {prompt[:60]!r}"
         ) from error
 
 
@@ -111,8 +111,8 @@ def answers(
     prompts: list[str],
     tell: Tell,
 ) -> list[str]:
-    """`n_sample` texts of each prompt, with the prompt; each the same as if it were alone."""
-    found = draw.answers(
+    """`n_sample` texts for each prompt, including the prompt; each the same as if drawn alone."""
+    drawn = draw.answers(
         weights,
         before,
         [encoded(vocabulary, prompt) for prompt in prompts],
@@ -122,8 +122,8 @@ def answers(
         tell=tell,
         **drawing(c),
     )
-    # Decoded with the prompt: where it ends may decide how the first piece is written.
-    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in found]
+    # Decoded with the prompt: its end may decide how the first piece is written.
+    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in drawn]
 
 
 def streams(
@@ -146,12 +146,12 @@ def streams(
 
 
 def spoken(vocabulary: Vocabulary, ids_T: np.ndarray, drawn: Iterable[np.ndarray]) -> Iterator[str]:
-    """The text of ids and of those that follow, in pieces: whole characters, none before it is certain."""
+    """The text of ids and of those that follow, in pieces of whole characters, each once it is certain."""
     return detokenize.stream(vocabulary, itertools.chain([ids_T], drawn))
 
 
 def read_prompts(path: epath.Path) -> list[str]:
-    """The prompts in a file: a line each, or of `.jsonl` the field `prompt` of a line. InputError: none."""
+    """The prompts in a file: one a line, in `.jsonl` the field `prompt` of a line. InputError: none."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -166,12 +166,12 @@ def read_prompts(path: epath.Path) -> list[str]:
 
 def _prompt(path: epath.Path, number: int, line: str) -> str:
     try:
-        found = json.loads(line)["prompt"]
+        prompt = json.loads(line)["prompt"]
     except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-        found = None
-    if not isinstance(found, str):
+        prompt = None
+    if not isinstance(prompt, str):
         raise InputError(f'--prompts={path}: line {number} must be {{"prompt": "..."}}, not {line[:60]}')
-    return found
+    return prompt
 
 
 def read_document(path: epath.Path, vocabulary: Vocabulary) -> np.ndarray:
@@ -182,39 +182,39 @@ def read_document(path: epath.Path, vocabulary: Vocabulary) -> np.ndarray:
         raise InputError(f"--document={path}: cannot read it ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"--document={path} is not UTF-8, and a model of {vocabulary.name} reads nothing else:"
+            f"--document={path} is not UTF-8, which a model of {vocabulary.name} needs:"
             f" {error.reason} at byte {error.start:,}"
         ) from error
 
 
-def show(found: list[str]) -> str:
+def show(drawn: list[str]) -> str:
     """Texts for the terminal."""
-    return "\n".join(header(i, len(found)) + text for i, text in enumerate(found))
+    return "\n".join(header(i, len(drawn)) + text for i, text in enumerate(drawn))
 
 
-def line(found: records.Sample, folder: epath.Path) -> str:
+def line(sample: records.Sample, folder: epath.Path) -> str:
     """A sample of a run for the terminal."""
-    return f"sample in {folder}" + (f"\n{found.rstrip()}" if isinstance(found, str) else "")
+    return f"sample in {folder}" + (f"\n{sample.rstrip()}" if isinstance(sample, str) else "")
 
 
 def header(i: int, n: int) -> str:
     return f"--- sample {i + 1} of {n} ---\n" if n > 1 else ""
 
 
-def write_files(found: list[str], folder: epath.Path) -> str:
-    """A text file each; what to say of it."""
-    for i, text in enumerate(found):
+def write_files(drawn: list[str], folder: epath.Path) -> str:
+    """Writes a text file for each; returns the message about it."""
+    for i, text in enumerate(drawn):
         atomic.write(folder / f"{i + 1:04}.txt", text)
-    return f"{len(found)} texts in {folder}"
+    return f"{len(drawn)} texts in {folder}"
 
 
-def keep(found: list[str], folder: epath.Path, log: cluster.Log) -> int:
+def keep(drawn: list[str], folder: epath.Path, log: cluster.Log) -> int:
     """Writes texts to a folder, or where that fails to standard output; returns the exit code."""
     try:
-        told = write_files(found, folder)
+        told = write_files(drawn, folder)
     except OSError as error:
         log.say(f"tvq: --output={folder}: cannot write there ({error.strerror}); here are the texts")
-        return deliver([show(found) + "\n"], log) or cluster.EXIT_FAILED
+        return deliver([show(drawn) + "\n"], log) or cluster.EXIT_FAILED
     return deliver([told + "\n"], log)
 
 
@@ -228,43 +228,43 @@ def prefix(
     save_state: str | None,
     from_state: str | None,
 ) -> Prefix:
-    """What stands before every prompt: nothing, a saved state, a document, or both; saved if asked."""
+    """What comes before every prompt: nothing, a saved state, a document, or both; saved if requested."""
     read_by = tensors.fingerprint(weights) if save_state or from_state else ""
-    found = draw.load(epath.Path(from_state), c.model, read_by) if from_state else draw.empty(c.model)
+    before = draw.load(epath.Path(from_state), c.model, read_by) if from_state else draw.empty(c.model)
     if document:
         ids = read_document(epath.Path(document), vocabulary)
-        found = draw.read_on(weights, found, ids, drawing(c)["model"], tell)
+        before = draw.read_on(weights, before, ids, drawing(c)["model"], tell)
         tell("")
     if save_state:
         with cluster.writing("--save_state", save_state):
-            n_byte = draw.save(epath.Path(save_state), found, c.model, read_by)
-        n_token = int(found.state.position) + len(found.rest_T)
+            n_byte = draw.save(epath.Path(save_state), before, c.model, read_by)
+        n_token = int(before.state.position) + len(before.rest_T)
         say(f"state after {n_token:,} tokens in {save_state}: {n_byte / 1e6:,.1f} MB, as after any number")
-    return found
+    return before
 
 
 def check_output(folder: epath.Path) -> None:
-    """InputError if the results cannot be written there, or would be mixed with older ones."""
+    """InputError if the results cannot be written there, or would mix with older ones."""
     older = sorted(x.name for x in folder.iterdir() if RESULTS.fullmatch(x.name)) if folder.is_dir() else []
     if older:
         raise InputError(f"--output={folder} holds results already ({older[0]}); use another folder")
-    with cluster.writing("--output", folder):  # now, not once all is read and drawn
+    with cluster.writing("--output", folder):  # now, not after everything is read and drawn
         atomic.check(folder)
 
 
 def check_save_state(path: epath.Path, inputs: dict[str, str | None]) -> None:
-    """InputError if a state cannot be written there, or would overwrite an input or what is no state."""
+    """InputError if a state cannot be written there, or would overwrite an input or another kind of file."""
     for option, other in inputs.items():
         if other and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
             raise InputError(f"--save_state={path} is the file of {option} too; use another name")
     if path.exists() and not draw.is_saved(path):
-        raise InputError(f"--save_state={path} is there already and is not a saved state; use another name")
+        raise InputError(f"--save_state={path} already exists and is not a saved state; use another name")
     with cluster.writing("--save_state", path.parent):
         atomic.check(path.parent)
 
 
 def unused(folder: epath.Path) -> epath.Path:
-    """The folder, or where it is there already the first of FOLDER_2, FOLDER_3, ... that is not."""
+    """The folder, or if it exists the first of FOLDER_2, FOLDER_3, ... that does not."""
     names = itertools.chain([folder.name], (f"{folder.name}_{i}" for i in itertools.count(2)))
     return next(path for name in names if not (path := folder.with_name(name)).exists())
 
@@ -272,13 +272,13 @@ def unused(folder: epath.Path) -> epath.Path:
 def deliver(pieces: Iterable[str], log: cluster.Log) -> int:
     """Writes texts to standard output as they come; returns the exit code.
 
-    A reader that has gone (`| head`) wants no more of them: nothing more is drawn, and all is well.
+    If the reader is gone (`| head`), nothing more is drawn, which is not an error.
     """
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     except OSError as error:
-        # What is buffered would fail again when the process ends.
+        # Buffered text would fail again when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:
             log.say(f"tvq: standard output cannot be written ({error.strerror})")
@@ -322,7 +322,7 @@ def sample(
     weights = restored.state.weights
     if restored.data["image_size"]:
         if stream or document or save_state or from_state or c.sample.prompt:
-            raise InputError("this model draws images: it takes --prompts of images and --output, no text")
+            raise InputError("this model draws images: it takes --prompts of images and --output, not text")
         folder = epath.Path(output) if output else unused(workdir / "samples" / f"step_{restored.step}")
         check_output(folder)
         size = restored.data["image_size"]
@@ -338,10 +338,10 @@ def sample(
         if stream:
             texts = streams(weights, vocabulary, c, before, asked, tell)
             return deliver(streamed(texts, len(asked) * c.sample.n_sample), log)
-        found = answers(weights, vocabulary, c, before, asked, tell)
-    return keep(found, epath.Path(output), log) if output else deliver([show(found) + "\n"], log)
+        drawn = answers(weights, vocabulary, c, before, asked, tell)
+    return keep(drawn, epath.Path(output), log) if output else deliver([show(drawn) + "\n"], log)
 
 
 def telling(console: metrics.Console) -> Tell:
-    """Tells on the live line."""
+    """Shows progress on the live line."""
     return lambda line: console.progress(line, brief=True)

@@ -84,7 +84,7 @@ def test_gradients_and_statistics_are_all_that_devices_exchange():
     ("group", "n"), [((0, 1), 1), ((0, 2), 1), ((0, 1, 2, 3), 2), ((0, 3), 2), ((0,), 1)]
 )
 def test_an_exchange_has_a_ring_along_each_dimension(group, n):
-    """On chips that lie 2 x 2 x 1."""
+    """On chips in a 2 x 2 x 1 slice."""
     chips = [types.SimpleNamespace(coords=(i // 2, i % 2, 0)) for i in range(4)]
     slice_ = types.SimpleNamespace(devices=np.array(chips))
     assert step.n_ring(slice_, group) == n
@@ -181,7 +181,7 @@ def test_sweep_ranks(capsys, monkeypatch):
     assert four.startswith("| four | yes | ")
     assert eight.startswith("| eight | yes | ")
     assert sorted(line.split(" | ")[0] for line in others) == ["| three", "| two"]
-    assert "| two | no: 30G of memory needed on a device, 16G there | " in text
+    assert "| two | no: 30G of memory needed on a device, 16G available | " in text
     assert "is not a multiple of" in text
 
 
@@ -256,7 +256,7 @@ def test_machines_that_are_not_known(monkeypatch, topology):
 def test_slices_that_there_are_not(monkeypatch, topology):
     monkeypatch.undo()
     kind = topology.partition(":")[0]
-    with pytest.raises(ValueError, match=f"{topology} is no slice, .*; use {kind}:.*, {kind}:"):
+    with pytest.raises(ValueError, match=f"{topology} is not a slice .*; use {kind}:.*, {kind}:"):
         targets.devices(topology)
 
 

@@ -237,13 +237,13 @@ ENTRY %main (a.1: f32[8]) -> f32[8] {{
         ("%b.1 = f8e4m3fn[8]{0} convert(%a.1)", "`f8e4m3fn[8]`"),
         ("%b.1 = (f32[8]{0}, s4[8]{0}) custom-call(%a.1)", "`s4[8]`"),
         ("%b.1 = f32[<=8]{0} negate(%a.1)", "`f32[<=8]`"),
-        ("b.1 := negate a.1", "a line that is no instruction"),
+        ("b.1 := negate a.1", "a line that is not an instruction"),
     ],
 )
 def test_a_form_that_is_not_known_is_refused(line, named):
     with pytest.raises(InputError, match=re.escape(f"writes {named}, whose cost is not known here")) as error:
         Program.read(ANYTHING.format(line=line))
-    assert f"It stands in: {line}" in str(error.value)
+    assert f"The line is: {line}" in str(error.value)
 
 
 @pytest.mark.parametrize("target", ["__onednn$matmul", "xla.gpu.triton", "AllocateBuffers", ""])
@@ -293,7 +293,7 @@ ENTRY %main (a.1: f32[48,64], i.1: s32[]) -> f32[48,64] {
 
 
 def test_a_fusion_beside_other_work_moves_what_it_slices():
-    """As one that is waited for at once; with its operands it would be 48 times as much."""
+    """Like one that is waited for at once; with its operands it would be 48 times as much."""
     kernels = list(Program.read(BESIDE).kernels())
     assert [kernel.instruction.name for kernel in kernels] == ["get.1", "put.1"]
     assert [kernel.nbytes for kernel in kernels] == [2 * 4 * 64 + 4] * 2

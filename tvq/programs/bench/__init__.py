@@ -1,7 +1,7 @@
 """Measurements, `tvq bench train|attention|decode|data`: fair, repeatable, and of programs that agree.
 
-All cases of a command are compiled, run once and compared, and only then timed: interleaved, in an order
-drawn anew each round, so that what disturbs the machine disturbs all alike.
+All cases of a command are compiled, run once and compared, and only then timed: interleaved, in a new random
+order each round, so that a disturbance of the machine affects all alike.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"
 
 
 def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Prints a table and writes bench.json, bench.md and, where matplotlib is installed, bench.png.
+    """Prints a table and writes bench.json, bench.md and, if matplotlib is installed, bench.png.
 
-    InputError: the input is wrong. DisagreementError: two programs that must agree do not; nothing is
-    written then.
+    InputError: the input is wrong. DisagreementError: two programs that must agree do not; then nothing
+    is written.
     """
     if place.n_process > 1:
         raise InputError(f"tvq bench is for one process, but {place}; start it by itself")
@@ -40,19 +40,19 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     console = metrics.Console()
     s = Session(c, sharding.make(c.mesh, jax.devices(), c), log.say, time.monotonic())
     PREPARE[c.bench.kind](s)
-    with cluster.writing("--output", output):  # now, not once all is measured
+    with cluster.writing("--output", output):  # now, not after everything is measured
         atomic.check(output)
-    found = report.rows(s, measure(s))
-    if not found:
+    rows = report.rows(s, measure(s))
+    if not rows:
         raise InputError("no case could be measured; see the notes above")
     facts = conditions(s)
-    console.say(report.table(found))
-    text = {**facts, "notes": s.notes, "rows": found, "config": config.to_dict(c)}
+    console.say(report.table(rows))
+    text = {**facts, "notes": s.notes, "rows": rows, "config": config.to_dict(c)}
     atomic.write(output / "bench.json", records.to_json(text, indent=1) + "\n")
-    atomic.write(output / "bench.md", document(facts, s.notes, found))
+    atomic.write(output / "bench.md", document(facts, s.notes, rows))
     written = "bench.json, bench.md"
-    if "T" in found[0] or "context" in found[0]:
-        if report.plot(found, output / "bench.png"):
+    if "T" in rows[0] or "context" in rows[0]:
+        if report.plot(rows, output / "bench.png"):
             written += ", bench.png"
         else:
             console.say("no plot: matplotlib is not installed (pip install 'tvq[plots]')")
@@ -61,7 +61,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
 
 
 def conditions(s: Session) -> Row:
-    """What was measured, where and when: all that is needed to do it again, besides the config."""
+    """What was measured, where and when: all that is needed to repeat it, besides the config."""
     first = s.mesh.devices.flat[0]
     memory = first.memory_stats()  # None on a CPU
     return {
@@ -76,15 +76,15 @@ def conditions(s: Session) -> Row:
 
 def versions() -> dict[str, str]:
     """Of Python and of every package that is installed; tvq may run from its sources."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            known[name] = importlib.metadata.version(name)
+    return known
 
 
-def document(facts: Row, notes: list[str], found: list[Row]) -> str:
+def document(facts: Row, notes: list[str], rows: list[Row]) -> str:
     known = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     head = f"# tvq bench {facts['kind']}\n\n{facts['device']}, {facts['date']}; {known}.\n"
     lines = "".join(f"- {note}\n" for note in notes)
-    return f"{head}\n    {facts['command']}\n\n{report.markdown(found)}\n\n{lines}"
+    return f"{head}\n    {facts['command']}\n\n{report.markdown(rows)}\n\n{lines}"

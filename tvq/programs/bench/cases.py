@@ -36,7 +36,7 @@ def numbers(text: str, name: str) -> list[int]:
     """`1024,2048`, in ascending order. InputError: it is something else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"config.bench.{name} must be whole numbers with commas between, not {text!r}")
+        raise InputError(f"config.bench.{name} must be whole numbers separated by commas, not {text!r}")
     return sorted({int(part) for part in parts})
 
 
@@ -45,7 +45,9 @@ def formulated(model: Model, name: str) -> Model:
     kind, _, remat = name.partition(":")
     if kind not in FORMULATIONS:
         known = ", ".join(FORMULATIONS)
-        raise InputError(f"config.bench.formulations must be of {known}, not {kind!r}; also auto:nothing")
+        raise InputError(
+            f"config.bench.formulations must be among {known}, or like auto:nothing, not {kind!r}"
+        )
     attend, n_parallel = FORMULATIONS[kind]
     return dataclasses.replace(model, attention=attend, n_parallel=n_parallel, remat=remat or model.remat)
 
@@ -66,15 +68,15 @@ def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
         trial = dataclasses.replace(c, train=trained, model=formulated(c.model, name.strip()))
         if not trial.model.carries_state and not (c.model.agg_cache and c.model.grad_thru_cache):
             raise InputError(
-                "config.model.agg_cache and config.model.grad_thru_cache must be true where full attention is"
-                " the baseline: without them vq attention is another function; or leave out full"
+                "config.model.agg_cache and config.model.grad_thru_cache must be true if full attention is"
+                " the baseline: without them vq attention is another function; or omit full"
             )
         config.validate(trial)
         yield T, name.strip(), trial
 
 
 class Carried:
-    """The training state, which each timed step takes from the one before: a step donates its own."""
+    """The training state, which each timed step takes from the one before: a step donates its input."""
 
     def __init__(self, c: Config, mesh: Mesh):
         self.tx = optimizer.make(c.optimizer, c.model)
@@ -85,13 +87,13 @@ class Carried:
 
     def first(self, update: Callable, batch: dict) -> dict:
         """The metrics of the first update of a run."""
-        self.now = None  # free before the next is made
+        self.now = None  # freed before the next is made
         self.now = self.init()
         return self.step(update, batch)
 
     def step(self, update: Callable, batch: dict) -> dict:
-        self.now, found = update(self.now, batch)
-        return found
+        self.now, measured = update(self.now, batch)
+        return measured
 
 
 def train_case(s: Session, trial: Config, carried: Carried, labels: Row) -> dict[str, float]:
@@ -118,20 +120,21 @@ def prepare_train(s: Session) -> None:
     trials = list(sweep(s.config))
     for name, trial in {name: trial for _, name, trial in trials if not trial.model.carries_state}.items():
         agree_with_full(s, name, trial.model)
-    found: dict[int, tuple[str, dict]] = {}
+    references: dict[int, tuple[str, dict]] = {}
     for T, name, trial in trials:
         with s.trying(formulation=name, T=T) as go:
             if not go:
                 continue
             got = train_case(s, trial, carried, {"formulation": name, "T": T})
-            if trial.model.carries_state and T in found:
-                s.agree(got, found[T][1], f"loss and gradient norm of {name} and {found[T][0]} at T={T}")
+            if trial.model.carries_state and T in references:
+                other, wanted = references[T]
+                s.agree(got, wanted, f"loss and gradient norm of {name} and {other} at T={T}")
             elif trial.model.carries_state:
-                found[T] = name, got
+                references[T] = name, got
 
 
 def agree_with_full(s: Session, name: str, model: Model) -> None:
-    """Where keys are codewords, full and vq attention are one function: as vq past the window, so full."""
+    """Checks full attention on codewords as keys, where it is the same function as vq attention."""
     sharding.check_platform(s.mesh, model)
     T = model.block_len * (-(-2 * model.mem_len // model.block_len) + 2)
     inputs = lm.core.inputs(model, 1, T)
@@ -141,9 +144,9 @@ def agree_with_full(s: Session, name: str, model: Model) -> None:
     s.agree(but_keys(got), but_keys(want), what)
 
 
-def but_keys(found: tuple) -> tuple:
+def but_keys(results: tuple) -> tuple:
     """What full attention gives too: the gradient of a vq key ends with the next block."""
-    o_BHTV, dq_BHTK, _, dv_BHTV = found
+    o_BHTV, dq_BHTK, _, dv_BHTV = results
     return o_BHTV, dq_BHTK, dv_BHTV
 
 
@@ -166,7 +169,9 @@ def prepare_attention(s: Session) -> None:
                     s.agree(got, reference[2], f"output and gradients of {name} and {reference[0]} at T={T}")
                 else:
                     got, want = but_keys(got), but_keys(reference[2])
-                    s.agree(got, want, f"output and gradients but of keys, {name} and {reference[0]}, T={T}")
+                    s.agree(
+                        got, want, f"output and gradients except of keys, {name} and {reference[0]}, T={T}"
+                    )
                 parts = lm.unit_flops(model, T, backward=True)
                 core_flops = sum(n for part, n in parts.items() if "scores" in part or "sum" in part)
                 call = functools.partial(program, *inputs)
@@ -175,10 +180,10 @@ def prepare_attention(s: Session) -> None:
 
 
 def prepare_decode(s: Session) -> None:
-    """Reading on in parallel and writing on token by token, after several contexts, on one device."""
+    """Reading in parallel and writing token by token, after several contexts, on one device."""
     c, L = s.config, s.config.model.block_len
     if not c.model.carries_state:
-        raise InputError(f"config.model.attention={c.model.attention} does not decode; use vq")
+        raise InputError(f"config.model.attention={c.model.attention} cannot decode; use vq")
     model = lm.suited(c.model, sharding.platform(s.mesh))
     weights = jax.jit(lambda: lm.init(model, jax.random.key(c.train.seed)))()
     contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]
@@ -189,7 +194,7 @@ def prepare_decode(s: Session) -> None:
             now = draw.read(weights, random_tokens(model, 1, n_token, start), now, model)
         states[context] = now
     agree_decoding(s, weights, states[contexts[0]], random_tokens(model, 1, L, 1), model)
-    jax.clear_caches()  # or a program used above would seem to compile in no time
+    jax.clear_caches()  # otherwise a program used above would seem to compile in no time
     for B in numbers(c.bench.batch_sizes, "batch_sizes"):
         add_decoding(s, weights, B, {n: draw.beside([now] * B, model) for n, now in states.items()}, model)
 
@@ -199,7 +204,7 @@ def random_tokens(model: Model, n_sequence: int, n_token: int, seed: int) -> jax
 
 
 def add_decoding(s: Session, weights: lm.Weights, B: int, states: dict[int, lm.State], model: Model) -> None:
-    """A case of reading and one of writing after each state, compiled once for all."""
+    """A case of reading and one of writing after each state, compiled once for all states."""
     like, c = next(iter(states.values())), s.config
     piece = draw.READ_BLOCKS * model.block_len
     more_BT, first_B = random_tokens(model, B, piece, 1), random_tokens(model, B, 1, 2)[:, 0]
@@ -222,7 +227,7 @@ def add_decoding(s: Session, weights: lm.Weights, B: int, states: dict[int, lm.S
 def agree_decoding(
     s: Session, weights: lm.Weights, now: lm.State, tokens_1T: jax.Array, model: Model
 ) -> None:
-    """Reading a block in parallel and token by token gives the same log-probability to what follows."""
+    """Checks that reading a block in parallel and token by token predict what follows alike."""
     targets_1T, mask_1T = tokens_1T[:, ::-1], jnp.ones_like(tokens_1T)
 
     @jax.jit

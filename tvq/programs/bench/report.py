@@ -1,4 +1,4 @@
-"""Rows of numbers as a table, as Markdown, and as a plot."""
+"""Rows of numbers as a table, as Markdown and as a plot."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ from etils import epath
 from tvq import atomic, chips
 from tvq.programs.bench.session import STEP, Row, Session
 
-# Every number that a row may have, and how a table shows it; what else is in a row tells it apart.
+# Every number that a row may have, and its format in a table; the other columns are labels.
 COLUMNS = {
     "ms": ".4g", "10 %": ".4g", "90 %": ".4g", "tokens/s": ",.0f", "ns/token": ",.4g", "x full": ".3g",
     "x flash": ".3g", "x step": ".3g", "MFU": ".1%", "compile s": ".3g", "MiB": ",.0f",
@@ -20,9 +20,9 @@ COLUMNS = {
 
 
 def rows(s: Session, seconds: list[list[float]]) -> list[Row]:
-    """A row a case: median and 10-90 % range of the milliseconds a call, and what follows from the median."""
+    """A row for each case: median and 10-90 % range of milliseconds a call, and rates from the median."""
     chip = chips.chip(s.mesh.devices.flat[0].device_kind) if s.config.model.dtype == "bfloat16" else None
-    found = []
+    rows = []
     for case, times in zip(s.cases, seconds, strict=True):
         middle = statistics.median(times)
         low, high = np.quantile(times, [0.1, 0.9])
@@ -37,46 +37,46 @@ def rows(s: Session, seconds: list[list[float]]) -> list[Row]:
         }
         if chip and case.flops:
             row["MFU"] = case.flops * row["tokens/s"] / (chip.bfloat16 * case.n_device)
-        found.append(row)
-    eaten = [row["tokens/s"] for row in found if row.get("work") == STEP]
-    baseline = {(row.get("formulation"), row.get("T")): row["tokens/s"] for row in found}
-    for row in found:
+        rows.append(row)
+    eaten = [row["tokens/s"] for row in rows if row.get("work") == STEP]
+    baseline = {(row.get("formulation"), row.get("T")): row["tokens/s"] for row in rows}
+    for row in rows:
         for name in ("full", "flash"):
             if (name, row.get("T")) in baseline:
                 row[f"x {name}"] = row["tokens/s"] / baseline[name, row["T"]]
         if eaten:
             row["x step"] = row["tokens/s"] / eaten[0]
-    return found
+    return rows
 
 
-def cells(found: list[Row]) -> list[list[str]]:
-    """The header, then a line a row; what no row has is left out."""
-    labels = list(dict.fromkeys(name for row in found for name in row if name not in COLUMNS))
-    names = labels + [name for name in COLUMNS if any(name in row for row in found)]
+def cells(rows: list[Row]) -> list[list[str]]:
+    """The header, then a line for each row; columns that no row has are left out."""
+    labels = list(dict.fromkeys(name for row in rows for name in row if name not in COLUMNS))
+    names = labels + [name for name in COLUMNS if any(name in row for row in rows)]
     show = lambda name, value: "" if value is None else format(value, COLUMNS.get(name, ""))
-    return [names, *([show(name, row.get(name)) for name in names] for row in found)]
+    return [names, *([show(name, row.get(name)) for name in names] for row in rows)]
 
 
-def table(found: list[Row]) -> str:
+def table(rows: list[Row]) -> str:
     """For the terminal."""
-    lines = cells(found)
+    lines = cells(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     pad = lambda line: "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
     return "\n".join(map(pad, lines))
 
 
-def markdown(found: list[Row]) -> str:
-    names, *lines = cells(found)
+def markdown(rows: list[Row]) -> str:
+    names, *lines = cells(rows)
     return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---:"] * len(names), *lines])
 
 
-def plot(found: list[Row], path: epath.Path) -> bool:
-    """Tokens a second against length, log-log; False where matplotlib is not installed."""
+def plot(rows: list[Row], path: epath.Path) -> bool:
+    """Tokens a second against length, log-log; False if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    axis = "T" if "T" in found[0] else "context"
+    axis = "T" if "T" in rows[0] else "context"
     curves: dict[str, list[Row]] = {}
-    for row in found:
+    for row in rows:
         names = [str(value) for name, value in row.items() if name not in COLUMNS and name != axis]
         curves.setdefault(" ".join(names), []).append(row)
     figure: Any = importlib.import_module("matplotlib.figure").Figure()

@@ -18,13 +18,13 @@ Row = dict[str, Any]
 # Largest relative difference of two programs. A GPU rounds the factors of float32 products to 11 bits.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 3e-2}
 STEP = "train step"  # what the data pipeline is compared with
-# Shorter calls are repeated until they last as long: a clock and a launch are noise then.
+# Shorter calls are repeated until they last this long, so that clock and launch do not matter.
 LEAST_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`call` does the work on `n_token` tokens and returns arrays to wait for; `labels` tell cases apart."""
+    """`call` does the work on `n_token` tokens and returns arrays to wait for; `labels` identify the case."""
 
     labels: Row
     call: Callable[[], Any]
@@ -36,7 +36,7 @@ class Case:
 
 @dataclasses.dataclass
 class Session:
-    """What one command finds out."""
+    """The cases and notes of one command."""
 
     config: Config
     mesh: Mesh
@@ -56,7 +56,7 @@ class Session:
 
     @contextlib.contextmanager
     def trying(self, **labels: Any) -> Iterator[bool]:
-        """A case is prepared inside, if true; one that does not fit in memory is noted and left out."""
+        """If true, a case is prepared inside; one that does not fit in memory is noted and left out."""
         name = " ".join(str(value) for value in labels.values())
         if self.is_late(0.6):
             self.note(f"left out: {name} (60 % of bench.seconds {self.config.bench.seconds:g} had passed)")
@@ -82,19 +82,19 @@ class Session:
 
 
 def compiled(program: jax.stages.Wrapped, *arguments: Any) -> tuple[jax.stages.Compiled, Row]:
-    """The program for such arguments, the seconds to compile it and the memory it needs on a device."""
+    """The program for such arguments, the seconds to compile it and the memory it needs on each device."""
     began = time.monotonic()
     made = program.lower(*arguments).compile()
     facts: Row = {"compile s": time.monotonic() - began}
     memory = made.memory_analysis()
-    if memory is not None:  # not every backend says
+    if memory is not None:  # not every backend tells
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         facts["MiB"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs) / 2**20
     return made, facts
 
 
 def measure(s: Session) -> list[list[float]]:
-    """Seconds a call of each case, one number a round; each round times every case, in an order of its own.
+    """Seconds a call of each case, one number per round; each round times every case, in its own order.
 
     At least one round, then as many of bench.rounds as begin within bench.seconds.
     """
@@ -117,6 +117,6 @@ def timed(case: Case, n: int) -> float:
     """Seconds a call, over n calls."""
     began = time.perf_counter()
     for _ in range(n):
-        found = case.call()
-    jax.block_until_ready(found)
+        results = case.call()
+    jax.block_until_ready(results)
     return (time.perf_counter() - began) / n

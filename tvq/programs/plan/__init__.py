@@ -1,8 +1,8 @@
-"""What a run will cost, `tvq plan`: its train step, compiled for a machine that is not there.
+"""What a run will cost, `tvq plan`: its train step, compiled for a machine that is not present.
 
-Nothing is computed: the machine's own compiler says what memory the step needs, and its program is read for
-products, memory traffic and messages between devices. Times are of a machine that reaches its data sheet:
-bounds to compare shapes by, not predictions to rely on.
+Nothing is executed: the machine's own compiler says what memory the step needs, and its program is read for
+products, memory traffic and messages between devices. Times assume a machine that reaches its data sheet:
+bounds for comparing shapes, not predictions.
 """
 
 from etils import epath
@@ -25,10 +25,10 @@ def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) 
     devices = targets.devices(c.plan.topology)
     if not c.plan.sweep:
         try:
-            found = step.estimate(c, sharding.make(c.mesh, devices, c))
+            estimate = step.estimate(c, sharding.make(c.mesh, devices, c))
         except TooLargeError as error:
             console.say(report.too_large(error))
             return DOES_NOT_FIT
-        console.say(report.page(c, found))
-        return 0 if found.fits else DOES_NOT_FIT
+        console.say(report.page(c, estimate))
+        return 0 if estimate.fits else DOES_NOT_FIT
     return 0 if sweep.sweep(c, devices, console) else DOES_NOT_FIT

@@ -1,4 +1,4 @@
-"""What a train step needs at least, by its shapes alone: what a sweep compiles first, and what never."""
+"""What a train step needs at least, from its shapes alone: this decides what a sweep compiles first."""
 
 import dataclasses
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from tvq.training import optimizer, state
 
 
 class Bound(NamedTuple):
-    """Of one device and one call of the step."""
+    """For one device and one call of the step."""
 
     chip: chips.Chip
     bytes_needed: float
@@ -24,12 +24,12 @@ class Bound(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """As far as these tell."""
+        """Whether the step may fit in memory."""
         return self.bytes_needed <= self.chip.memory
 
 
 def bound(c: Config, mesh: Mesh) -> Bound:
-    """Memory of the state, its gradient and what is kept for it; time of products, then of messages."""
+    """Memory of the state, its gradient and what is kept for it; time of products and of messages."""
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
     t, m, sizes = c.train, c.model, mesh.shape
@@ -54,10 +54,10 @@ def bound(c: Config, mesh: Mesh) -> Bound:
 
 
 def gradient_messages(c: Config, mesh: Mesh, gradient: int) -> float:
-    """Bytes that a device sends in an update, for parameters and gradients, a ring."""
+    """Bytes that a device sends on a ring in an update, for parameters and gradients."""
     if not c.mesh.shard_params:
         return 2 * gradient * share(mesh, "replica", "devices", "sequence")
-    # Gathered for either pass, and scattered.
+    # Gathered for both passes, and scattered.
     narrow = jnp.dtype(c.model.dtype).itemsize / jnp.dtype(c.model.param_dtype).itemsize
     whole = gradient * mesh.shape["devices"] * c.train.accumulate
     over = 2 * gradient * share(mesh, "replica", "sequence")
@@ -65,14 +65,14 @@ def gradient_messages(c: Config, mesh: Mesh, gradient: int) -> float:
 
 
 def unit_messages(model: Model, mesh: Mesh, n_sequence: float, n_token: float) -> float:
-    """Bytes that a device sends in an update for the units' sake, a ring."""
+    """Bytes that a device sends on a ring in an update, for the units."""
     return lm.exchanged_bytes(
         model, n_sequence, n_token, along=share(mesh, "sequence"), across=share(mesh, "tensor")
     )
 
 
 def share(mesh: Mesh, *axes: str) -> float:
-    """The part of an array that leaves a device, of those that lie along these axes, on each of its rings."""
+    """The part of an array that a device along these axes sends on each of its rings."""
     grid = np.arange(mesh.size).reshape(mesh.devices.shape)
     group = grid[tuple(slice(None) if axis in axes else 0 for axis in sharding.AXES)].ravel()
     return (1 - 1 / len(group)) / step.n_ring(mesh, tuple(group.tolist()))

@@ -2,7 +2,7 @@
 
     %name = bf16[8,512]{1,0} fusion(%operand, ...), kind=kLoop, calls=%computation, metadata={...}
 
-A form that is not known here is refused by its name: whatever were made of it would be a guess.
+An unknown form is rejected by name, because any reading of it would be a guess.
 """
 
 import math
@@ -17,7 +17,7 @@ WIDTH = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
     "s64": 8, "u64": 8, "f64": 8, "c64": 8,
 }  # fmt: skip
-# Names for what is there already; no kernel runs.
+# Names for existing values; no kernel runs.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "opt-barrier", "add-dependency",
@@ -36,10 +36,10 @@ SIMPLE = {
     "shift-right-logical", "sign", "sine", "sinh", "sort", "sqrt", "stochastic-convert", "subtract", "tan",
     "tanh", "topk", "transpose", "xor",
 }  # fmt: skip
-# Begun here and waited for there, beside other work; what was begun counts.
+# Started in one place and waited for in another, beside other work; the start counts.
 BEGUN = {f"{op}-start" for op in ("async", "copy", "slice", "dynamic-slice", "fusion", "call", *COLLECTIVES)}
 WAITED = {op.replace("-start", end) for op in BEGUN for end in ("-done", "-update")}
-# Of these, the parts that run, that are sliced, and that multiply are told apart below.
+# For these, the parts that run, that are sliced and that multiply are distinguished below.
 KNOWN = (
     FREE | SLICES | SIMPLE | BEGUN | WAITED | set(COLLECTIVES)
     | {"while", "call", "conditional", "fusion", "custom-call", "dot", "convolution"}
@@ -49,7 +49,7 @@ KNOWN = (
 ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\](~?)")
 COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.+?) ([\w\-]+)\((.*?)\)(?:, ([\w\-]+=.*))?$")
-# A layout that ends in S(1) lies in the fast memory of a TPU's core; what else a layout says does not matter.
+# A layout that ends in S(1) is in the fast memory of a TPU core; the rest of a layout does not matter.
 LAYOUT = re.compile(r"(?<=\])\{[^{}]*?(S\(1\))?\}")
 
 
@@ -65,7 +65,7 @@ class Array(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """That it costs to read or write it."""
+        """The bytes that reading or writing it costs."""
         return 0 if self.fast else self.size
 
 
@@ -74,7 +74,7 @@ class Instruction(NamedTuple):
     op: str
     arrays: list[Array]  # its results
     operands: list[str]
-    inside: str  # what stands in the parentheses
+    inside: str  # the text in the parentheses
     attributes: str
     root: bool
 
@@ -83,8 +83,8 @@ class Instruction(NamedTuple):
         return sum(array.nbytes for array in self.arrays)
 
     def attribute(self, pattern: str) -> str:
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else ""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
 
     @property
     def called(self) -> str:
@@ -93,13 +93,13 @@ class Instruction(NamedTuple):
 
 def unknown(form: str, where: str) -> InputError:
     return InputError(
-        f"the compiler of jax {jax.__version__} writes {form}, whose cost is not known here; use a jax that"
-        f" README.md says was run. It stands in: {where.strip()[:200]}"
+        f"the compiler of jax {jax.__version__} writes {form}, whose cost is not known here; use a version of"
+        f" jax that README.md lists as tested. The line is: {where.strip()[:200]}"
     )
 
 
 def arrays(text: str, line: str) -> list[Array]:
-    """The results that an instruction's line names. InputError: the size of one is not known."""
+    """The results named in an instruction's line. InputError: the size of one is not known."""
     result = []
     for dtype, shape, fast in ARRAY.findall(text):
         if dtype in ("token", "opaque"):
@@ -111,7 +111,7 @@ def arrays(text: str, line: str) -> list[Array]:
 
 
 def read(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """The computations by name, each of instructions by name, and the name of the one that is the program.
+    """The computations by name, each with its instructions by name, and the name of the entry computation.
 
     InputError: a form that is not known.
     """
@@ -122,7 +122,7 @@ def read(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             current = computations[head[2]] = {}
             entry = head[2] if head[1] else entry
         elif line.startswith("}"):
-            current = None  # what follows may be tables of source files and lines
+            current = None  # tables of source files and lines may follow
         elif current is not None and line.strip():
             one = instruction(line)
             current[one.name] = one
@@ -132,14 +132,14 @@ def read(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def instruction(line: str) -> Instruction:
-    """InputError: it is none, or none that is known."""
+    """InputError: it is not an instruction, or not a known one."""
     match = INSTRUCTION.match(LAYOUT.sub(lambda m: "~" if m[1] else "", line))
     if not match:
-        raise unknown("a line that is no instruction", line)
+        raise unknown("a line that is not an instruction", line)
     root, name, result, op, inside, attributes = match.groups()
     if op not in KNOWN:
         raise unknown(f"`{op}`", line)
-    if op == "fusion-start":  # what it names and calls is a fusion, that only runs beside other work
+    if op == "fusion-start":  # it names and calls a fusion, which only runs beside other work
         op = "fusion"
     operands = re.findall(r"%([\w.\-]+)", inside)
     return Instruction(name, op, arrays(result, line), operands, inside, attributes or "", bool(root))

@@ -1,7 +1,7 @@
 """What a compiled program costs, read from its optimised text: products, memory traffic, kernels, messages.
 
-The compilers' own count takes the body of a loop once; here everything counts as often as it runs. What is
-read is HLO after all passes, where each instruction outside of a fusion is one kernel.
+The compilers' own count takes the body of a loop once; here everything counts as often as it runs. The text
+is HLO after all passes, where each instruction outside a fusion is one kernel.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Program:
         return cls(*hlo.read(text))
 
     def run(self, name: str = "", n: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-        """(computation, instruction, times) of all that runs, loops unrolled, outside of fusions."""
+        """(computation, instruction, times) of everything that runs, loops unrolled, outside fusions."""
         name = name or self.entry
         for one in self.computations[name].values():
             if one.op == "while":
@@ -69,7 +69,7 @@ class Program:
                 yield name, one, n
 
     def n_trip(self, loop: Instruction) -> int:
-        """Ours count from 0 by 1 up to the one number that the condition holds."""
+        """How often a loop runs: ours count from 0 by 1 to the only number in the condition."""
         limits = set(self.constants(loop.attribute(r"condition=%([\w.\-]+)")))
         if len(limits) != 1:
             raise unknown(f"a `while` that ends at {sorted(limits) or 'no number'}", loop.name)
@@ -83,7 +83,7 @@ class Program:
                 yield from self.constants(one.called)
 
     def inner(self, one: Instruction) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
-        """The instructions of a fusion, through fusions within it; of any other, itself."""
+        """The instructions of a fusion, including nested ones; of any other instruction, itself."""
         for part in self.computations[one.called].values():
             if part.op == "fusion":
                 yield from self.inner(part)
@@ -102,7 +102,7 @@ class Program:
             yield Kernel(one, n, flops, self.traffic(one, scope), dearest)
 
     def traffic(self, one: Instruction, scope: dict[str, Instruction]) -> int:
-        """Bytes that a kernel reads and writes: of what it slices or updates in place, only that part."""
+        """Bytes that a kernel reads and writes; of arrays sliced or updated in place, only that part."""
         if one.op == "fusion":
             read = [self.read_of(one.called, i) for i in range(len(one.operands))]
             return sum(read) + sum(self.written(one.called))
@@ -119,7 +119,7 @@ class Program:
         return sum(scope[name].nbytes for name in one.operands) + sum(array.nbytes for array in result)
 
     def read_of(self, name: str, index: int) -> int:
-        """Bytes that a fused computation reads of its parameter."""
+        """Bytes that a fused computation reads from its parameter."""
         scope = self.computations[name]
         parameter = next(p for p in scope.values() if p.op == "parameter" and p.inside == str(index))
         in_place = {
@@ -158,9 +158,9 @@ class Program:
                 yield out.nbytes
 
     def collectives(self, n_device: int) -> Iterator[Collective]:
-        """A TPU's is part of each fusion that computes while it is under way: it counts where it begins.
+        """On a TPU it is part of each fusion that computes while it runs: it counts where it begins.
 
-        And its reduce-scatter may be written as an all-reduce in one fusion with the slice that is kept.
+        A reduce-scatter may also be written as an all-reduce in one fusion with the slice that is kept.
         """
         seen: set[str] = set()
         for name, one, n in self.run():
@@ -177,7 +177,7 @@ class Program:
 
 
 def outputs(scope: dict[str, Instruction]) -> Iterator[Instruction]:
-    """The instructions that make the results, seen through changes of shape."""
+    """The instructions that make the results, looking through changes of shape."""
     root = next(one for one in scope.values() if one.root)
     for one in [scope[name] for name in root.operands] if root.op == "tuple" else [root]:
         while one.op == "bitcast":
@@ -186,7 +186,7 @@ def outputs(scope: dict[str, Instruction]) -> Iterator[Instruction]:
 
 
 def source(scope: dict[str, Instruction], user: Instruction) -> str:
-    """What an update in place updates, or a slice is of."""
+    """The array that is updated in place, or sliced."""
     one = scope[user.operands[0]]
     while one.op == "bitcast":
         one = scope[one.operands[0]]
@@ -194,7 +194,7 @@ def source(scope: dict[str, Instruction], user: Instruction) -> str:
 
 
 def sliced(scope: dict[str, Instruction], one: Instruction) -> bool:
-    """Whether a fused computation returns of an instruction but a slice."""
+    """Whether a fused computation returns only a slice of an instruction."""
     return any(out.op == "dynamic-slice" and source(scope, out) == one.name for out in outputs(scope))
 
 
@@ -210,7 +210,7 @@ def target(one: Instruction) -> str:
 def products_of(one: Instruction, scope: dict[str, Instruction]) -> float:
     """Multiplications and additions of a matrix product; those of a TPU are convolutions.
 
-    InputError: it calls what is not known.
+    InputError: it calls something unknown.
     """
     if one.op == "convolution":
         return convolution(one, scope)
@@ -233,7 +233,7 @@ def flash(one: Instruction, scope: dict[str, Instruction]) -> float:
 
 
 def convolution(one: Instruction, scope: dict[str, Instruction]) -> float:
-    """Batch dims of a product appear as dims that a window slides along, mostly over padding and holes."""
+    """Batch dims of a product appear as dims that a window slides along, mostly over padding and gaps."""
     left, right, out = re.split("_|->", one.attribute(r"dim_labels=([\w>-]+)"))
     shapes = [scope[name].arrays[0].shape for name in one.operands[:2]] + [one.arrays[0].shape]
     size = lambda letter, i: shapes[i][(left, right, out)[i].index(letter)]
@@ -258,9 +258,9 @@ def precision(one: Instruction, scope: dict[str, Instruction]) -> str:
 
 
 def groups_of(one: Instruction, n_device: int) -> list[tuple[int, ...]]:
-    """Who exchanges with whom.
+    """Which devices exchange with one another.
 
-    `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, `mesh['a'=2,'b'=2] {'b'}`; all, if it is not said.
+    `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, `mesh['a'=2,'b'=2] {'b'}`; all, if not stated.
     InputError: another form.
     """
     pairs = one.attribute(r"source_target_pairs=\{(\{.*?\})\}")
@@ -290,9 +290,9 @@ def groups_of(one: Instruction, n_device: int) -> list[tuple[int, ...]]:
 
 
 def sent(kind: str, given: int, n: int) -> float:
-    """Bytes that leave each of n devices, which hold `given` bytes each before the exchange."""
+    """Bytes that each of n devices sends, which hold `given` bytes each before the exchange."""
     share = {
-        "all-gather": n - 1,  # each part passes every device but one
+        "all-gather": n - 1,  # each part is sent by every device but one
         "all-reduce": 2 * (n - 1) / n,  # a reduce-scatter and an all-gather
         "reduce-scatter": (n - 1) / n,
         "all-to-all": (n - 1) / n,

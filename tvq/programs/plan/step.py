@@ -1,4 +1,4 @@
-"""What one train step costs on a machine, from the program that its compiler makes."""
+"""What one train step costs on a machine, from the program that the machine's compiler makes."""
 
 import dataclasses
 import re
@@ -23,12 +23,12 @@ N_LARGEST = 5
 
 
 class TooLargeError(Exception):
-    """The compiler finds no place for the program; it holds the GiB needed and the GiB there are, as text."""
+    """The program does not fit in memory; args are the GiB needed and the GiB available, as text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """All of one device and one call of the step, unless it says otherwise."""
+    """Everything is for one device and one call of the step, unless stated otherwise."""
 
     shape: dict[str, int]  # of the mesh
     chip: chips.Chip
@@ -59,7 +59,7 @@ class Estimate:
 
 
 def estimate(c: Config, mesh: Mesh) -> Estimate:
-    """TooLargeError: the compiler of this machine says so itself."""
+    """TooLargeError: the compiler itself rejects the program as too large."""
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
     B, T, n_device = c.train.global_batch_size, c.train.sequence_len, mesh.size
@@ -111,16 +111,16 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"\(?([\d.]+G)\)? (?:exceeds available HBM \(|of )([\d.]+G)", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+        sizes = re.search(r"\(?([\d.]+G)\)? (?:exceeds available HBM \(|of )([\d.]+G)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
             raise
-        raise TooLargeError(*found.groups()) from error
+        raise TooLargeError(*sizes.groups()) from error
 
 
 def temporaries(used: Any, platform: str) -> int:
-    """Bytes of what the program makes and drops, from the compiler's account of its memory.
+    """Bytes of the program's temporaries, from the compiler's account of its memory.
 
-    Those of a TPU share memory more than their sum tells, which may be more than there is: its peak is right.
+    On a TPU they share memory, so that their sum may exceed what there is: its peak is right.
     """
     if platform != "tpu":
         return used.temp_size_in_bytes + used.generated_code_size_in_bytes
@@ -129,33 +129,33 @@ def temporaries(used: Any, platform: str) -> int:
 
 
 def device_bytes(tree: Any) -> int:
-    """Of each array the part on one device."""
+    """The bytes of each array's part on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
 
 
 def largest(program: Program) -> list[tuple[Array, int]]:
-    """The largest arrays that a loop carries, as often as the loop that has most of them."""
-    found: Counter[Array] = Counter()
+    """The largest arrays that a loop carries, with the largest number that one loop has of them."""
+    carried: Counter[Array] = Counter()
     for computation in program.computations.values():
         for one in computation.values():
             if one.op == "while":
-                found |= Counter(one.arrays)
-    order = sorted(found.items(), key=lambda item: -item[0].nbytes * item[1])
+                carried |= Counter(one.arrays)
+    order = sorted(carried.items(), key=lambda item: -item[0].nbytes * item[1])
     return order[:N_LARGEST]
 
 
 def links(exchanges: Iterable[Collective], mesh: Mesh) -> dict[tuple[str, str], tuple[int, float]]:
     """Messages and bytes that a device sends, by kind and by the axes of the mesh that they run along."""
-    found: dict[tuple[str, str], tuple[int, float]] = {}
+    total: dict[tuple[str, str], tuple[int, float]] = {}
     for one in exchanges:
         places = np.array(np.unravel_index(one.groups[0], mesh.devices.shape))
         varying = (places != places[:, :1]).any(1)
         axes = ", ".join(name for name, along in zip(mesh.axis_names, varying, strict=True) if along)
         if axes:  # else each device exchanges with itself
-            n, sent = found.get((one.kind, axes), (0, 0.0))
-            found[one.kind, axes] = n + one.n, sent + one.n * one.sent
-    return found
+            n, sent = total.get((one.kind, axes), (0, 0.0))
+            total[one.kind, axes] = n + one.n, sent + one.n * one.sent
+    return total
 
 
 def roofline(
@@ -173,6 +173,6 @@ def roofline(
 
 
 def n_ring(mesh: Mesh, group: tuple[int, ...]) -> int:
-    """The dimensions of a TPU slice along which a group of devices lies; elsewhere one."""
+    """The number of dimensions of a TPU slice that a group of devices spans; elsewhere one."""
     places = [getattr(mesh.devices.flat[i], "coords", (i,)) for i in group]
     return max(1, sum(len(set(along)) > 1 for along in zip(*places, strict=True)))

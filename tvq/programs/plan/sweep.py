@@ -1,4 +1,4 @@
-"""Shapes of the mesh side by side: the most promising are compiled, those that cannot fit never."""
+"""Shapes of the mesh side by side: the most promising are compiled, those that cannot fit are not."""
 
 import dataclasses
 import time
@@ -19,16 +19,16 @@ N_AT_ONCE = 2  # a compiler keeps little more than one core busy
 
 
 def sweep(c: Config, devices: list[jax.Device], console: metrics.Console) -> bool:
-    """Prints a row as each shape is compiled, and at last, or at Ctrl-C, a table of all. True: one fits."""
+    """Prints a row as each shape is compiled, then, or at Ctrl-C, a table of all. True: one fits."""
     trials = dict(shapes(c, len(devices)))
     rows: dict[str, Estimate | Bound | str] = {name: least(trial, devices) for name, trial in trials.items()}
-    may_fit = {name: found for name, found in rows.items() if isinstance(found, Bound) and found.fits}
+    may_fit = {name: row for name, row in rows.items() if isinstance(row, Bound) and row.fits}
     chosen = sorted(may_fit, key=lambda name: may_fit[name].step_seconds)[: c.plan.n_compile]
     console.say(
         f"{len(trials)} shapes, of which {len(may_fit)} may fit; compiling {len(chosen)} (--n_compile),"
         " the most promising first"
     )
-    pool, began = futures.ThreadPoolExecutor(N_AT_ONCE), time.monotonic()  # a compiler hears no Ctrl-C
+    pool, began = futures.ThreadPoolExecutor(N_AT_ONCE), time.monotonic()  # a compiler ignores Ctrl-C
     compiling = {name: pool.submit(attempt, trials[name], devices) for name in chosen}
     try:
         for i, name in enumerate(chosen, 1):
@@ -40,11 +40,11 @@ def sweep(c: Config, devices: list[jax.Device], console: metrics.Console) -> boo
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         console.say(report.ranking(rows))
-    return any(isinstance(found, Estimate) and found.fits for found in rows.values())
+    return any(isinstance(row, Estimate) and row.fits for row in rows.values())
 
 
 def least(trial: Config, devices: list[jax.Device]) -> Bound | str:
-    """What the shape needs at least, or why it cannot be."""
+    """What the shape needs at least, or why it is impossible."""
     try:
         config.validate(trial)
         return bound(trial, sharding.make(trial.mesh, devices))
@@ -61,7 +61,7 @@ def attempt(trial: Config, devices: list[jax.Device]) -> Estimate | str:
 
 
 def shapes(c: Config, n_device: int) -> Iterator[tuple[str, Config]]:
-    """Every shape of the mesh over so many devices of one machine, with its config."""
+    """Every shape of the mesh over n_device devices of one machine, with its config."""
     for devices, sequence, tensor in factors(n_device, 3):
         for shard_params in (False, True) if devices > 1 else (False,):
             shape = config.Mesh(devices=devices, sequence=sequence, tensor=tensor, shard_params=shard_params)
@@ -72,7 +72,7 @@ def shapes(c: Config, n_device: int) -> Iterator[tuple[str, Config]]:
 
 
 def factors(n: int, k: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write n as a product of k numbers, the order counts."""
+    """All ways to write n as an ordered product of k numbers."""
     if k == 1:
         yield (n,)
         return

@@ -1,4 +1,4 @@
-"""`tvq report`: one HTML page that needs nothing else, and its pictures, of one run or several."""
+"""`tvq report`: one self-contained HTML page, and its pictures, about one run or several."""
 
 import base64
 import html
@@ -34,27 +34,27 @@ def report(workdirs: Sequence[str], output: str) -> int:
     """Writes `output/index.html` and its pictures. InputError: there is no run, or no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("tvq report draws with matplotlib: pip install 'tvq[plots]'")
-    found = runs.read(list(workdirs))
+    chosen = runs.read(list(workdirs))
     folder = epath.Path(output or epath.Path(workdirs[0]) / "report")
     with cluster.writing("--output", folder):
         atomic.check(folder)
-        drawn = [(title, draw(figure, folder / f"{name}.png")) for name, title, figure in drawings(found)]
-        atomic.write(folder / FILE, page(found, drawn))
+        drawn = [(title, draw(figure, folder / f"{name}.png")) for name, title, figure in drawings(chosen)]
+        atomic.write(folder / FILE, page(chosen, drawn))
     with metrics.Console() as console:
-        for run in found:
+        for run in chosen:
             for line in run.broken:
                 console.say(f"left out: {line}")
         console.say(
-            f"{folder / FILE}: {len(found)} {'run' if len(found) == 1 else 'runs'}, {len(drawn)} pictures"
+            f"{folder / FILE}: {len(chosen)} {'run' if len(chosen) == 1 else 'runs'}, {len(drawn)} pictures"
         )
     return 0
 
 
-def drawings(found: Sequence[Run]) -> list[tuple[str, str, Any]]:
-    """(name of the file, title, figure) of every picture that these runs have something for."""
-    made = [(name, title, picture(found)) for name, (title, picture) in figures.TOGETHER.items()]
-    for i, run in enumerate(found):
-        many = len(found) > 1
+def drawings(chosen: Sequence[Run]) -> list[tuple[str, str, Any]]:
+    """(name of the file, title, figure) of every picture that these runs have data for."""
+    made = [(name, title, picture(chosen)) for name, (title, picture) in figures.TOGETHER.items()]
+    for i, run in enumerate(chosen):
+        many = len(chosen) > 1
         made += [
             (f"{name}_{i + 1}" if many else name, f"{title}: {run.name}" if many else title, picture(run))
             for name, (title, picture) in figures.EACH.items()
@@ -69,16 +69,16 @@ def draw(figure: Any, path: epath.Path) -> bytes:
     return content.getvalue()
 
 
-def page(found: Sequence[Run], drawn: Sequence[tuple[str, bytes]]) -> str:
-    names = ", ".join(run.name for run in found)
-    parts = [f"<h1>{escape(names)}</h1>", facts(found)]
+def page(chosen: Sequence[Run], drawn: Sequence[tuple[str, bytes]]) -> str:
+    names = ", ".join(run.name for run in chosen)
+    parts = [f"<h1>{escape(names)}</h1>", facts(chosen)]
     for title, png in drawn:
         parts += [f"<h2>{escape(title)}</h2>", image(png, title)]
-    parts += [samples(run) for run in found if run.samples]
-    broken = [[run.name, line] for run in found for line in run.broken]
+    parts += [samples(run) for run in chosen if run.samples]
+    broken = [[run.name, line] for run in chosen for line in run.broken]
     if broken:
         parts += ["<h2>Left out</h2>", table(["run", "what cannot be read"], broken)]
-    parts.append(settings(found))
+    parts.append(settings(chosen))
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(names)}</title>'
@@ -86,13 +86,13 @@ def page(found: Sequence[Run], drawn: Sequence[tuple[str, bytes]]) -> str:
     )
 
 
-def facts(found: Sequence[Run]) -> str:
-    """A row a run: how far it is, how good, how fast, and how long it took."""
-    splits = sorted({split for run in found for split in run.splits()})
-    of = runs.loss_unit(found)
+def facts(chosen: Sequence[Run]) -> str:
+    """A row for each run: how far it got, how good, how fast, and how long it took."""
+    splits = sorted({split for run in chosen for split in run.splits()})
+    of = runs.loss_unit(chosen)
     head = ["run", "updates", f"training, last bits a {of}", *(f"{split}, best" for split in splits)]
     lines = []
-    for run in found:
+    for run in chosen:
         steps, losses = run.column(f"bits_per_{of}")
         scores = [min(run.column(f"bits_per_{of}", split)[1], default=None) for split in splits]
         spent, speeds = run.spent(), run.column("tokens_per_second")[1]
@@ -110,7 +110,7 @@ def facts(found: Sequence[Run]) -> str:
 
 
 def samples(run: Run) -> str:
-    """A row a step: what the model of then drew."""
+    """A row for each step: what the model drew then."""
     lines = [f"<tr><td>{step:,}</td><td>{shown(drawn)}</td></tr>" for step, drawn in run.samples.items()]
     head = "<tr><th>updates</th><th>drawn then</th></tr>"
     body = "\n".join([head, *lines])
@@ -125,18 +125,19 @@ def image(png: bytes, title: str) -> str:
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def settings(found: Sequence[Run]) -> str:
+def settings(chosen: Sequence[Run]) -> str:
     """Where the configs differ, and all of them."""
     docs = config.docs()
-    names = list(dict.fromkeys(name for run in found for name in run.config))
+    names = list(dict.fromkeys(name for run in chosen for name in run.config))
     if not names:
         return ""
     lines = [
-        [name, *(repr(run.config.get(name, "absent")) for run in found), docs.get(name, "")] for name in names
+        [name, *(repr(run.config.get(name, "absent")) for run in chosen), docs.get(name, "")]
+        for name in names
     ]
-    head = ["field", *(run.name for run in found), "meaning"]
+    head = ["field", *(run.name for run in chosen), "meaning"]
     parts = ["<h2>Config</h2>"]
-    if len(found) > 1:
+    if len(chosen) > 1:
         differing = [line for line in lines if len(set(line[1:-1])) > 1]
         parts += ["<p>Where the runs differ:</p>", table(head, differing)]
     else:

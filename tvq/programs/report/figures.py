@@ -1,4 +1,4 @@
-"""The pictures of a report: each takes runs and returns a figure, or None where they have nothing of it."""
+"""The pictures of a report: each takes runs and returns a figure, or None if they have no data for it."""
 
 import importlib
 import itertools
@@ -11,10 +11,10 @@ import numpy as np
 from tvq.programs.report.runs import Run, evenly, loss_unit
 from tvq.run.metrics import KINDS
 
-MAX_UNITS = 12  # of a picture of codebooks
-MAX_MARKS = 25  # of a curve: more would run into each other
-WORSE = 20  # times the lowest of all: on a linear axis nothing else could be told apart
-# From what is used to what is lost; a colour for each of metrics.KINDS.
+MAX_UNITS = 12  # in a picture of codebooks
+MAX_MARKS = 25  # on a curve: more would run into each other
+WORSE = 20  # times the lowest of all: a linear axis would hide all other differences
+# From useful to lost time; a colour for each of metrics.KINDS.
 COLOURS = dict(
     zip(
         KINDS,
@@ -25,7 +25,7 @@ COLOURS = dict(
 
 
 def loss(runs: Sequence[Run]) -> Any:
-    """Bits a byte of training and of evaluations. Runs that diverged leave the picture, if others did not."""
+    """Bits a byte of training and of evaluations. Runs that diverged are not scaled to, if others did not."""
     column = f"bits_per_{loss_unit(runs)}"
     figure, axes = panels(1, 4.2)
     training = [run.column(column) for run in runs]
@@ -51,14 +51,14 @@ def loss(runs: Sequence[Run]) -> Any:
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter(in_full())
     elif highest:
-        # The very first updates would press the rest together.
+        # The very first updates would flatten the rest.
         axes[0].set_ylim(lowest - 0.04 * (highest - lowest) - 0.01, 1.04 * highest)
     axes[0].legend()
     return figure
 
 
 def speed(runs: Sequence[Run]) -> Any:
-    """Tokens a second, what share of the devices' peak that is, and the wait for data."""
+    """Tokens a second, the share of the devices' peak, and the wait for data."""
     columns = {
         "tokens_per_second": "tokens/s",
         "model_flops_use": "% of peak FLOP/s",
@@ -77,7 +77,7 @@ def optimizer(runs: Sequence[Run]) -> Any:
 def curves(
     runs: Sequence[Run], columns: dict[str, str], log: Sequence[str] = (), percent: Sequence[str] = ()
 ) -> Any:
-    """A panel a column that some run has, against parameter updates."""
+    """A panel for each column that some run has, against parameter updates."""
     there = [name for name in columns if any(len(run.column(name)[0]) for run in runs)]
     if not there:
         return None
@@ -101,7 +101,7 @@ def curves(
 
 
 def time(runs: Sequence[Run]) -> Any:
-    """What the wall time of each run went into; the share of steps is the goodput."""
+    """How each run spent its wall time; the share of steps is the goodput."""
     there = [run for run in runs if run.spent()]
     if not there:
         return None
@@ -140,8 +140,8 @@ def lengths(runs: Sequence[Run]) -> Any:
 
 
 def codes(run: Run) -> Any:
-    """Use of each code over time, a panel a unit; codes in the order of their last use, heads together."""
-    if not run.looks:
+    """Use of each code over time, a panel for each unit; codes ordered by their last use, heads together."""
+    if not run.snapshots:
         return None
     steps, usage_XNHS = stacked(run, "usage")
     N = usage_XNHS.shape[1]
@@ -162,7 +162,7 @@ def codes(run: Run) -> Any:
     for ax in list(grid.flat)[len(shown) :]:
         ax.set_visible(False)
     for ax in list(grid.flat)[len(shown) - n_column : len(shown)]:
-        ax.tick_params(labelbottom=True)  # where there is none below
+        ax.tick_params(labelbottom=True)  # if no panel is below
     figure.supxlabel("parameter updates", fontsize=10)
     figure.supylabel("codes, the most used at the end on top", fontsize=10)
     bar = figure.colorbar(image, ax=grid, ticks=[-2, -1, 0, 1], fraction=0.03)
@@ -173,13 +173,13 @@ def codes(run: Run) -> Any:
 
 def perplexity(run: Run) -> Any:
     """How many codes each unit uses over time, the mean of its heads."""
-    if not run.looks:
+    if not run.snapshots:
         return None
-    steps, found_XNH = stacked(run, "perplexity")
-    N, n_code = found_XNH.shape[1], stacked(run, "usage")[1].shape[-1]
+    steps, perplexity_XNH = stacked(run, "perplexity")
+    N, n_code = perplexity_XNH.shape[1], stacked(run, "usage")[1].shape[-1]
     figure, axes = panels(1, 1.6 + 0.16 * N)
     extent = (steps[0], steps[-1] + (len(steps) == 1), N + 0.5, 0.5)
-    image = heat(axes[0], found_XNH.mean(-1).T, extent, cmap="viridis", vmin=1, vmax=n_code)
+    image = heat(axes[0], perplexity_XNH.mean(-1).T, extent, cmap="viridis", vmin=1, vmax=n_code)
     axes[0].set(xlabel="parameter updates", ylabel="unit", yticks=evenly(list(range(1, N + 1)), 12))
     figure.colorbar(image, ax=axes[0]).set_label(f"codes, of {n_code}")
     return figure
@@ -190,14 +190,14 @@ def health(run: Run) -> Any:
     names = {
         "dead": "% dead codes", "relative_error": "relative error", "churn": "% churn of keys",
     }  # fmt: skip
-    if not run.looks:
+    if not run.snapshots:
         return None
     figure, axes = panels(len(names), 2.2)
     for (name, label), ax in zip(names.items(), axes, strict=True):
-        steps, found_XNH = stacked(run, name)
-        found_XC = found_XNH.reshape(len(steps), -1) * (100 if label.startswith("%") else 1)
-        ax.fill_between(steps, found_XC.min(1), found_XC.max(1), alpha=0.25, label="range of all units")
-        line(ax, steps, np.median(found_XC, 1), label="median unit")
+        steps, values_XNH = stacked(run, name)
+        values_XC = values_XNH.reshape(len(steps), -1) * (100 if label.startswith("%") else 1)
+        ax.fill_between(steps, values_XC.min(1), values_XC.max(1), alpha=0.25, label="range of all units")
+        line(ax, steps, np.median(values_XC, 1), label="median unit")
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
     axes[0].legend()
@@ -206,12 +206,12 @@ def health(run: Run) -> Any:
 
 
 def stacked(run: Run, name: str) -> tuple[list[int], np.ndarray]:
-    """(steps, one array of all looks)."""
-    return list(run.looks), np.stack([look[name] for look in run.looks.values()])
+    """(steps, one array of all snapshots)."""
+    return list(run.snapshots), np.stack([snapshot[name] for snapshot in run.snapshots.values()])
 
 
 def line(ax: Any, steps: Sequence[int] | np.ndarray, values: np.ndarray, **how: Any) -> None:
-    """A curve; a dot, where it has but one point."""
+    """A curve, or a dot if it has only one point."""
     ax.plot(steps, values, linewidth=1.2, marker="o" if len(steps) == 1 else None, **how)
 
 
@@ -241,7 +241,7 @@ def new_figure(height: float) -> Any:
 
 
 def panels(n: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure of n panels below one another, which share their x axis; each `height` inches."""
+    """A figure of n panels, one below the other, with a shared x axis; each `height` inches high."""
     figure = new_figure(n * height)
     axes = figure.subplots(n, squeeze=False, sharex=True)[:, 0]
     for ax in axes:
