@@ -32,4 +32,4 @@ CHIPS = {
 
 def chip(device_kind: str) -> Chip | None:
     """What a device can do, if it is known."""
-    return next((found for name, found in CHIPS.items() if device_kind.startswith(name)), None)
+    return next((spec for name, spec in CHIPS.items() if device_kind.startswith(name)), None)

@@ -158,12 +158,12 @@ def flatten(config: ConfigDict | dict | Config) -> dict[str, Any]:
 
 def common(config: Config) -> dict[str, Any]:
     """The fields on which all processes of a run must agree."""
-    found = {name: value for name, value in flatten(config).items() if name not in LOCAL}
-    if found["data.path"] and "://" not in found["data.path"]:
-        found["data.path"] = os.path.normpath(
-            found["data.path"]
+    shared = {name: value for name, value in flatten(config).items() if name not in LOCAL}
+    if shared["data.path"] and "://" not in shared["data.path"]:
+        shared["data.path"] = os.path.normpath(
+            shared["data.path"]
         )  # ./data is data, wherever it leads on a host
-    return {f"config.{name}": value for name, value in found.items()}
+    return {f"config.{name}": value for name, value in shared.items()}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

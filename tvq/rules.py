@@ -15,8 +15,8 @@ MESH_AXES = ("replica", "devices", "sequence", "tensor")
 
 def traced_updates(config: Profile) -> range:
     """The updates to trace. InputError: profile.steps is something else."""
-    found = re.fullmatch(r"(\d+):(\d+)", config.steps or "0:0")
-    updates = range(int(found[1]), int(found[2])) if found else range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", config.steps or "0:0")
+    updates = range(int(match[1]), int(match[2])) if match else range(0)
     if config.steps and not updates:
         raise InputError(
             "config.profile.steps must be FIRST:LAST, with FIRST below LAST, as in 100:104,"
@@ -89,7 +89,7 @@ def fitting(config: Config, n_device: int) -> str:
 
     There always are: unsharded parameters, and a batch that the devices can share.
     """
-    found = []
+    candidates = []
     for sizes in shapes(n_device, len(MESH_AXES)):
         for shard_params in {config.mesh.shard_params, False}:
             shape = dict(zip(MESH_AXES, sizes, strict=True))
@@ -100,9 +100,9 @@ def fitting(config: Config, n_device: int) -> str:
                 continue  # nothing would be sharded
             options = {f"mesh.{axis}": size for axis, size in shape.items()}
             options |= {"mesh.shard_params": shard_params} | _fitting_batches(config, shape)
-            found.append((_changed(config, options), (-shape["devices"], -shape["replica"])))
+            candidates.append((_changed(config, options), (-shape["devices"], -shape["replica"])))
     # Sharding is there for memory: it is given up last.
-    changed, _ = min(found, key=lambda each: ("mesh.shard_params" in each[0], len(each[0]), each[1]))
+    changed, _ = min(candidates, key=lambda each: ("mesh.shard_params" in each[0], len(each[0]), each[1]))
     return " ".join(f"config.{name}={_written(value)}" for name, value in changed.items())
 
 

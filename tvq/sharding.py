@@ -165,8 +165,8 @@ def platform(mesh: Mesh) -> str:
 
 def device_memory(name: str) -> int | None:
     """The largest such number of bytes over the devices of this process; None on a CPU."""
-    found = [stats[name] for d in jax.local_devices() if (stats := d.memory_stats()) and name in stats]
-    return max(found, default=None)
+    values = [stats[name] for d in jax.local_devices() if (stats := d.memory_stats()) and name in stats]
+    return max(values, default=None)
 
 
 def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
@@ -248,7 +248,7 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> d
     return {name: placed(held) for name, held in batch.items()}
 
 
-def dealt(mesh: Mesh, batch: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
+def split_over_sequence(mesh: Mesh, batch: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
     """Arrays `[B,T]` with their tokens in the order of the parts of the sequence that read them.
 
     Of every `length` tokens, which are read at a time, each part reads its own, contiguous ones.

@@ -132,7 +132,7 @@ stats_specs = lambda config, axes: {"probe": {}}
 learn = lambda weights, stats, config: weights
 measure = remember = lambda weights: {}
 snapshot = lambda weights, probe, before, initial: ({}, {}, before)
-suited = lambda config, platform: config
+for_platform = lambda config, platform: config
 describe = lambda config: f"{config.n_layer} layers of decaying linear attention"
 train_flops = lambda config, sequence_len: 6.0 * sum(x.size for x in jax.tree.leaves(init_shapes(config)))
 init_shapes = lambda config: jax.eval_shape(lambda: init(config, jax.random.key(0)))

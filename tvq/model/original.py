@@ -21,27 +21,27 @@ def modules(config: Model) -> list[str]:
 
 def names(config: Model) -> dict[str, list[str]]:
     """Our arrays in each of its own, by path: within the unit; several where it has one."""
-    found: dict[str, list[str]] = {}
+    by_original: dict[str, list[str]] = {}
     for path, like in parameters.named(config).items():
         if like.original:
             folder = path.rpartition("/")[0]
-            found[like.original] = [f"{folder}/{part}" for part in like.parts] or [path]
-    return found
+            by_original[like.original] = [f"{folder}/{part}" for part in like.parts] or [path]
+    return by_original
 
 
 def kinds(config: Model) -> dict[str, str]:
     """Its arrays for a config: `{path: "float32[D, K]"}`."""
-    declared, found = parameters.named(config), {}
+    declared, shapes = parameters.named(config), {}
     for original, paths in names(config).items():
         shape = declared[paths[0]].shape
         if len(paths) > 1:
             shape = (*shape[:-1], sum(declared[path].shape[-1] for path in paths))
         if _is_stacked(declared[paths[0]]):
-            found |= {f"{module}/{original}": shape[1:] for module in modules(config)}
+            shapes |= {f"{module}/{original}": shape[1:] for module in modules(config)}
         else:
-            found[original] = shape
-    found.setdefault(UNUSED, (config.n_vocab,))
-    return {path: f"{config.param_dtype}{list(shape)}" for path, shape in found.items()}
+            shapes[original] = shape
+    shapes.setdefault(UNUSED, (config.n_vocab,))
+    return {path: f"{config.param_dtype}{list(shape)}" for path, shape in shapes.items()}
 
 
 def _is_stacked(like: parameters.Declared) -> bool:

@@ -47,8 +47,8 @@ def halo(memory: jax.Array, x: jax.Array, axis: str) -> jax.Array:
     older = jnp.concatenate([memory, jnp.zeros_like(memory)], 2)
     older = lax.dynamic_slice_in_dim(sharding.varying(older, (axis,)), jnp.minimum(n_newer, M), M, axis=2)
     is_newer_M = jnp.arange(M) >= M - n_newer
-    found = jnp.where(is_newer_M.reshape(-1, *[1] * (x.ndim - 3)), newer, older)
-    return checkpoint_name(found, window.KEPT)  # or the backward pass would send it again
+    newest = jnp.where(is_newer_M.reshape(-1, *[1] * (x.ndim - 3)), newer, older)
+    return checkpoint_name(newest, window.KEPT)  # or the backward pass would send it again
 
 
 def starts(memory_BE: jax.Array, begun_BT: jax.Array, axis: str) -> jax.Array:

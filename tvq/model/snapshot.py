@@ -29,7 +29,7 @@ def _use(codebook: dict, initial: jax.Array | float) -> dict[str, jax.Array]:
     }
 
 
-def _look(
+def _unit_snapshot(
     codebook: dict, probe: dict, before_HSK: jax.Array, initial: jax.Array | float
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """The health of one unit's codebook, and its codewords for the next look."""
@@ -43,13 +43,13 @@ def _look(
     p_HS = used["usage"] / c_HSK.shape[1]
     norm = lambda c_HSK: jnp.sum(p_HS * jnp.linalg.norm(c_HSK, axis=-1), -1)
     key_H = jnp.maximum(mean(size_HX), 1e-30)
-    found = used | {
+    health = used | {
         "relative_error": mean(error_HX) / key_H,
         "churn": mean(z_BHT[0] != vq.nearest(k_BHTK, before_HSK)[0]),
         "norm": norm(c_HSK) / key_H,
         "norm_drift": norm(c_HSK) / norm(before_HSK) - 1.0,
     }
-    return found, c_HSK
+    return health, c_HSK
 
 
 def use(weights: Weights, initial: jax.Array | float) -> dict[str, jax.Array]:
@@ -66,6 +66,6 @@ def snapshot(
     weights: Weights, probe: dict, before_NHSK: jax.Array, initial: jax.Array | float
 ) -> tuple[dict, dict, jax.Array]:
     """The health of all units, its averages for a row of metrics, and the codewords for the next snapshot."""
-    look = jax.vmap(_look, in_axes=(0, 0, 0, None))
-    health, c_NHSK = look(weights.extra["codebooks"], probe, before_NHSK, initial)
+    each_unit = jax.vmap(_unit_snapshot, in_axes=(0, 0, 0, None))
+    health, c_NHSK = each_unit(weights.extra["codebooks"], probe, before_NHSK, initial)
     return health, {f"c_{name}": health[name].mean() for name in IN_ROWS}, c_NHSK

@@ -27,7 +27,7 @@ class State(NamedTuple):
     start_BE: jax.Array | None = None  # int32
 
 
-def suited(config: Model, platform: str) -> Model:
+def for_platform(config: Model, platform: str) -> Model:
     """The config with n_parallel chosen for cpu, gpu or tpu, where it is 0.
 
     A CPU is fastest while the scores of a few blocks stay in its cache, a TPU block by block with the state

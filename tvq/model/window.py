@@ -103,22 +103,22 @@ def scores(window: Window) -> list[jax.Array]:
     i, j = jnp.arange(L)[:, None], jnp.arange(-n_pad, M + L)[None, :]
     oldest = i if cache is None else jnp.zeros_like(i)
     seen_LW = (j >= oldest) & (j <= i + M)
-    found = []
+    pieces_and_codes = []
     for p, (k_BHRLK, filled_BHRL) in enumerate(zip(window.ks_BHRLK, window.filled_BHRL, strict=True)):
         columns = slice(p * L, (p + 1) * L)
         score = jnp.einsum("bhrlk,bhrjk->bhrlj", qu_BHRLK, k_BHRLK, preferred_element_type=wide)
         visible = seen_LW[None, None, None, :, columns] & filled_BHRL[:, :, :, None, :]
         if apart is not None:
             visible &= apart.query_B1RL[..., None] == apart.keys_B1RL[p][..., None, :]
-        found.append(jnp.where(visible, score + near_BHRLW[..., columns], UNSEEN))
+        pieces_and_codes.append(jnp.where(visible, score + near_BHRLW[..., columns], UNSEEN))
     if cache is not None:
         score = jnp.einsum("bhrlk,hsk->bhrls", qu_BHRLK, cache.c_HSK, preferred_element_type=wide)
         score += log_count(cache.count_BHRS)[:, :, :, None, :]
         if apart is not None:
             own_B1RL = apart.query_B1RL == apart.cache_B1R[..., None]
             score = jnp.where(own_B1RL[..., None], score, UNSEEN)
-        found.append(score)
-    return found
+        pieces_and_codes.append(score)
+    return pieces_and_codes
 
 
 def log_count(count: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def make(config: Model, mesh: Mesh, piece_len: int, shard_params: bool = False) 
     It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
     piece_len, a multiple of block_len that divides T.
     """
-    config = lm.suited(config, sharding.platform(mesh))
+    config = lm.for_platform(config, sharding.platform(mesh))
     axes = sharding.axes(mesh, config, shard_params)
     n_token = piece_len // mesh.shape["sequence"]
 
@@ -72,7 +72,7 @@ def make(config: Model, mesh: Mesh, piece_len: int, shard_params: bool = False) 
 
     def score_whole(weights: lm.Weights, batch: dict) -> tuple[jax.Array, jax.Array]:
         empty = lm.start(config, batch["inputs"].shape[0])
-        return sharded(weights, sharding.dealt(mesh, batch, piece_len), empty)
+        return sharded(weights, sharding.split_over_sequence(mesh, batch, piece_len), empty)
 
     return jax.jit(score_whole, out_shardings=sharding.sharding(mesh, sharding.WHOLE))
 
@@ -107,7 +107,9 @@ def make_carried(config: Model, mesh: Mesh, shard_params: bool = False) -> tuple
     `(weights, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
     each is read as if it were alone, whatever else is in its row. The old state is donated.
     """
-    config = dataclasses.replace(lm.suited(config, sharding.platform(mesh)), attend_across_documents=False)
+    config = dataclasses.replace(
+        lm.for_platform(config, sharding.platform(mesh)), attend_across_documents=False
+    )
     axes = sharding.axes(mesh, config, shard_params)
     state_specs = lm.state_specs(config, axes)
     places = jax.tree.map(lambda spec: sharding.sharding(mesh, spec), state_specs)
@@ -165,7 +167,7 @@ def carried(
     progress: Callable[[int], Any] = lambda n_piece: None,
 ) -> ByContext:
     """All tokens of the streams by their context. `progress` hears how many pieces are done."""
-    found, n_row, waiting = ByContext(), len(streams.rows), None
+    by_context, n_row, waiting = ByContext(), len(streams.rows), None
     local, state = sharding.local_rows(mesh, n_row), empty(n_row)
     for number in range(len(streams)):
         piece = sharding.global_batch(mesh, streams.piece(number, local), n_row)
@@ -173,11 +175,11 @@ def carried(
         # Read the numbers of a piece only once the next is under way.
         ready, waiting = waiting, (nats_BT, number)
         if ready is not None:
-            found.add(np.asarray(ready[0]), streams.contexts(ready[1]))
+            by_context.add(np.asarray(ready[0]), streams.contexts(ready[1]))
         progress(number + 1)
     if waiting is not None:
-        found.add(np.asarray(waiting[0]), streams.contexts(waiting[1]))
-    return found
+        by_context.add(np.asarray(waiting[0]), streams.contexts(waiting[1]))
+    return by_context
 
 
 def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
@@ -187,7 +189,7 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
     """
     if n_token == 0 or info.n_byte == 0:
         raise InputError("there is no token to evaluate, or end ids alone")
-    found = {
+    scores = {
         "loss": nats / n_token,
         "bits_per_token": nats / n_token / math.log(2),
         "bits_per_byte": nats / info.n_byte / math.log(2),
@@ -195,10 +197,10 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
         "n_byte": info.n_byte,
     }
     if info.n_unknown:
-        found["n_unknown"] = info.n_unknown
+        scores["n_unknown"] = info.n_unknown
     if info.n_word and nats / info.n_word < MAX_NATS:
-        found |= {"word_perplexity": math.exp(nats / info.n_word), "n_word": info.n_word}
-    return found
+        scores |= {"word_perplexity": math.exp(nats / info.n_word), "n_word": info.n_word}
+    return scores
 
 
 def batch_size(c: Config) -> int:
@@ -274,10 +276,10 @@ def scorer(c: Config, corpus: AnyCorpus, mesh: Mesh) -> Callable:
 
     def of_documents(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
         n_piece = len(streams)
-        found = carried(empty, read, weights, streams, mesh, lambda done: progress(done, n_piece))
-        n_token = int(found.n_token.sum())
+        by_context = carried(empty, read, weights, streams, mesh, lambda done: progress(done, n_piece))
+        n_token = int(by_context.n_token.sum())
         assert n_token == streams.n_token, f"{n_token} of {streams.n_token} tokens evaluated"
-        return result(found.nats.sum(), n_token, info), found.table()
+        return result(by_context.nats.sum(), n_token, info), by_context.table()
 
     if c.evaluate.carry:
         streams = Streams(corpus, name, n_row, piece_len(c))
@@ -326,14 +328,14 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         check_same_vocabulary(corpus, restored)
         weights = restored.state.weights
         so_far = metrics.Progress("evaluating", "batches")
-        found, table = scorer(c, corpus, mesh)(
+        scores, table = scorer(c, corpus, mesh)(
             weights,
             lambda done, of: console.progress(so_far.line(done, of), brief=True),
         )
-        row = {"step": restored.step, "split": c.evaluate.split, **found}
+        row = {"step": restored.step, "split": c.evaluate.split, **scores}
         if table:
             console.say(show(table))
-        console.say(line(c.evaluate.split, found, corpus))
+        console.say(line(c.evaluate.split, scores, corpus))
         console.say(records.to_json(row))
         if processes.is_main:
             data = {

@@ -92,13 +92,13 @@ def answers(nats_BT: np.ndarray, distance_BT: np.ndarray, window_BT: np.ndarray)
         ({"where": "window"}, asked & window_BT), ({"where": "cache"}, asked & ~window_BT),
     ]  # fmt: skip
     groups += [({"from": 1 << i >> 1, "to": (1 << i) - 1}, asked & (power == i)) for i in range(1, DISTANCES)]
-    found = []
+    table = []
     for name, chosen in groups:
         if chosen.any():
             nats = nats_BT[chosen].astype(np.float64)
             numbers = {"recalled": float(np.mean(nats < math.log(2))), "loss": float(nats.mean())}
-            found.append(name | numbers | {"n_question": int(chosen.sum())})
-    return found
+            table.append(name | numbers | {"n_question": int(chosen.sum())})
+    return table
 
 
 def show(table: list[dict[str, Any]], chance: float) -> str:
@@ -128,16 +128,16 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
         restored = evaluate.restore(c, workdir, mesh, console.say)
         now = restored.state
         empty, read = evaluate.make_carried(c.model, mesh, c.mesh.shard_params)
-        state, found, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
+        state, nats, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
         for start in range(0, length, piece):
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])
             inputs_BT, targets_BT = cut(made.inputs_BT), cut(made.targets_BT)
             batch = {"inputs": inputs_BT, "targets": targets_BT, "loss_mask": np.ones_like(inputs_BT)}
             nats_BT, state = read(now.weights, sharding.global_batch(mesh, batch, n_row), state)
-            found.append(np.asarray(nats_BT))
+            nats.append(np.asarray(nats_BT))
             console.progress(so_far.line(start + piece, length), brief=True)
         window_BT = in_window(made.distance_BT, c.model.block_len, c.model.mem_len)
-        table = answers(np.concatenate(found, 1), made.distance_BT, window_BT)
+        table = answers(np.concatenate(nats, 1), made.distance_BT, window_BT)
         row = {"step": restored.step, "split": "recall", "length": length, "answers": table}
         console.say(show(table, math.log(c.model.n_vocab - FIRST)))
         console.say(records.to_json(row))

@@ -113,7 +113,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             try:
                 now, stopped = loop(run, now, step, compile_step(run, now, tx), sequences, missed)
             except DivergedError as error:
-                raise DivergedError(f"{error}; {way_out(run)}") from error
+                raise DivergedError(f"{error}; {remedies(run)}") from error
             finish(run, int(now.step), stopped)
         else:
             stopped = False
@@ -301,16 +301,16 @@ def is_due(every: int, step: int, n_update: int) -> bool:
 
 def read_metrics(unread: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
     """The metrics of the last step, on the host. DivergedError names the first step that went wrong."""
-    found = jax.device_get(unread)
-    for step, numbers in found:
+    rows = jax.device_get(unread)
+    for step, numbers in rows:
         for name, what in WATCHED.items():
             if not np.isfinite(numbers[name]):
                 raise DivergedError(f"the {what} is {numbers[name]} at step {step}")
     del unread[:-1]
-    return found[-1][1]
+    return rows[-1][1]
 
 
-def way_out(run: Run) -> str:
+def remedies(run: Run) -> str:
     """What to do about a run that diverged: it is repeatable, so the same command would diverge again."""
     remedy = "lower config.optimizer.lr_max or config.optimizer.grad_clip"
     if not run.config.optimizer.grad_clip:
@@ -359,10 +359,10 @@ def take_stock(
         if records.SAMPLES in wanted:
             run.watchdog.beat("sample", step, c.cluster.compile_timeout)
             with run.clock.spending("sample"):
-                found = draw(now.weights, lambda line: tell("sample", line))
+                drawn = draw(now.weights, lambda line: tell("sample", line))
             if run.records is not None:
-                run.records.show(step, found)
-            run.console.say(f"step {step:,}: {sample.line(found, run.workdir / records.SAMPLES)}")
+                run.records.show(step, drawn)
+            run.console.say(f"step {step:,}: {sample.line(drawn, run.workdir / records.SAMPLES)}")
     except StopAskedError:
         return False
     return True

@@ -71,7 +71,7 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
 
     The metrics are means over updates; "probe" is that of the last, for `lm.snapshot`.
     """
-    model = lm.suited(config.model, sharding.platform(mesh))
+    model = lm.for_platform(config.model, sharding.platform(mesh))
     n_update = config.train.sequence_len // config.train.update_len
     schedule = optimizer.schedule(config.optimizer)
     axes = sharding.axes(mesh, model, config.mesh.shard_params)
@@ -126,7 +126,7 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
             probe_X2=lm.draw_probe(ephemeral, n_sequence, n_token).at[:, 1].add(read.position),
         )
         grads, stats, metrics, read = sharded_gradient(
-            state.weights, sharding.dealt(mesh, piece, segment_len), read, draws
+            state.weights, sharding.split_over_sequence(mesh, piece, segment_len), read, draws
         )
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.weights.params)
