@@ -37,7 +37,7 @@ from tvq.model.transformer import (
 
 __all__ = [
     "IN_ROWS", "OVERUSED", "Declared", "Decoding", "Draws", "State", "Weights", "auxiliary_loss", "begin",
-    "core", "describe", "draw_probe", "exchanged_bytes", "for_platform", "forward", "gather",
-    "init", "kept_bytes", "learn", "log_probs", "measure", "named", "original", "remember", "snapshot", "specs", "start", "state_dims",
-    "state_specs", "stats_specs", "step", "train_flops", "unit_flops", "use",
+    "core", "describe", "draw_probe", "exchanged_bytes", "for_platform", "forward", "gather", "init",
+    "kept_bytes", "learn", "log_probs", "measure", "named", "original", "remember", "snapshot", "specs",
+    "start", "state_dims", "state_specs", "stats_specs", "step", "train_flops", "unit_flops", "use",
 ]  # fmt: skip
