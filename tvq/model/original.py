@@ -1,4 +1,4 @@
-"""Names and layout of the original program's arrays: its files have one for each of its attention modules."""
+"""Names and layout of the original program's arrays; its files hold one array per attention module."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from tvq.errors import InputError
 from tvq.model import parameters
 from tvq.model.parameters import Weights
 
-# Held beside every embedding; where the output is not tied nothing reads it, and we have none.
+# Stored with every embedding; if the output is not tied nothing reads it, and this program has none.
 UNUSED = "token_embedder/bias_out"
 
 
@@ -20,7 +20,7 @@ def modules(config: Model) -> list[str]:
 
 
 def names(config: Model) -> dict[str, list[str]]:
-    """Our arrays in each of its own, by path: within the unit; several where it has one."""
+    """By the path of each of its arrays (within the unit), our arrays that it holds: one, or several."""
     by_original: dict[str, list[str]] = {}
     for path, like in parameters.named(config).items():
         if like.original:
@@ -51,7 +51,7 @@ def _is_stacked(like: parameters.Declared) -> bool:
 def weights(original: Mapping[str, np.ndarray], config: Model, *, joined: bool = False) -> Weights:
     """Ours from its arrays by path.
 
-    `joined` leaves those together that it has as one, `units/kvg`. InputError lists names that are not known.
+    `joined` keeps arrays that it stores as one together, as `units/kvg`. InputError lists unknown names.
     """
     declared, ours, left = parameters.named(config), {}, dict(original)
     for name, paths in names(config).items():
@@ -69,6 +69,6 @@ def weights(original: Mapping[str, np.ndarray], config: Model, *, joined: bool =
         ours |= dict(zip(paths, values, strict=False))
     left.pop(UNUSED, None)
     if left:
-        raise InputError(f"no parameters of the original program: {', '.join(sorted(left))}")
+        raise InputError(f"not parameters of the original program: {', '.join(sorted(left))}")
     tree = unflatten_dict(ours, sep="/")
     return Weights(tree, {name: tree.pop(name) for name in ("codebooks",) if name in tree})

@@ -7,15 +7,15 @@ from tvq.model import vq
 from tvq.model.parameters import Weights
 
 DEAD, OVERUSED = 0.01, 10.0
-# Averages of these are in a row of metrics, after `c_`; that of relative_error is there already.
+# Their averages are in a row of metrics, prefixed `c_`; that of relative_error is there already.
 IN_ROWS = ("perplexity", "dead", "overused", "churn", "norm_drift")
 
 
 def _use(codebook: dict, initial: jax.Array | float) -> dict[str, jax.Array]:
-    """What one unit's moving averages alone tell.
+    """What one unit's moving averages show by themselves.
 
-    `initial` is what is left in them of the count of one that every code starts with, c_gamma^step: it would
-    hide for hundreds of updates that a code was never chosen.
+    `initial` is what remains of the count of one that every code starts with, c_gamma^step: for hundreds of
+    updates it would hide that a code was never chosen.
     """
     count_HS = jnp.maximum(codebook["count"] - initial, 0.0)
     p_HS = count_HS / jnp.maximum(jnp.sum(count_HS, -1, keepdims=True), 1e-30)
@@ -32,7 +32,7 @@ def _use(codebook: dict, initial: jax.Array | float) -> dict[str, jax.Array]:
 def _unit_snapshot(
     codebook: dict, probe: dict, before_HSK: jax.Array, initial: jax.Array | float
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The health of one unit's codebook, and its codewords for the next look."""
+    """The health of one unit's codebook, and its codewords for the next snapshot."""
     c_HSK, k_BHTK = vq.codewords(codebook), probe["key"][None]
     z_BHT = vq.nearest(k_BHTK, c_HSK)
     error_HX = jnp.sqrt(vq.squared_error(k_BHTK, vq.lookup(z_BHT, c_HSK)))[0]
@@ -53,7 +53,7 @@ def _unit_snapshot(
 
 
 def use(weights: Weights, initial: jax.Array | float) -> dict[str, jax.Array]:
-    """What the weights alone tell: of a snapshot, the part that needs no probe."""
+    """The part of a snapshot that needs only the weights, no probe."""
     return jax.vmap(_use, in_axes=(0, None))(weights.extra["codebooks"], initial)
 
 

@@ -2,7 +2,7 @@
 
 Attention state passes from piece to piece without gradient (truncated backpropagation through time) and
 starts empty. Loss and gradient are computed in `shard_map`, each device on its own sequences, and reduced
-explicitly; the optimizer works outside of it on whole arrays.
+explicitly; the optimizer works outside it, on whole arrays.
 """
 
 import math
@@ -33,7 +33,7 @@ def loss_fn(
     """The loss of one update on `batch` arrays `[B,U]`, and (next state, statistics, metrics).
 
     With a segment_len, which divides U, the tokens are read in segments of it, and the backward pass keeps
-    but the state between them: the same gradient through U tokens in the memory of one segment.
+    only the state between them: the same gradient through U tokens in the memory of one segment.
     """
     weights = lm.gather(lm.Weights(params, extra), config, axes)
 
@@ -44,7 +44,7 @@ def loss_fn(
         )
         nll_BT = loss.token_nll(weights, x_BTD, batch["targets"], mask_BT, config)
         metrics |= {
-            # Masked positions count in the denominator; the mean of the mask is there to undo that.
+            # Masked positions count in the denominator; the mean of the mask lets one undo that.
             "loss_lm_per_token_unscaled": nll_BT.mean(),
             "loss_mask_per_token": mask_BT.mean(dtype=nll_BT.dtype),
         }
