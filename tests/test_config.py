@@ -224,7 +224,7 @@ RULES = [
     ),
     (
         {"model__attention": "full", "train__update_len": 8192, "evaluate__carry": True},
-        "config.evaluate.carry needs config.model.attention=vq: full carries none",
+        "config.evaluate.carry needs config.model.attention=vq: full carries no state",
     ),
     (
         {"model__attention": "full", "train__update_len": 8192, "model__n_parallel": 2},
@@ -427,7 +427,7 @@ def get_config():
     [
         (None, "there is no such file"),
         ("x = 1", "has no function get_config()"),
-        ("def get_config(): return {}", "returned no ConfigDict"),
+        ("def get_config(): return {}", "did not return a ConfigDict"),
         (MISSPELT, "n_layers"),
     ],
 )

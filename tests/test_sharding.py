@@ -73,7 +73,7 @@ def test_each_slice_holds_whole_copies(monkeypatch):
     slices = lambda shape, n: np.vectorize(lambda d: d.slice_index)(sharding.order(shape, devices(n)))
     assert [np.unique(copy).tolist() for copy in slices((2, 2, 1, 2), 2)] == [[0], [1]]
     assert [np.unique(part).tolist() for part in slices((1, 4, 2, 1), 2)[0]] == [[0], [0], [1], [1]]
-    with pytest.raises(ValueError, match="no multiples of the 3 slices; use"):
+    with pytest.raises(ValueError, match="not multiples of the 3 slices; use"):
         sharding.order((2, 2, 3, 1), devices(3))
 
 

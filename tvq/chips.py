@@ -1,22 +1,22 @@
-"""What chips can do, from their vendors' data sheets."""
+"""The peak rates of chips, from their vendors' data sheets."""
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One device, from its vendor's data sheet, in bytes and a second."""
+    """One device, in bytes and per second."""
 
     bfloat16: float  # FLOP/s, dense
-    float32: float  # of float32 products at default precision, which rounds their factors
-    highest: float  # of those that must not be rounded
+    float32: float  # float32 products at default precision, which rounds their factors
+    highest: float  # float32 products whose factors must not be rounded
     bandwidth: float  # of main memory
-    memory: float  # of it, what one process gets
-    link: float  # that leave a device in an exchange along one dimension of the machine
+    memory: float  # what one process gets of it
+    link: float  # out of a device, in an exchange along one dimension
     launch: float = 0.0  # seconds to start a kernel
 
 
 GIB = 2.0**30
-# The first whose name a device's kind begins with. A GPU's process takes three quarters of its memory unless
+# The first whose name begins a device's kind. A GPU's process takes three quarters of its memory unless
 # XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 CHIPS = {
     "NVIDIA A100": Chip(312e12, 156e12, 19.5e12, 2.039e12, 0.75 * 80 * GIB, 300e9, 2e-6),
@@ -31,5 +31,5 @@ CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """What a device can do, if it is known."""
-    return next((found for name, found in CHIPS.items() if device_kind.startswith(name)), None)
+    """The chip of a device, if it is known."""
+    return next((spec for name, spec in CHIPS.items() if device_kind.startswith(name)), None)

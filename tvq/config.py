@@ -68,7 +68,7 @@ CHANGEABLE = frozenset(
         if name not in ("model", "data", "optimizer", "train")
     }
 )
-# Compared by where they lead.
+# Compared by the place they lead to.
 PATHS = frozenset({"data.path", "data.mix"})
 # What may differ between the processes of one run.
 LOCAL = frozenset({"cluster.coordinator", "cluster.process_id", "data.cache"})
@@ -80,7 +80,7 @@ def base() -> ConfigDict:
 
 
 def load(path: str) -> ConfigDict:
-    """What `get_config()` of the Python file at `path` returns. InputError: there is no such thing."""
+    """What `get_config()` of the Python file at `path` returns. InputError if there is none."""
     if not os.path.isfile(path):
         raise InputError(f"--config={path}: there is no such file")
     try:
@@ -91,7 +91,11 @@ def load(path: str) -> ConfigDict:
         raise InputError(f"--config={path} has no function get_config()")
     try:
         config = names["get_config"]()
-    except (AttributeError, KeyError, TypeError) as error:  # a locked ConfigDict's word for a wrong field
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:  # what a locked ConfigDict raises for a wrong field
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = "".join(f", line {line}" for line in lines[-1:])
         reason: Any = error
@@ -100,19 +104,25 @@ def load(path: str) -> ConfigDict:
         words = re.sub(r' Other fields present: ".*"', "", str(reason)).replace("\n", " ")
         raise InputError(f"--config={path}{where}: {words}") from error
     if not isinstance(config, ConfigDict):
-        raise InputError(f"--config={path}: get_config() returned no ConfigDict; start from config.base()")
+        raise InputError(
+            f"--config={path}: get_config() did not return a ConfigDict; start from config.base()"
+        )
     return config
 
 
 def recorded(path: epath.Path) -> ConfigDict:
-    """The config that a run left in its workdir; fields that are newer than the run have their default."""
+    """The config that a run recorded in its workdir; fields newer than the run have their defaults."""
     config = base().unlock()
     try:
         config.update(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
-        raise InputError(f"line {error.lineno} of {path} is not JSON: {error.msg}; mend it") from error
-    except (AttributeError, TypeError, UnicodeDecodeError) as error:  # a ConfigDict's word for other values
-        raise InputError(f"{path} is no config ({error}); mend it") from error
+        raise InputError(f"line {error.lineno} of {path} is not JSON: {error.msg}; fix it") from error
+    except (
+        AttributeError,
+        TypeError,
+        UnicodeDecodeError,
+    ) as error:  # what a ConfigDict raises for other values
+        raise InputError(f"{path} is not a valid config ({error}); fix it") from error
     return config
 
 
@@ -158,12 +168,12 @@ def flatten(config: ConfigDict | dict | Config) -> dict[str, Any]:
 
 def common(config: Config) -> dict[str, Any]:
     """The fields on which all processes of a run must agree."""
-    found = {name: value for name, value in flatten(config).items() if name not in LOCAL}
-    if found["data.path"] and "://" not in found["data.path"]:
-        found["data.path"] = os.path.normpath(
-            found["data.path"]
+    shared = {name: value for name, value in flatten(config).items() if name not in LOCAL}
+    if shared["data.path"] and "://" not in shared["data.path"]:
+        shared["data.path"] = os.path.normpath(
+            shared["data.path"]
         )  # ./data is data, wherever it leads on a host
-    return {f"config.{name}": value for name, value in found.items()}
+    return {f"config.{name}": value for name, value in shared.items()}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -183,9 +193,9 @@ def docs() -> dict[str, str]:
 
 
 def listing(config: Config, before: ConfigDict) -> str:
-    """A line a field, as the command line writes it, with its meaning.
+    """One line per field, as written on the command line, with its meaning.
 
-    `*` marks what is not at its default, `>` what differs from `before`, where the command line began.
+    `*` marks what is not at its default, `>` what differs from `before`, the config without the command line.
     """
     now, was, usual = flatten(config), flatten(before), flatten(Config())
     marks = {
@@ -240,7 +250,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def _place(name: str, value: Any) -> Any:
-    """Of a field that is a path, or several, where it leads: it may be written otherwise."""
+    """Where a field that holds paths leads, however it is written; other values as they are."""
     if not isinstance(value, str) or not value or name not in PATHS:
         return value
     place = lambda path: path if "://" in path else os.path.realpath(os.path.expanduser(path))

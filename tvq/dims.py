@@ -7,7 +7,7 @@ A tensor carries its shape in its name, `q_BHLK`, and an einsum uses the same le
     H heads          K key width               V value width        S codes
     C vocabulary     U update length           N gated units       X any other
 
-Inside `jax.shard_map` B, T, H and V count what one device works on, and D what it keeps of a parameter.
+Inside `jax.shard_map`, B, T, H and V are sizes on one device, and D is the part of a parameter it keeps.
 """
 
 from typing import Any

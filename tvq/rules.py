@@ -1,4 +1,4 @@
-"""What a config must obey, rule by rule, each with a value that would do. No jax."""
+"""The rules that a config must obey; each message names a value that works. No jax."""
 
 import dataclasses
 import difflib
@@ -14,9 +14,9 @@ MESH_AXES = ("replica", "devices", "sequence", "tensor")
 
 
 def traced_updates(config: Profile) -> range:
-    """The updates to trace. InputError: profile.steps is something else."""
-    found = re.fullmatch(r"(\d+):(\d+)", config.steps or "0:0")
-    updates = range(int(found[1]), int(found[2])) if found else range(0)
+    """The updates to trace. InputError: profile.steps is not a range."""
+    match = re.fullmatch(r"(\d+):(\d+)", config.steps or "0:0")
+    updates = range(int(match[1]), int(match[2])) if match else range(0)
     if config.steps and not updates:
         raise InputError(
             "config.profile.steps must be FIRST:LAST, with FIRST below LAST, as in 100:104,"
@@ -44,7 +44,7 @@ def out_of_range(config: Config) -> list[str]:
 def misfits(config: Config, sizes: Mapping[str, int]) -> list[str]:
     """A line for each rule by which the model or an update cannot be cut over mesh axes of these sizes.
 
-    An axis at -1 is not known yet, and taken for 1; where all are known, the advice is for as many devices.
+    An axis at -1 is not known yet and counts as 1; where all are known, the advice is for that many devices.
     """
     known = {axis: max(size, 1) for axis, size in sizes.items()}
     errors = _misfits(config, known)
@@ -85,11 +85,11 @@ def _misfits(config: Config, sizes: Mapping[str, int]) -> list[str]:
 
 
 def fitting(config: Config, n_device: int) -> str:
-    """Options with which a run fits so many devices: the fewest that differ, of all that obey every rule.
+    """Options with which a run fits this many devices: the fewest changes that obey every rule.
 
-    There always are: unsharded parameters, and a batch that the devices can share.
+    There is always one: unsharded parameters, and a batch that the devices can share.
     """
-    found = []
+    candidates = []
     for sizes in shapes(n_device, len(MESH_AXES)):
         for shard_params in {config.mesh.shard_params, False}:
             shape = dict(zip(MESH_AXES, sizes, strict=True))
@@ -97,17 +97,17 @@ def fitting(config: Config, n_device: int) -> str:
             if _misfits(dataclasses.replace(config, mesh=mesh), shape):
                 continue
             if shard_params and shape["devices"] == 1:
-                continue  # nothing would be sharded
+                continue  # there would be nothing to shard
             options = {f"mesh.{axis}": size for axis, size in shape.items()}
             options |= {"mesh.shard_params": shard_params} | _fitting_batches(config, shape)
-            found.append((_changed(config, options), (-shape["devices"], -shape["replica"])))
-    # Sharding is there for memory: it is given up last.
-    changed, _ = min(found, key=lambda each: ("mesh.shard_params" in each[0], len(each[0]), each[1]))
+            candidates.append((_changed(config, options), (-shape["devices"], -shape["replica"])))
+    # Sharding saves memory: it is given up last.
+    changed, _ = min(candidates, key=lambda each: ("mesh.shard_params" in each[0], len(each[0]), each[1]))
     return " ".join(f"config.{name}={_written(value)}" for name, value in changed.items())
 
 
 def shapes(n: int, n_axis: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write n as a product of so many numbers."""
+    """All ways to write n as a product of n_axis numbers."""
     if n_axis == 1:
         yield (n,)
         return
@@ -126,7 +126,7 @@ def _fitting_batches(config: Config, sizes: Mapping[str, int]) -> dict[str, int]
 
 
 def _changed(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that the config has otherwise; an axis at -1 takes what the others leave."""
+    """The options that differ from the config; an axis at -1 takes what the others leave."""
     sections = dataclasses.asdict(config)
     given = {name: sections[name.split(".")[0]][name.split(".")[1]] for name in options}
     return {name: value for name, value in options.items() if given[name] not in (value, -1)}
@@ -190,7 +190,9 @@ def validate(config: Config) -> None:
             f" use 0 with {m.attention}"
         )
     if not m.carries_state and config.evaluate.carry:
-        errors.append(f"config.evaluate.carry needs config.model.attention=vq: {m.attention} carries none")
+        errors.append(
+            f"config.evaluate.carry needs config.model.attention=vq: {m.attention} carries no state"
+        )
     if m.attention == "flash" and (m.dtype != "bfloat16" or m.d_k > 128 or m.d_k % 8):
         errors.append(
             "config.model.attention=flash needs config.model.dtype=bfloat16 and a config.model.d_k of at most"
@@ -235,7 +237,7 @@ def validate(config: Config) -> None:
     if t.update_len > 0 and not t.sequence_len % t.update_len and t.steps > 0:
         n_update = t.sequence_len // t.update_len
         if 0 < m.revive_codes < n_update:
-            # Values in memory and cache would change their key.
+            # Otherwise values in memory and cache would get another key.
             errors.append(
                 f"config.model.revive_codes {m.revive_codes} is below {n_update}, the updates of one sequence"
                 f" (sequence_len / update_len); use {n_update} or more, or 0"

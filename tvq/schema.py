@@ -32,7 +32,7 @@ class Model:
     )
     n_parallel: int = field(
         0,
-        "blocks of all sequences of a device that vq attention computes at once; 0: what suits the device",
+        "blocks of all sequences of a device that vq attention computes at once; 0: chosen for the device",
         at_least=0,
     )
     attend_across_documents: bool = field(
@@ -49,13 +49,15 @@ class Model:
     p_dropemb: float = field(0.0, "dropout on the embedding", at_least=0, below=1)
     p_dropsin: float = field(0.0, "dropout on the sinusoids of relative positions", at_least=0, below=1)
     p_dropres: float = field(0.0, "dropout on the output of each gated unit", at_least=0, below=1)
-    p_droplyr: float = field(0.0, "probability to skip a gated unit, a sequence", at_least=0, below=1)
+    p_droplyr: float = field(0.0, "probability that a sequence skips a gated unit", at_least=0, below=1)
     c_gamma: float = field(0.99, "decay of the codebook's moving average", at_least=0, below=1)
     c_beta: float = field(1e-4, "weight of the commitment loss", at_least=0)
     revive_codes: int = field(
         0, "updates after which a code that no key chose is seeded with a recent key; 0: never", at_least=0
     )
-    remat: str = field("names", "kept of a unit for the backward pass: all, names (the costly) or nothing")
+    remat: str = field(
+        "names", "what a unit keeps for the backward pass: all, names (the costly parts) or nothing"
+    )
     dtype: str = field("float32", "dtype of activations: float32, bfloat16 or float64")
     param_dtype: str = field("float32", "dtype of parameters")
 
@@ -72,7 +74,7 @@ class Data:
     )
     path: str = field("", "file or folder of text, for source=text; prepared folder, for source=tokens")
     mix: str = field(
-        "", "FOLDER:WEIGHT,FOLDER:WEIGHT: prepared folders with their shares, in the place of source and path"
+        "", "FOLDER:WEIGHT,FOLDER:WEIGHT: prepared folders with their shares, instead of source and path"
     )
     cache: str = field("", "folder for prepared tokens and compiled programs; empty: the user's cache folder")
     workers: int = field(0, "processes that read ahead; 0 reads in threads of this one", at_least=0)
@@ -88,7 +90,7 @@ class Optimizer:
         125_000, "update at which the schedule reaches its floor of a tenth", at_least=1, below=2**31
     )
     grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip", at_least=0)
-    wd_lam: float = field(2e-4, "weight decay an update, independent of the learning rate", at_least=0)
+    wd_lam: float = field(2e-4, "weight decay per update, independent of the learning rate", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class Mesh:
     devices: int = field(-1, "data-parallel devices; -1 (for one of the four) takes all that are left")
     sequence: int = field(1, "contiguous parts that the tokens of an update are cut into")
     tensor: int = field(1, "parts of the heads, or of the value width where there is one head")
-    shard_params: bool = field(False, "keep of parameters and optimizer state a part on each of mesh.devices")
+    shard_params: bool = field(False, "cut parameters and optimizer state over mesh.devices")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    every: int = field(1000, "updates between evaluations while training; 0 evaluates never", at_least=0)
+    every: int = field(1000, "updates between evaluations while training; 0: never", at_least=0)
     split: str = field("validation", "train, validation or test")
     carry: bool = field(
         False, "read each document with all of it as context, not train.sequence_len tokens from nothing"
@@ -145,14 +147,14 @@ class Recall:
 class Sample:
     every: int = field(
         1000,
-        "updates between samples while training, by the whole model on each device; 0 draws never",
+        "updates between samples while training, by the whole model on each device; 0: never",
         at_least=0,
     )
     prompt: str = field("", "text to continue")
     n_sample: int = field(1, "continuations to draw", at_least=1)
     batch_size: int = field(16, "continuations drawn side by side", at_least=1)
     length: int = field(256, "tokens to draw for each, at most", at_least=1)
-    past_end: bool = field(False, "draw on where the model ends a text, into the next; off: stop there")
+    past_end: bool = field(False, "when the model ends a text, keep drawing into the next; off: stop there")
     temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token", at_least=0)
     nucleus: float = field(0.9, "draw from the likeliest tokens that hold this much probability")
     seed: int = field(0, "decides the draws", at_least=0, below=2**32)
@@ -164,7 +166,7 @@ BENCHES = ("train", "attention", "decode", "data")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
     kind: str = field("train", f"what to measure: {', '.join(BENCHES)}")
-    lengths: str = field("2048,8192", "tokens of a sequence and an update, for train and attention")
+    lengths: str = field("2048,8192", "tokens of a sequence, and of an update, for train and attention")
     n_token: int = field(0, "tokens of a step, the same at each length; 0: the largest length", at_least=0)
     formulations: str = field(
         "auto,serial,all,full",
@@ -208,14 +210,16 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    coordinator: str = field("", "HOST:PORT of process 0 (PORT + 1 is used too); empty: the scheduler tells")
-    n_process: int = field(0, "processes of the run; 0: the scheduler tells, or there is one", at_least=0)
-    process_id: int = field(-1, "number of this process; -1: the scheduler tells", at_least=-1)
+    coordinator: str = field(
+        "", "HOST:PORT of process 0 (PORT + 1 is used too); empty: taken from the scheduler"
+    )
+    n_process: int = field(0, "processes of the run; 0: taken from the scheduler, or one", at_least=0)
+    process_id: int = field(-1, "number of this process; -1: taken from the scheduler", at_least=-1)
     local_devices: int = field(
-        0, "devices that each process must find; 0: what the scheduler granted", at_least=0
+        0, "devices that each process must have; 0: what the scheduler granted", at_least=0
     )
     start_timeout: float = field(
-        300.0, "seconds to wait until all processes have come", at_least=1, below=10**9
+        300.0, "seconds to wait until all processes have joined", at_least=1, below=10**9
     )
     step_timeout: float = field(
         600.0, "seconds without progress until the watchdog ends the process", at_least=1, below=10**9

@@ -57,9 +57,9 @@ UNCUT = Axes()
 
 
 def make(shape: config.Mesh, devices: Sequence[jax.Device], for_config: config.Config | None = None) -> Mesh:
-    """The mesh over all `devices`. InputError if its shape does not take exactly these.
+    """The mesh over all `devices`. InputError if its shape does not use exactly these.
 
-    What it advises then obeys the other rules of `for_config` too, where that is given.
+    With `for_config`, the shape that the message advises also obeys the other rules of that config.
     """
     n_device, kind = len(devices), devices[0].platform
     sizes = {axis: getattr(shape, axis) for axis in AXES}
@@ -89,7 +89,7 @@ def _product(sizes: dict[str, int]) -> str:
 
 
 def _fitting(sizes: dict[str, int], free: str, n_device: int) -> str:
-    """The nearest smaller shape, as options: every axis as large as still divides what is left."""
+    """The nearest smaller shape, as options: every axis as large as possible that divides what is left."""
     fitting, left = {}, n_device
     for axis, size in sizes.items():
         if axis != free:
@@ -105,11 +105,11 @@ def order(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     n_slice = len({getattr(device, "slice_index", 0) for device in devices})
     if n_slice == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # The slow network joins the slices: copies lie on them, or else parts of the batch.
+    # The slow network joins the slices: each holds a copy, or else a part of the batch.
     outer = next((i for i, size in enumerate(shape[: len(DATA_AXES)]) if size % n_slice == 0), None)
     if outer is None:
         raise InputError(
-            f"config.mesh.replica {shape[0]} and config.mesh.devices {shape[1]} are no multiples of the"
+            f"config.mesh.replica {shape[0]} and config.mesh.devices {shape[1]} are not multiples of the"
             f" {n_slice} slices; use config.mesh.replica={n_slice}"
         )
     slices = tuple(n_slice if i == outer else 1 for i in range(len(shape)))
@@ -130,13 +130,13 @@ def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
 
 
 def check(mesh: Mesh, c: config.Config) -> None:
-    """InputError if the model or an update cannot be cut over the mesh, or has no kernel there."""
+    """InputError if the model or an update cannot be cut over the mesh, or its kernel does not run there."""
     check_platform(mesh, c.model)
     _refuse(rules.misfits(c, dict(mesh.shape)))
 
 
 def check_platform(mesh: Mesh, model: config.Model) -> None:
-    """InputError if the devices have no kernel that the model asks for."""
+    """InputError if the devices lack a kernel that the model needs."""
     if model.attention == "flash" and platform(mesh) != "gpu":
         raise InputError(
             f"config.model.attention=flash needs an NVIDIA GPU, not a {platform(mesh)}; use full"
@@ -164,9 +164,9 @@ def platform(mesh: Mesh) -> str:
 
 
 def device_memory(name: str) -> int | None:
-    """The largest such number of bytes over the devices of this process; None on a CPU."""
-    found = [stats[name] for d in jax.local_devices() if (stats := d.memory_stats()) and name in stats]
-    return max(found, default=None)
+    """The largest value of this memory statistic, in bytes, over this process's devices; None on a CPU."""
+    values = [stats[name] for d in jax.local_devices() if (stats := d.memory_stats()) and name in stats]
+    return max(values, default=None)
 
 
 def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
@@ -194,7 +194,7 @@ def name(path: tuple) -> str:
 
 
 def whole(x: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
-    """All parts of x along dim, cast. Gradients are summed in the dtype of x, as if that were done after."""
+    """All parts of x along dim, cast. Gradients are summed in the dtype of x, as if the cast came after."""
     if x.shape[dim] % 16 == 8:  # a TPU gathers tiles of 8 rows, in bfloat16 of 16, and else sums with zeros
         dtype = x.dtype
 
@@ -210,12 +210,12 @@ def whole(x: jax.Array, axes: Axes, dim: int, dtype: Any) -> jax.Array:
 
 
 def varies(like: Any) -> frozenset[str]:
-    """The axes along which an array of this type may differ."""
+    """The axes along which an array of this type may vary."""
     return like.manual_axis_type.varying
 
 
 def varying(tree: Any, axes: Iterable[str]) -> Any:
-    """Inside `shard_map`, a tree that may differ along the axes: its gradient is then each device's own."""
+    """Inside `shard_map`, a tree marked as varying along the axes: each device then has its own gradient."""
 
     def one(x: jax.Array) -> jax.Array:
         new = tuple(axis for axis in axes if axis not in varies(jax.typeof(x)))
@@ -236,7 +236,7 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> d
 
     def placed(held: np.ndarray) -> jax.Array:
         if len(held) != len(rows):
-            raise InputError(f"{len(held)} rows of {batch_size}, where this process supplies {len(rows)}")
+            raise InputError(f"{len(held)} rows of {batch_size}, but this process must supply {len(rows)}")
 
         def part(index: Any) -> np.ndarray:
             first, stop, _ = index[0].indices(batch_size)
@@ -248,10 +248,10 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> d
     return {name: placed(held) for name, held in batch.items()}
 
 
-def dealt(mesh: Mesh, batch: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
-    """Arrays `[B,T]` with their tokens in the order of the parts of the sequence that read them.
+def split_over_sequence(mesh: Mesh, batch: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
+    """Arrays `[B,T]` with their tokens reordered by the part of the sequence that reads them.
 
-    Of every `length` tokens, which are read at a time, each part reads its own, contiguous ones.
+    Tokens are read `length` at a time, and of these each part reads a contiguous share.
     """
     n_part = mesh.shape["sequence"]
     if n_part == 1:

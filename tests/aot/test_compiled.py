@@ -40,7 +40,7 @@ def compiled(recipe: str, topology: str, n_layer: int, n_parallel: int = 0) -> t
     device = need(topology)
     model = config.build(config.load(str(CONFIGS / f"{recipe}.py"))).model
     model = dataclasses.replace(model, n_layer=n_layer, n_parallel=n_parallel)
-    model = transformer.suited(model, device.platform)
+    model = transformer.for_platform(model, device.platform)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
     inputs = lambda: (
         *parameters.init(model, jax.random.key(0)),

@@ -1,6 +1,6 @@
 """Another model behind the front of `tvq.model`: linear attention with exponential decay, one head a layer.
 
-    python -m tests.decay COMMAND ...     the tvq command with this model in the place of ours
+    python -m tests.decay COMMAND ...     the tvq command with this model instead of ours
 
 Layer n adds `q_i sum_j a^(i-j) k_j v_j` over the tokens j <= i of the document, with `a = 1 - 2^-(4+n)`.
 """
@@ -80,7 +80,7 @@ def state_specs(config: Model, axes: sharding.Axes) -> State:
 
 
 def layer(params: dict, x_BLD: jax.Array, sum_BKV: jax.Array, n: jax.Array, number_BL: jax.Array) -> tuple:
-    """The next hidden, and the sum after the tokens. Tokens of document 0 go on with the sum before them."""
+    """The next hidden, and the sum after the tokens. Tokens of document 0 continue the sum before them."""
     decay, L = 1.0 - 2.0 ** -(4.0 + n), x_BLD.shape[1]
     normed = x_BLD * lax.rsqrt(1e-6 + jnp.mean(x_BLD**2, -1, keepdims=True))
     q_BLK, k_BLK, v_BLV = (normed @ params[name] for name in ("q", "k", "v"))
@@ -126,13 +126,13 @@ def step(weights: Weights, token_B: jax.Array, state: Decoding, config: Model) -
     return log_probs(weights, x_BTD, config)[:, 0], state
 
 
-# What this model has not: a loss of its own, weights beside the parameters, and their health.
+# What this model lacks: an auxiliary loss, weights other than parameters, and their health.
 auxiliary_loss = lambda metrics, config: 0.0
 stats_specs = lambda config, axes: {"probe": {}}
 learn = lambda weights, stats, config: weights
 measure = remember = lambda weights: {}
 snapshot = lambda weights, probe, before, initial: ({}, {}, before)
-suited = lambda config, platform: config
+for_platform = lambda config, platform: config
 describe = lambda config: f"{config.n_layer} layers of decaying linear attention"
 train_flops = lambda config, sequence_len: 6.0 * sum(x.size for x in jax.tree.leaves(init_shapes(config)))
 init_shapes = lambda config: jax.eval_shape(lambda: init(config, jax.random.key(0)))

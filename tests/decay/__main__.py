@@ -1,4 +1,4 @@
-"""The tvq command with this model in the place of ours; several commands have `--` between them."""
+"""The tvq command with this model instead of ours; several commands are separated by `--`."""
 
 import itertools
 import sys

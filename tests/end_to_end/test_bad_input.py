@@ -75,7 +75,7 @@ def test_fields(tvq: Program, refuse: Refuse, tmp_path: Path, options: str) -> N
 
 CONFIG_FILES = {
     "x = 1": " has no function get_config()",
-    "def get_config(): return {}": "get_config() returned no ConfigDict; start from config.base()",
+    "def get_config(): return {}": "get_config() did not return a ConfigDict; start from config.base()",
     "def get_config(:": "line 1 is not Python: invalid syntax",
     "c.model.d_modle = 4": ', line 6: Key "d_modle" does not exist and cannot be added since the config is'
     ' locked. Did you mean "d_model" instead of "d_modle"?\n',
@@ -174,7 +174,7 @@ def test_a_config_that_was_edited_badly(tvq: Program, refuse: Refuse, tmp_path: 
         assert f"line 2 of {workdir / config.FILE} is not JSON" in refuse(*command)
     for text in ("[]", '{"train": 3}', '{"train": {"steps": "many"}}'):
         (workdir / config.FILE).write_text(text)
-        assert f"{workdir / config.FILE} is no config (" in refuse("eval", f"--workdir={workdir}")
+        assert f"{workdir / config.FILE} is not a valid config (" in refuse("eval", f"--workdir={workdir}")
 
 
 def test_a_workdir_that_is_no_run(tvq: Program, refuse: Refuse, tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_a_run_that_diverges_stops_and_can_go_on(tvq: Program, unbroken: Path, r
     message = stderr.splitlines()[-1]
     assert message.startswith(("tvq: the loss is nan at step 2", "tvq: the norm of the gradient is "))
     assert "checkpoint 18 is from before that: lower config.optimizer.lr_max" in message
-    assert message.endswith(f"to go on from there, in {recorded} too")
+    assert message.endswith(f"to resume from there, in {recorded} too")
     assert "Traceback" not in stderr
     assert tree(run / "checkpoints") == before
     assert all(row["loss"] is not None for row in rows(run)), "a row that is not a number"

@@ -335,7 +335,7 @@ def test_a_finished_run_can_be_prolonged_with_other_habits(
     shutil.copytree(unbroken, workdir)
     before = rows(workdir)
     stdout, _ = tvq.train(workdir)
-    assert "step 20 of config.train.steps 20 is done; raise it to go on" in stdout
+    assert "step 20 of config.train.steps 20 is done; raise it to continue" in stdout
 
     habits = ("log.every=4", "evaluate.every=0", "checkpoint.keep=1", "mesh.devices=1", "data.workers=0")
     stdout, _ = tvq.train(workdir, "--config.train.steps=24", *(f"--config.{habit}" for habit in habits))

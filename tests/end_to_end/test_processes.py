@@ -119,7 +119,9 @@ def test_sigterm_on_one_process_saves_all_at_one_step(tvq: Program, tmp_path: Pa
         started.wait_until(lambda: has_rows(workdir), "a row")
         started.processes[1].send_signal(signal.SIGTERM)
         assert started.codes() == [cluster.EXIT_STOPPED] * 2
-    stopped = re.findall(r"stopped and saved at step (\d+); the same command goes on", started.said(0))
+    stopped = re.findall(
+        r"stopped and saved at step (\d+); the same command resumes the run", started.said(0)
+    )
     assert [newest(workdir).step] == [int(step) for step in stopped]
 
 

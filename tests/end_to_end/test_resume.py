@@ -92,7 +92,7 @@ def test_stopped(
     with held(tvq, f"row:{row}", tmp_path) as process:
         os.killpg(process.pid, number)  # as Ctrl-C reaches all processes of the terminal
         stdout, stderr = end(process, 75)
-    assert f"stopped and saved at step {saved}; the same command goes on" in stdout
+    assert f"stopped and saved at step {saved}; the same command resumes the run" in stdout
     assert "Traceback" not in stderr
     assert newest(tmp_path).step == saved
     assert (rows(tmp_path)[-1]["step"], rows(tmp_path)[-1]["split"]) == (saved, "train")
@@ -161,7 +161,7 @@ def test_a_workdir_that_is_removed_under_a_run(tvq: Program, tmp_path: Path, mea
     meanwhile(workdir, remove)
     stdout, _ = tvq.train(workdir, exit_code=75)
     assert f"{workdir} was removed under the run" in stdout
-    assert "stopped and saved at step 8; the same command goes on" in stdout
+    assert "stopped and saved at step 8; the same command resumes the run" in stdout
     stdout, _ = tvq.train(workdir)
     assert "going on from step 8" in stdout
 

@@ -1,4 +1,4 @@
-"""Linear attention against dense softmax attention over quantised keys, written from SPEC.md's equations."""
+"""Linear attention against dense softmax attention over quantised keys, from the paper's equations."""
 
 import functools
 from typing import NamedTuple

@@ -62,19 +62,21 @@ def test_lookup_gives_codewords_and_zeros_for_an_empty_slot():
 
 
 def test_straight_through_has_the_value_of_the_codeword_and_the_gradient_of_the_key():
-    k, found, toward = random(B, H, T, K), random(B, H, T, K, seed=1), random(B, H, T, K, seed=2)
-    np.testing.assert_allclose(vq.straight_through(k, found), found, atol=1e-6)
-    to_k, to_found = jax.grad(lambda k, c: jnp.sum(vq.straight_through(k, c) * toward), (0, 1))(k, found)
+    k, codeword, toward = random(B, H, T, K), random(B, H, T, K, seed=1), random(B, H, T, K, seed=2)
+    np.testing.assert_allclose(vq.straight_through(k, codeword), codeword, atol=1e-6)
+    to_k, to_codeword = jax.grad(lambda k, c: jnp.sum(vq.straight_through(k, c) * toward), (0, 1))(
+        k, codeword
+    )
     np.testing.assert_array_equal(to_k, toward)
-    np.testing.assert_array_equal(to_found, np.zeros_like(found))
+    np.testing.assert_array_equal(to_codeword, np.zeros_like(codeword))
 
 
 def test_squared_error_pulls_the_key_alone():
-    k, found = random(B, H, T, K), random(B, H, T, K, seed=1)
-    np.testing.assert_allclose(vq.squared_error(k, found), ((k - found) ** 2).sum(-1), rtol=1e-6)
-    to_k, to_found = jax.grad(lambda k, c: jnp.sum(vq.squared_error(k, c)), (0, 1))(k, found)
-    np.testing.assert_allclose(to_k, 2 * (k - found), rtol=1e-6)
-    np.testing.assert_array_equal(to_found, np.zeros_like(found))
+    k, codeword = random(B, H, T, K), random(B, H, T, K, seed=1)
+    np.testing.assert_allclose(vq.squared_error(k, codeword), ((k - codeword) ** 2).sum(-1), rtol=1e-6)
+    to_k, to_codeword = jax.grad(lambda k, c: jnp.sum(vq.squared_error(k, c)), (0, 1))(k, codeword)
+    np.testing.assert_allclose(to_k, 2 * (k - codeword), rtol=1e-6)
+    np.testing.assert_array_equal(to_codeword, np.zeros_like(codeword))
 
 
 def summed(k: np.ndarray, z: np.ndarray, mask: np.ndarray) -> dict:
@@ -139,14 +141,14 @@ def test_codebook_metrics():
 
 
 def test_key_metrics():
-    k, found = random(B, H, T, K), random(B, H, T, K, seed=1)
-    e2 = ((k - found) ** 2).sum(-1)
-    got = vq.key_metrics(k, found, e2, block_len=3)
+    k, codeword = random(B, H, T, K), random(B, H, T, K, seed=1)
+    e2 = ((k - codeword) ** 2).sum(-1)
+    got = vq.key_metrics(k, codeword, e2, block_len=3)
     relative = np.sqrt(e2) / np.linalg.norm(k, axis=-1)
     blocks = [relative[:, :, t : t + 3] for t in range(0, T, 3)]
     want = {
         "vec_norm_mean": np.linalg.norm(k, axis=-1).mean(),
-        "vec_hat_norm_mean": np.linalg.norm(found, axis=-1).mean(),
+        "vec_hat_norm_mean": np.linalg.norm(codeword, axis=-1).mean(),
         "relative_err_min": np.mean([block.min(-1) for block in blocks]),
         "relative_err_mean": relative.mean(),
         "relative_err_max": np.mean([block.max(-1) for block in blocks]),

@@ -141,13 +141,13 @@ def test_clipping_is_by_the_norm_of_all_gradients_and_zero_leaves_it_out(name):
             dataclasses.replace(CONFIG, name=name, grad_clip=grad_clip, n_warmup_step=0), small.MODEL
         )
         opt_state = tx.init(tree(0))
-        found = []
+        updates = []
         for seed in (1, 2):
             # The second gradient is small, so that clipping the first changes their ratio.
             grads = jax.tree.map(lambda g, k=seed: g * scale * 0.01 ** (k - 1), tree(seed))
             one, opt_state = jax.jit(tx.update)(grads, opt_state, tree(0))
-            found.append(one)
-        return jax.tree.leaves(found)
+            updates.append(one)
+        return jax.tree.leaves(updates)
 
     norm = float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(tree(1)))))
     free, loose, tight = updates(0.0), updates(2 * norm), updates(norm / 50)

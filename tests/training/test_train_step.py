@@ -152,7 +152,7 @@ def test_the_old_state_is_donated_and_nothing_goes_to_the_host():
 
 
 def by_hand(run: config.Config, now: TrainState, one: dict, rate: float) -> tuple[dict, dict, list]:
-    """The updates of one call with plain gradient descent, on one device, as SPEC.md has them."""
+    """The updates of one call with plain gradient descent, on one device, written out."""
     gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
     params, codebooks = now.weights.params, now.weights.extra["codebooks"]
     attention, rows = transformer.start(run.model, B), []

@@ -1,4 +1,4 @@
-"""The front of the model: all that the rest of the program knows of it. Nothing outside imports below.
+"""The front of the model: the only part of this folder that the rest of the program imports.
 
     weights     Weights, init, named, specs, gather, learn, measure
     reading     State, start, state_dims, state_specs, forward, stats_specs, log_probs, auxiliary_loss
@@ -6,9 +6,9 @@
     randomness  Draws, draw_probe
     health      use, remember, snapshot
     costs       train_flops, unit_flops, kept_bytes, exchanged_bytes
-    elsewhere   suited, describe; original, the files of the original program; core, attention alone
+    elsewhere   for_platform, describe; original, the files of the original program; core, attention alone
 
-Another model is another folder with these names: `docs/extending.md` says what each must do.
+Another model is another folder with these names; `docs/extending.md` says what each must do.
 """
 
 from tvq.model import core, original
@@ -23,6 +23,7 @@ from tvq.model.transformer import (
     auxiliary_loss,
     begin,
     describe,
+    for_platform,
     forward,
     learn,
     log_probs,
@@ -32,12 +33,11 @@ from tvq.model.transformer import (
     state_specs,
     stats_specs,
     step,
-    suited,
 )
 
 __all__ = [
     "IN_ROWS", "OVERUSED", "Declared", "Decoding", "Draws", "State", "Weights", "auxiliary_loss", "begin",
-    "core", "describe", "draw_probe", "exchanged_bytes", "forward", "gather", "init", "kept_bytes", "learn",
-    "log_probs", "measure", "named", "original", "remember", "snapshot", "specs", "start", "state_dims",
-    "state_specs", "stats_specs", "step", "suited", "train_flops", "unit_flops", "use",
+    "core", "describe", "draw_probe", "exchanged_bytes", "for_platform", "forward", "gather", "init",
+    "kept_bytes", "learn", "log_probs", "measure", "named", "original", "remember", "snapshot", "specs",
+    "start", "state_dims", "state_specs", "stats_specs", "step", "train_flops", "unit_flops", "use",
 ]  # fmt: skip

@@ -5,8 +5,8 @@ and the block up to itself, key by key; and to everything before the window thro
 one sum of values a code, since keys of equal code have equal scores. All blocks are computed in parallel:
 block sums, then one running sum over blocks, then one softmax over window and cache together.
 
-Documents can be kept apart. A document is told by its start, the position of its first token. The cache then
-holds but the document of the last token that left the memory: none that left before is of the queries' own.
+Documents can be kept apart. A document is identified by its start, the position of its first token. The cache
+then holds only the document of the last token that left the memory: no query belongs to an earlier one.
 """
 
 from typing import NamedTuple
@@ -69,12 +69,12 @@ def attend(
 
     q and k (quantised, straight-through) are scaled by K^-1/4 already, as are u, w and r. z holds the codes
     of k, c the codewords. r is the position key of each distance 0 .. M. T must be a multiple of block_len.
-    With agg_cache off a query sees the M tokens before it alone; with grad_thru_cache off no gradient passes
+    With agg_cache off a query sees only the M tokens before it; with grad_thru_cache off no gradient passes
     from block to block. c gets no gradient. Documents are kept apart by start, that of the document of each
-    of the M + 1 tokens before and the T of the call, int32 `[B,M+1+T]`; without it there is but one.
+    of the M + 1 tokens before and the T of the call, int32 `[B,M+1+T]`; without it there is only one.
 
-    All blocks are computed at once, or a part of them and then the next: n_parallel counts the blocks of all
-    sequences together, and at least one of each is taken. The result is the same.
+    All blocks are computed at once, or some of them and then the next: n_parallel counts the blocks of all
+    sequences together, and at least one of each is computed. The result is the same.
     """
     B, H, T, _ = q_BHTK.shape
     n_block = T // block_len

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# So few sums are written out, which compilers merge with what makes and takes them.
+# Up to this many sums are written out: compilers fuse them with their neighbours.
 UNROLLED = 8
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def code_sums(z_BHRL: jax.Array, v_BHRLV: jax.Array, n_code: int, dtype: jnp.dtype) -> tuple:
-    """Number `[B,H,R,S]` and sum of values `[B,H,R,S,V]` of each code in each block; code S adds to none."""
+    """Count `[B,H,R,S]` and sum of values `[B,H,R,S,V]` of each code in each block; code S counts nowhere."""
     # A matrix product, not a scatter: its order of summation is fixed, so runs repeat bitwise on a GPU.
     hit_BHRLS = jax.nn.one_hot(z_BHRL, n_code, dtype=v_BHRLV.dtype)
     sum_BHRSV = jnp.einsum("bhrls,bhrlv->bhrsv", hit_BHRLS, v_BHRLV, preferred_element_type=dtype)
@@ -33,10 +33,10 @@ code_sums.defvjp(_code_sums_forward, _code_sums_backward)
 
 
 def running(x0_BHX: jax.Array, x_BHRX: jax.Array, kept_BR: jax.Array | None = None) -> jax.Array:
-    """`x0 + x_0 + ... + x_{r-1}` for r = 0 .. R, along axis 2; where x_r is not kept with what is before it,
-    the sum begins anew with x_r. Nothing is subtracted, so that what was left out leaves no trace.
+    """`x0 + x_0 + ... + x_{r-1}` for r = 0 .. R, along axis 2; where `kept` is false at r, the sum
+    starts again from x_r. Nothing is subtracted, so what was dropped leaves no rounding behind.
     """
-    # x0 stands for ever more tokens: added last and once, it rounds least.
+    # x0 grows with the tokens before: added once and last, it rounds least.
     if x_BHRX.shape[2] <= UNROLLED:
         totals, old_BHX, new_BHX = [x0_BHX], x0_BHX, jnp.zeros_like(x0_BHX)
         for r, x_BHX in enumerate(jnp.moveaxis(x_BHRX, 2, 0)):
@@ -64,11 +64,11 @@ def before_blocks(
     v_BHRLV: jax.Array,
     start_BX: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Counts `[B,H,R+1,S]` and sums of values `[B,H,R+1,S,V]` that each block finds in its cache, and those
-    after the last block: what was carried in, and the first r of the blocks of z and v to leave the memory.
+    """Counts `[B,H,R+1,S]` and sums of values `[B,H,R+1,S,V]` in the cache of each block, and those
+    after the last block: what was carried in, and the first r blocks of z and v that leave the memory.
 
-    With `start_BX`, that of the last token that left before and of those that leave, int32 `[B,1+R*L]` or
-    longer, they are those of the document of the last token that left.
+    With `start_BX`, the starts for the last token that left before and for those that leave, `[B,1+R*L]`
+    or longer, they cover only the document of the last token that left.
     """
     (*_, R, L), S, kept_BR = z_BHRL.shape, count_BHS.shape[2], None
     if start_BX is not None:

@@ -1,10 +1,10 @@
 """Quadratic attention through cuDNN's flash kernel, on NVIDIA GPUs.
 
-The kernel is causal softmax attention, of values as wide as keys. So values are cut into slices of K, and the
+The kernel is causal softmax attention with values as wide as keys. Values are cut into slices of K, and the
 M + 1 distances that have a position score are left to the window of linear attention: the query at i sees
-the keys up to i - M - 1 through the kernel, which with queries and keys shifted against each other is causal.
-Window and kernel are one softmax: outputs are weighted by their normalisers; and each backward pass, given
-output and normaliser of both together, computes its part of the gradient exactly.
+the keys up to i - M - 1 through the kernel, which is causal once queries are shifted against keys. Window and
+kernel form one softmax: outputs are weighted by their normalisers; and each backward pass, given the joint
+output and normaliser, computes its part of the gradient exactly.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn  # its public call takes no normaliser
+from jax._src.cudnn import fused_attention_stablehlo as cudnn  # the public API does not take a normaliser
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims
@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
 
 
 def _options(q_BTXK: jax.Array) -> tuple[list, dict]:
-    """The arguments that do not matter here, and the options."""
+    """The unused arguments, and the options."""
     unused = [jnp.zeros(0, q_BTXK.dtype)] * 7
     options = {
         "scale": 1.0, "seed": 0, "dropout_rate": 0.0, "variadic_args": (False, False),
@@ -114,7 +114,7 @@ def attend(
     block_len: int,
     kernel: Kernel = CUDNN,
 ) -> jax.Array:
-    """Output `[B,H,T,V]`, as of `full.attend` for sequences of one document."""
+    """Output `[B,H,T,V]`, equal to that of `full.attend` for sequences of one document."""
     size = dims.check(q_BHTK=q_BHTK, k_BHTK=k_BHTK, v_BHTV=v_BHTV, u_HK=u_HK, w_HK=w_HK, r_BHEK=r_BHEK)
     B, H, T, M, L = size["B"], size["H"], size["T"], size["E"] - 1, block_len
     assert T % L == 0, f"{T} tokens in blocks of {L}"

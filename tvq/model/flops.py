@@ -7,17 +7,17 @@ from tvq.model.parameters import n_unit
 
 
 def unit_flops(model: Model, sequence_len: int, *, backward: bool = False) -> dict[str, float]:
-    """Products of one gated unit a token, by part; a multiplication and an addition are two.
+    """FLOPs of one gated unit per token, by part; a multiplication and an addition are two.
 
-    What the mathematics needs as we formulate it (the window of a block counts in full, M + L columns), no
-    score twice: rematerialisation does not count. With `backward` the sum of both passes.
+    Counts what this formulation needs (the window of a block in full, M + L columns), each score once:
+    rematerialisation does not count. With `backward`, the sum of both passes.
     """
     D, H, K, V, S = model.d_model, model.n_head, model.d_k, model.d_v, model.n_code
     M, L, T = model.mem_len, model.block_len, sequence_len
     vq_only = model.carries_state
     seen = M + L if vq_only else (T + 1) / 2
-    # (forward, passes as long as it with the backward): codes and their statistics have no gradient, code
-    # sums are gathered back.
+    # (forward, factor for both passes): codes and their statistics have no gradient, and the gradient of code
+    # sums is a gather.
     parts = {
         "projections": (2 * D * H * (2 * K + 2 * V), 3),
         "output": (2 * H * V * D, 3),
@@ -35,24 +35,24 @@ def unit_flops(model: Model, sequence_len: int, *, backward: bool = False) -> di
 
 
 def train_flops(model: Model, sequence_len: int) -> float:
-    """FLOPs of a train step a token, without optimizer: all units and the logits."""
+    """FLOPs of a train step per token, without the optimizer: all units and the logits."""
     products = sum(unit_flops(model, sequence_len, backward=True).values())
     return n_unit(model) * products + 3 * 2 * model.d_model * model.n_vocab
 
 
 def kept_bytes(model: Model) -> float:
-    """Bytes a token that the backward pass needs of all units: `model.remat=all` keeps more."""
+    """Bytes per token that the backward pass needs of all units: `model.remat=all` keeps more."""
     D, H, K, V, S, L = model.d_model, model.n_head, model.d_k, model.d_v, model.n_code, model.block_len
-    # Its output, and a mean a code and block.
+    # The output of attention, and one mean per code and block.
     attended = V * (1 + model.agg_cache * S / L) if model.carries_state else 0
     width = D if model.remat == "nothing" else D + H * (2 * K + 2 * V + attended)
     return n_unit(model) * width * jnp.dtype(model.dtype).itemsize
 
 
 def exchanged_bytes(model: Model, n_sequence: float, n_token: float, along: float, across: float) -> float:
-    """Bytes that a device sends in an update, between parts of a sequence and parts of a unit, a ring.
+    """Bytes that a device sends in an update, between parts of a sequence and of a unit, in a ring.
 
-    `along` and `across` are the share of an array that leaves a device: with the sequence or the units cut.
+    `along` and `across` are the shares of an array that leave a device if the sequence or the units are cut.
     """
     H, K, V, S, M = model.n_head, model.d_k, model.d_v, model.n_code, model.mem_len
     width = jnp.dtype(model.dtype).itemsize

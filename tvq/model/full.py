@@ -1,6 +1,6 @@
-"""Quadratic attention: the same unit with exact softmax over all earlier keys, to compare with.
+"""Quadratic attention, for comparison: the same unit with exact softmax over all earlier keys.
 
-The same parameters, position scores within M tokens and gates; keys are not quantised, and every query
+Parameters, position scores within M tokens and gates are the same; keys are not quantised, and every query
 scores every key before it.
 """
 
@@ -33,7 +33,7 @@ def attend(
     """Output `[B,H,T,V]` in the dtype of v, for a whole sequence from its first token on.
 
     Arguments as for `attention.attend`, with the keys themselves. One block of queries at a time, whose
-    scores are computed again in the backward pass, so that memory grows with T alone.
+    scores are computed again in the backward pass, so memory grows linearly with T.
     """
     size = dims.check(q_BHTK=q_BHTK, k_BHTK=k_BHTK, v_BHTV=v_BHTV, u_HK=u_HK, w_HK=w_HK, r_BHEK=r_BHEK)
     B, H, T, M, L = size["B"], size["H"], size["T"], size["E"] - 1, block_len

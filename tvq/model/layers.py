@@ -18,16 +18,16 @@ class Draws(NamedTuple):
     ephemeral: jax.Array  # key, new each update
     timeless: jax.Array  # key, new each call of the step
     sequence_B: jax.Array  # index of each sequence in the global batch
-    probe_X2: jax.Array | None = None  # sequence and position of the tokens whose keys are looked at
+    probe_X2: jax.Array | None = None  # sequence and position of the tokens whose keys are probed
 
 
-# One number for each thing drawn, folded into the key.
+# One number for each kind of draw, folded into the key.
 EMBEDDING, RESIDUAL, SINUSOID, LAYER, PROBE = range(5)
 N_PROBE = 64
 
 
 def draw_probe(ephemeral: jax.Array, n_sequence: int, n_token: int) -> jax.Array:
-    """The sequence and token `[X,2]` of N_PROBE tokens of an update: one from each equal stretch of it."""
+    """The sequence and position `[X,2]` of N_PROBE tokens of an update, one from each equal stretch of it."""
     total = n_sequence * n_token
     n_probe = min(N_PROBE, total)
     edges = jnp.asarray([total * i // n_probe for i in range(n_probe + 1)], jnp.int32)
@@ -65,7 +65,7 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
 def token_dropout(
     x_BTD: jax.Array, rate: float, keys_B: jax.Array, block_len: int, position: jax.Array | int = 0
 ) -> jax.Array:
-    """Dropout with a draw of its own for each sequence and block; `position` is that of the first token."""
+    """Dropout with a separate draw for each sequence and block; `position` is that of the first token."""
     if rate == 0.0:
         return x_BTD
     B, T, D = x_BTD.shape

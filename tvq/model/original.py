@@ -1,4 +1,4 @@
-"""Names and layout of the original program's arrays: its files have one for each of its attention modules."""
+"""Names and layout of the original program's arrays; its files hold one array per attention module."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from tvq.errors import InputError
 from tvq.model import parameters
 from tvq.model.parameters import Weights
 
-# Held beside every embedding; where the output is not tied nothing reads it, and we have none.
+# Stored with every embedding; if the output is not tied nothing reads it, and this program has none.
 UNUSED = "token_embedder/bias_out"
 
 
@@ -20,28 +20,28 @@ def modules(config: Model) -> list[str]:
 
 
 def names(config: Model) -> dict[str, list[str]]:
-    """Our arrays in each of its own, by path: within the unit; several where it has one."""
-    found: dict[str, list[str]] = {}
+    """By the path of each of its arrays (within the unit), our arrays that it holds: one, or several."""
+    by_original: dict[str, list[str]] = {}
     for path, like in parameters.named(config).items():
         if like.original:
             folder = path.rpartition("/")[0]
-            found[like.original] = [f"{folder}/{part}" for part in like.parts] or [path]
-    return found
+            by_original[like.original] = [f"{folder}/{part}" for part in like.parts] or [path]
+    return by_original
 
 
 def kinds(config: Model) -> dict[str, str]:
     """Its arrays for a config: `{path: "float32[D, K]"}`."""
-    declared, found = parameters.named(config), {}
+    declared, shapes = parameters.named(config), {}
     for original, paths in names(config).items():
         shape = declared[paths[0]].shape
         if len(paths) > 1:
             shape = (*shape[:-1], sum(declared[path].shape[-1] for path in paths))
         if _is_stacked(declared[paths[0]]):
-            found |= {f"{module}/{original}": shape[1:] for module in modules(config)}
+            shapes |= {f"{module}/{original}": shape[1:] for module in modules(config)}
         else:
-            found[original] = shape
-    found.setdefault(UNUSED, (config.n_vocab,))
-    return {path: f"{config.param_dtype}{list(shape)}" for path, shape in found.items()}
+            shapes[original] = shape
+    shapes.setdefault(UNUSED, (config.n_vocab,))
+    return {path: f"{config.param_dtype}{list(shape)}" for path, shape in shapes.items()}
 
 
 def _is_stacked(like: parameters.Declared) -> bool:
@@ -51,7 +51,7 @@ def _is_stacked(like: parameters.Declared) -> bool:
 def weights(original: Mapping[str, np.ndarray], config: Model, *, joined: bool = False) -> Weights:
     """Ours from its arrays by path.
 
-    `joined` leaves those together that it has as one, `units/kvg`. InputError lists names that are not known.
+    `joined` keeps arrays that it stores as one together, as `units/kvg`. InputError lists unknown names.
     """
     declared, ours, left = parameters.named(config), {}, dict(original)
     for name, paths in names(config).items():
@@ -69,6 +69,6 @@ def weights(original: Mapping[str, np.ndarray], config: Model, *, joined: bool =
         ours |= dict(zip(paths, values, strict=False))
     left.pop(UNUSED, None)
     if left:
-        raise InputError(f"no parameters of the original program: {', '.join(sorted(left))}")
+        raise InputError(f"not parameters of the original program: {', '.join(sorted(left))}")
     tree = unflatten_dict(ours, sep="/")
     return Weights(tree, {name: tree.pop(name) for name in ("codebooks",) if name in tree})

@@ -1,9 +1,9 @@
-"""Every array of the model, declared once. Placement, casts, decay, import and export all follow from here.
+"""Every array of the model, declared once. Placement, casts, decay, import and export follow from this.
 
-Flax modules hold the values, and with each, as its metadata, what is to be known of it (`Declared`):
+Flax modules hold the values, each with its declaration (`Declared`) as metadata:
 
     dims      a letter for each dim, by which the mesh cuts it; HK and HV are keys or values of all heads
-    original  its name in the original program's files, of a unit's array within the unit
+    original  its name in the original program's files; for a unit's array, within the unit
     decays    whether weight decay applies
     narrow    whether it is only used in the dtype of activations, so that it may be cast before it is sent
     beside    parameters that the loop over units reads as one array, in this order
@@ -44,7 +44,7 @@ class Declared:
 
 
 class Weights(NamedTuple):
-    """What a trained model is: `params`, which the optimizer updates, and `extra`, which `learn` does.
+    """A trained model: `params`, which the optimizer updates, and `extra`, which `learn` updates.
 
     params  embed/table, [position/scale], units/{norm/{gain,bias}, q, k, v, g, r, u, w, out},
             [out_norm/{gain,bias}], embed/bias if tied, else out/{kernel,bias}
@@ -144,7 +144,7 @@ def init(config: Model, key: jax.Array) -> Weights:
 
 @functools.cache
 def declared(config: Model) -> Weights:
-    """The tree of `init`, with what is declared of each array in its place; units' have the dim N too."""
+    """The tree of `init` with each array replaced by its declaration; units' arrays also have the dim N."""
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
     fields = [field.name for field in dataclasses.fields(Declared)]
 
@@ -162,7 +162,7 @@ def declared(config: Model) -> Weights:
 
 
 def named(config: Model) -> dict[str, Declared]:
-    """What is declared, by path: `units/q`, `codebooks/sum`."""
+    """The declarations, by path: `units/q`, `codebooks/sum`."""
     params, extra = declared(config)
     return flatten_dict(params | extra, sep="/")
 
@@ -173,10 +173,10 @@ def specs(config: Model, axes: sharding.Axes) -> Weights:
 
 
 def gather(tree: dict, like: dict, axes: sharding.Axes, dtype: str = "") -> dict:
-    """Inside `shard_map`, stored parameters with their dim D whole; `like` is what is declared of them.
+    """Inside `shard_map`, stored parameters with their dim D whole; `like` holds their declarations.
 
-    The gradient of each part is then the sum over the devices, cut in the same way. Of units, the tree is
-    that of one. Parameters that may be narrow are cast to `dtype` before they are sent.
+    The gradient of each part is then the sum over the devices, cut in the same way. For units, the tree
+    is that of one unit. Parameters that may be narrow are cast to `dtype` before they are sent.
     """
     if axes.D is None:
         return tree
@@ -190,7 +190,7 @@ def gather(tree: dict, like: dict, axes: sharding.Axes, dtype: str = "") -> dict
 
 
 def gather_tables(weights: Weights, config: Model, axes: sharding.Axes) -> Weights:
-    """All parameters whole but those of units, which `forward` makes whole one unit at a time."""
+    """All parameters whole, except those of units, which `forward` gathers one unit at a time."""
     like, params = declared(config).params, weights.params
     whole = {name: x if name == "units" else gather(x, like[name], axes) for name, x in params.items()}
     return weights._replace(params=whole)
@@ -211,8 +211,8 @@ def _arrays(config: Model) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def paired(units: dict, config: Model) -> dict:
-    """The parameters of all units with small ones side by side: each array that a loop reads, or makes the
-    gradient of, is copied on its own.
+    """The parameters of all units, small ones joined: a loop copies separately each array that it reads, or
+    whose gradient it makes.
     """
     flat = flatten_dict(units, sep="/")
     beside = lambda paths: jnp.concatenate([flat[path] for path in paths], -1)

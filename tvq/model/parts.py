@@ -1,8 +1,8 @@
 """A sequence cut over devices: each reads a contiguous part of its tokens, all at the same time.
 
-Attention knows nothing of it. A part is given the state that it would find after the parts before it: their
+Attention is unaware of this. A part is given the state that it would have after the parts before it: their
 last M tokens, sent from neighbour to neighbour, and a cache to which each of them has added one count and one
-sum of values a code. What is sent does not grow with the sequence.
+sum of values per code. What is sent does not grow with the sequence.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from tvq.model import attention, cache, window
 
 
 def shared(tree: Any, axes: sharding.Axes) -> Any:
-    """What each part of the values reads whole: the sum of its gradients over them is one reduction."""
+    """What each part of the values reads whole: its gradients are summed over the parts in one reduction."""
     return sharding.varying(tree, (axes.V,)) if axes.V else tree
 
 
@@ -32,7 +32,7 @@ def with_neighbours(
 
 
 def halo(memory: jax.Array, x: jax.Array, axis: str) -> jax.Array:
-    """The M newest tokens before this part, along dim 2: of the parts of x before it, else of the memory.
+    """The M newest tokens before this part, along dim 2: from the parts of x before it, then from the memory.
 
     `memory` is `[B,H,M,...]`, that before the first part; x is `[B,H,T,...]`, the tokens of this part.
     """
@@ -43,12 +43,12 @@ def halo(memory: jax.Array, x: jax.Array, axis: str) -> jax.Array:
         lax.ppermute(sent, axis, [(j, j + hop) for j in range(n_part - hop)]) for hop in range(n_hop, 0, -1)
     ]
     newer = jnp.concatenate([jnp.zeros_like(memory), *hops], 2)[:, :, -M:]
-    n_newer = jnp.minimum(i, n_hop) * sent.shape[2]  # before the first part there is none
+    n_newer = jnp.minimum(i, n_hop) * sent.shape[2]  # no part comes before the first
     older = jnp.concatenate([memory, jnp.zeros_like(memory)], 2)
     older = lax.dynamic_slice_in_dim(sharding.varying(older, (axis,)), jnp.minimum(n_newer, M), M, axis=2)
     is_newer_M = jnp.arange(M) >= M - n_newer
-    found = jnp.where(is_newer_M.reshape(-1, *[1] * (x.ndim - 3)), newer, older)
-    return checkpoint_name(found, window.KEPT)  # or the backward pass would send it again
+    newest = jnp.where(is_newer_M.reshape(-1, *[1] * (x.ndim - 3)), newer, older)
+    return checkpoint_name(newest, window.KEPT)  # otherwise the backward pass would send it again
 
 
 def starts(memory_BE: jax.Array, begun_BT: jax.Array, axis: str) -> jax.Array:
@@ -91,12 +91,14 @@ def carried_in(
         leaving(v_BHMV, v_BHTV),
         start_BX,
     )
-    # Part i finds what the parts j before it have added, of the document of the last token that they did.
+    # Part i has what the parts j before it have added, as far as it is of the last document added.
     own_XXB = jnp.broadcast_to(jnp.tril(jnp.ones((n_part, n_part), bool), -1)[..., None], (n_part, n_part, B))
     count_BHS, sum_BHSV = state.count_BHS, state.sum_BHSV
     if start_BX is not None:
         cache_XB = lax.all_gather(start_BX[:, 0], axis)
-        added_XB = jnp.roll(cache_XB, -1, 0)  # what part j has added last is what part j + 1 finds
+        added_XB = jnp.roll(
+            cache_XB, -1, 0
+        )  # the document that part j added last is the one that part j + 1 starts with
         own_XXB = own_XXB & (cache_XB[:, None] == added_XB[None])
         is_own_B = cache_XB[0] == start_BX[:, 0]
         count_BHS = jnp.where(is_own_B[:, None, None], count_BHS, 0.0)
@@ -117,7 +119,7 @@ def earlier_sum(x_BHSX: jax.Array, own_XXB: jax.Array, axis: str) -> jax.Array:
     padded = jnp.pad(x_BHSX, [(0, 0), (0, 0), (0, -S % n_part), (0, 0)])
     B, H, _, X = padded.shape
     slices = jnp.moveaxis(padded.reshape(B, H, n_part, -1, X), 2, 0)
-    slices = lax.all_to_all(slices, axis, 0, 0, tiled=True)  # now of each part, my slice
+    slices = lax.all_to_all(slices, axis, 0, 0, tiled=True)  # now my slice of every part
     own_XXB = own_XXB.astype(x_BHSX.dtype)
     slices = jnp.einsum("ijb,jbhsx->ibhsx", own_XXB, slices, precision=lax.Precision.HIGHEST)
     slices = lax.all_to_all(slices, axis, 0, 0, tiled=True)
@@ -125,6 +127,6 @@ def earlier_sum(x_BHSX: jax.Array, own_XXB: jax.Array, axis: str) -> jax.Array:
 
 
 def carried_out(tree: Any, axis: str) -> Any:
-    """What the last part has, on all."""
+    """The values of the last part, on all devices."""
     is_last = lax.axis_index(axis) == lax.axis_size(axis) - 1
     return lax.psum(jax.tree.map(lambda x: jnp.where(is_last, x, jnp.zeros_like(x)), tree), axis)

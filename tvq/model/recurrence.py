@@ -13,9 +13,9 @@ from tvq.model.window import UNSEEN, log_count, softmax_sum
 class Ring(NamedTuple):
     """The state while decoding: token t of a sequence lies in slot t mod M until it joins the cache.
 
-    Window scores are looked up among the code scores, so no keys are kept. The sum of a count 0 is void.
-    `lost` is what the sums lost in rounding, to be added with the next value: small values, one by one, would
-    soon change a float32 sum no more.
+    Window scores are looked up among the code scores, so no keys are kept. A sum whose count is 0 is void.
+    `lost` is what the sums lost in rounding, to be added with the next value: otherwise small values, added
+    one by one, would soon no longer change a float32 sum.
     """
 
     z_BHM: jax.Array
@@ -38,7 +38,7 @@ def ring_from_state(state: State, position: jax.Array) -> Ring:
 
 
 def emptied(ring: Ring, ended_B: jax.Array) -> Ring:
-    """The ring without the sequences whose document has ended. Their sums, the bulk of it, are now void."""
+    """The ring, emptied for sequences whose document has ended. Their sums, most of its memory, are void."""
     return ring._replace(
         z_BHM=jnp.where(ended_B[:, None, None], ring.count_BHS.shape[2], ring.z_BHM),
         count_BHS=jnp.where(ended_B[:, None, None], 0.0, ring.count_BHS),
@@ -90,7 +90,7 @@ def attend_next(
 
 
 def _fold(count_S: jax.Array, sum_SV: jax.Array, lost_SV: jax.Array, z: jax.Array, v_V: jax.Array) -> tuple:
-    """A value more for code z, by compensated summation (Kahan 1965); code S adds to none."""
+    """Adds a value to code z, by compensated summation (Kahan 1965); code S counts nowhere."""
     used = count_S.at[z].get(mode="fill", fill_value=0) > 0
     old_V, lost_V = (jnp.where(used, x.at[z].get(mode="clip"), 0) for x in (sum_SV, lost_SV))
     more_V = v_V + lost_V

@@ -7,15 +7,15 @@ from tvq.model import vq
 from tvq.model.parameters import Weights
 
 DEAD, OVERUSED = 0.01, 10.0
-# Averages of these are in a row of metrics, after `c_`; that of relative_error is there already.
+# Their averages are in a row of metrics, prefixed `c_`; that of relative_error is there already.
 IN_ROWS = ("perplexity", "dead", "overused", "churn", "norm_drift")
 
 
 def _use(codebook: dict, initial: jax.Array | float) -> dict[str, jax.Array]:
-    """What one unit's moving averages alone tell.
+    """What one unit's moving averages show by themselves.
 
-    `initial` is what is left in them of the count of one that every code starts with, c_gamma^step: it would
-    hide for hundreds of updates that a code was never chosen.
+    `initial` is what remains of the count of one that every code starts with, c_gamma^step: for hundreds of
+    updates it would hide that a code was never chosen.
     """
     count_HS = jnp.maximum(codebook["count"] - initial, 0.0)
     p_HS = count_HS / jnp.maximum(jnp.sum(count_HS, -1, keepdims=True), 1e-30)
@@ -29,10 +29,10 @@ def _use(codebook: dict, initial: jax.Array | float) -> dict[str, jax.Array]:
     }
 
 
-def _look(
+def _unit_snapshot(
     codebook: dict, probe: dict, before_HSK: jax.Array, initial: jax.Array | float
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The health of one unit's codebook, and its codewords for the next look."""
+    """The health of one unit's codebook, and its codewords for the next snapshot."""
     c_HSK, k_BHTK = vq.codewords(codebook), probe["key"][None]
     z_BHT = vq.nearest(k_BHTK, c_HSK)
     error_HX = jnp.sqrt(vq.squared_error(k_BHTK, vq.lookup(z_BHT, c_HSK)))[0]
@@ -43,17 +43,17 @@ def _look(
     p_HS = used["usage"] / c_HSK.shape[1]
     norm = lambda c_HSK: jnp.sum(p_HS * jnp.linalg.norm(c_HSK, axis=-1), -1)
     key_H = jnp.maximum(mean(size_HX), 1e-30)
-    found = used | {
+    health = used | {
         "relative_error": mean(error_HX) / key_H,
         "churn": mean(z_BHT[0] != vq.nearest(k_BHTK, before_HSK)[0]),
         "norm": norm(c_HSK) / key_H,
         "norm_drift": norm(c_HSK) / norm(before_HSK) - 1.0,
     }
-    return found, c_HSK
+    return health, c_HSK
 
 
 def use(weights: Weights, initial: jax.Array | float) -> dict[str, jax.Array]:
-    """What the weights alone tell: of a snapshot, the part that needs no probe."""
+    """The part of a snapshot that needs only the weights, no probe."""
     return jax.vmap(_use, in_axes=(0, None))(weights.extra["codebooks"], initial)
 
 
@@ -66,6 +66,6 @@ def snapshot(
     weights: Weights, probe: dict, before_NHSK: jax.Array, initial: jax.Array | float
 ) -> tuple[dict, dict, jax.Array]:
     """The health of all units, its averages for a row of metrics, and the codewords for the next snapshot."""
-    look = jax.vmap(_look, in_axes=(0, 0, 0, None))
-    health, c_NHSK = look(weights.extra["codebooks"], probe, before_NHSK, initial)
+    each_unit = jax.vmap(_unit_snapshot, in_axes=(0, 0, 0, None))
+    health, c_NHSK = each_unit(weights.extra["codebooks"], probe, before_NHSK, initial)
     return health, {f"c_{name}": health[name].mean() for name in IN_ROWS}, c_NHSK

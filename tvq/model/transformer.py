@@ -18,8 +18,8 @@ from tvq.schema import END
 class State(NamedTuple):
     """Attention state of all units, and the number of tokens seen.
 
-    Where documents are kept apart, `start_BE` is the position of the first token of the document that each of
-    the last M + 1 tokens is of, the same for all units: of those in memory, and of the last that left it.
+    Where documents are kept apart, `start_BE` is the start of the document of each of the last M + 1 tokens:
+    those in memory, and the last that left it. It is the same for all units.
     """
 
     position: jax.Array  # int32
@@ -27,7 +27,7 @@ class State(NamedTuple):
     start_BE: jax.Array | None = None  # int32
 
 
-def suited(config: Model, platform: str) -> Model:
+def for_platform(config: Model, platform: str) -> Model:
     """The config with n_parallel chosen for cpu, gpu or tpu, where it is 0.
 
     A CPU is fastest while the scores of a few blocks stay in its cache, a TPU block by block with the state
@@ -38,7 +38,7 @@ def suited(config: Model, platform: str) -> Model:
 
 
 def describe(config: Model) -> str:
-    """What it is, in a few words."""
+    """A short description of the model."""
     return (
         f"{n_unit(config)} gated units of {config.n_head} x {config.n_code} codes, exact in a window of"
         f" {config.mem_len} + {config.block_len} tokens"
@@ -113,10 +113,10 @@ def forward(
     draws: layers.Draws | None = None,
     axes: sharding.Axes = sharding.UNCUT,
 ) -> tuple[jax.Array, State, dict, dict]:
-    """The last hidden `[B,T,D]`, the next state, statistics for `learn`, and metrics.
+    """The last hidden states `[B,T,D]`, the next state, statistics for `learn`, and metrics.
 
-    Statistics are sums over tokens, metrics means. Dropout acts where `draws` are given. T must be a multiple
-    of block_len.
+    Statistics are sums over tokens, metrics are means. Dropout is on if `draws` are given. T must be a
+    multiple of block_len.
     """
     T, E, n_part = inputs_BT.shape[1], config.mem_len + 1, 1
     assert (state.start_BE is None) == config.attend_across_documents, "a state of the other kind"
@@ -167,7 +167,7 @@ def forward(
 def drop(
     y_BTD: jax.Array, draws: layers.Draws, index: jax.Array, first: jax.Array, config: Model
 ) -> jax.Array:
-    """The output of a unit with dropout: of entries, and of the unit for whole sequences."""
+    """The output of a unit after dropout of entries, and of the unit for whole sequences."""
     keys_B = layers.sequence_keys(draws.ephemeral, layers.RESIDUAL, index, draws.sequence_B)
     y_BTD = layers.token_dropout(y_BTD, config.p_dropres, keys_B, config.block_len, first)
     keys_B = layers.sequence_keys(draws.timeless, layers.LAYER, index, draws.sequence_B)
@@ -176,7 +176,7 @@ def drop(
 
 
 def auxiliary_loss(metrics: dict, config: Model) -> jax.Array:
-    """What is added to the loss of the tokens."""
+    """What is added to the token loss."""
     return config.c_beta * metrics["loss_commit_per_token"]
 
 
@@ -188,7 +188,7 @@ def stats_specs(config: Model, axes: sharding.Axes) -> dict:
 
 
 def learn(weights: Weights, stats: dict, config: Model) -> Weights:
-    """The weights after an update with codebooks that have followed its keys."""
+    """The weights with codebooks moved towards the keys of an update."""
     codebooks = weights.extra["codebooks"]
     averaged = vq.moving_average(codebooks, stats, config.c_gamma)
     if config.revive_codes:
@@ -205,7 +205,7 @@ def rematerialised(unit: Callable, remat: str) -> Callable:
         "names": jax.checkpoint_policies.save_only_these_names(window.KEPT),
         "nothing": jax.checkpoint_policies.nothing_saveable,
     }
-    # The scan keeps the two passes apart already.
+    # The scan already keeps the two passes apart.
     return jax.checkpoint(unit, prevent_cse=False, policy=policies[remat])
 
 
@@ -234,9 +234,9 @@ class Decoding(NamedTuple):
 
 
 def begin(weights: Weights, state: State, config: Model) -> Decoding:
-    """Where decoding goes on after `forward`."""
+    """The state in which decoding continues after `forward`."""
     units, start_B = state.units, None
-    if state.start_BE is not None:  # of what the memory and the cache hold, only the last document goes on
+    if state.start_BE is not None:  # of the documents in memory and cache, only the last continues
         start_B = state.start_BE[:, -1]
         own_BE = state.start_BE == start_B[:, None]
         units = units._replace(

@@ -57,7 +57,7 @@ def merge_heads(o_BHTV: jax.Array) -> jax.Array:
 
 
 class Keys(NamedTuple):
-    """What attention reads of the tokens of a call, besides their values. k are codewords where z is used."""
+    """What attention reads of the tokens of a call besides their values. Where z is used, k are codewords."""
 
     q_BHTK: jax.Array
     k_BHTK: jax.Array
@@ -106,9 +106,9 @@ def attend(
     config: Model,
     axes: sharding.Axes,
 ) -> tuple[jax.Array, attention.State]:
-    """Output `[B,H,T,V]`, and the state after the tokens; this device may have a part of each array."""
+    """Output `[B,H,T,V]`, and the state after the tokens; this device may hold a part of each array."""
     whole = keys
-    # Codes and codewords have no gradient, and what follows from them alone is the same on all.
+    # Codes and codewords have no gradient, and what depends only on them is the same on all devices.
     with_gradient = {name: x for name, x in keys._asdict().items() if name not in ("z_BHT", "c_HSK")}
     keys = keys._replace(**parts.shared(with_gradient, axes))
     if not config.carries_state:
@@ -117,10 +117,10 @@ def attend(
     mine = before._replace(k_BHMK=parts.shared(before.k_BHMK, axes))
     if axes.T:
         mine = parts.carried_in(mine, keys.z_BHT, v_BHTV, start_BX, config.block_len, axes.T)
-        # Attention stops it too, but then zeros would be sent back to the parts before.
+        # Attention also stops the gradient, but zeros would still be sent back to the parts before.
         mine = mine if config.grad_thru_cache else lax.stop_gradient(mine)
     o_BHTV, after = linear(keys, v_BHTV, mine, start_BX, config)
-    if axes.V:  # the same keys on all, and known to be
+    if axes.V:  # computed so that JAX knows that they are the same on all
         newest_BHMK = attention.newest(before.k_BHMK, whole.k_BHTK, config.grad_thru_cache)
         after = after._replace(k_BHMK=newest_BHMK)
     return o_BHTV, parts.carried_out(after, axes.T) if axes.T else after

@@ -1,7 +1,7 @@
 """Vector quantisation of keys (paper section 3.2): codewords, nearest codes, their moving average.
 
 A codebook is `{"sum": [H,S,K], "count": [H,S]}`, the moving averages of the keys that chose a code and of
-their number. It is no parameter: the forward pass returns `statistics`, the step applies `moving_average`.
+their number. It is not a parameter: the forward pass returns `statistics`, the step applies `moving_average`.
 Where unused codes are revived it also has `"idle": [H,S]` int32, the updates since a key chose the code.
 """
 
@@ -94,14 +94,14 @@ class Probe(NamedTuple):
 
 @jax.named_scope("vq")
 def revive(codebook: dict, averaged: dict, stats: dict, n_update: int) -> dict:
-    """The codebook after an update, with codes that no key chose for n_update updates seeded anew.
+    """The codebook after an update, with codes that no key chose for n_update updates reseeded.
 
     `averaged` is the moving average of `codebook` and `stats`, which hold those of a probe as "probe". The
     longest idle code takes the first key of the probe, and so on; a masked token seeds none. A seeded code
     starts as all codes do, with the count of one key.
 
-    n_update is at least the updates of one sequence (`config.validate`), so that no code changes its meaning
-    while memory and cache hold values under it: the code would not have been idle for so long.
+    n_update is at least the updates of one sequence (`config.validate`), so no code changes its meaning
+    while memory and cache hold values under it: such a code has been chosen more recently.
     """
     probe = stats["probe"]
     n_seed = min(probe["key"].shape[1], averaged["count"].shape[1])
@@ -122,7 +122,7 @@ def revive(codebook: dict, averaged: dict, stats: dict, n_update: int) -> dict:
 
 @jax.named_scope("metrics")
 def codebook_metrics(codebook: dict) -> dict[str, jax.Array]:
-    """Norms, similarity, distance, use and entropy of one codebook, averaged over heads (SPEC.md)."""
+    """Norms, similarity, distance, use and entropy of one codebook, averaged over heads."""
     count_HS = jnp.maximum(codebook["count"], COUNT_FLOOR)
     c_HSK = codewords(codebook)
     norm_HS = jnp.linalg.norm(c_HSK, axis=-1)

@@ -1,4 +1,4 @@
-"""One softmax over window and cache of each block, forward and backward: where a kernel would stand."""
+"""One softmax over window and cache of each block, forward and backward: the place for a kernel."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ class Documents(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The codewords, and of each code the mean of the values before the window, and their number."""
+    """The codewords, and for each code the mean and the number of the values before the window."""
 
     c_HSK: jax.Array
     mean_BHRSV: jax.Array
@@ -71,7 +71,7 @@ def unskew(a_BHRLW: jax.Array, n_distance: int) -> jax.Array:
 
 def documents(start_BX: jax.Array, block_len: int, mem_len: int) -> Documents:
     keys = pieces(start_BX[:, None, 1:], block_len, mem_len)
-    # Before the memory lies the token that was the last to leave it.
+    # The token before the memory is the last that left it.
     return Documents(keys[-1], keys, start_BX[:, None, : -mem_len - 1 : block_len])
 
 
@@ -103,22 +103,22 @@ def scores(window: Window) -> list[jax.Array]:
     i, j = jnp.arange(L)[:, None], jnp.arange(-n_pad, M + L)[None, :]
     oldest = i if cache is None else jnp.zeros_like(i)
     seen_LW = (j >= oldest) & (j <= i + M)
-    found = []
+    pieces_and_codes = []
     for p, (k_BHRLK, filled_BHRL) in enumerate(zip(window.ks_BHRLK, window.filled_BHRL, strict=True)):
         columns = slice(p * L, (p + 1) * L)
         score = jnp.einsum("bhrlk,bhrjk->bhrlj", qu_BHRLK, k_BHRLK, preferred_element_type=wide)
         visible = seen_LW[None, None, None, :, columns] & filled_BHRL[:, :, :, None, :]
         if apart is not None:
             visible &= apart.query_B1RL[..., None] == apart.keys_B1RL[p][..., None, :]
-        found.append(jnp.where(visible, score + near_BHRLW[..., columns], UNSEEN))
+        pieces_and_codes.append(jnp.where(visible, score + near_BHRLW[..., columns], UNSEEN))
     if cache is not None:
         score = jnp.einsum("bhrlk,hsk->bhrls", qu_BHRLK, cache.c_HSK, preferred_element_type=wide)
         score += log_count(cache.count_BHRS)[:, :, :, None, :]
         if apart is not None:
             own_B1RL = apart.query_B1RL == apart.cache_B1R[..., None]
             score = jnp.where(own_B1RL[..., None], score, UNSEEN)
-        found.append(score)
-    return found
+        pieces_and_codes.append(score)
+    return pieces_and_codes
 
 
 def log_count(count: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ def log_count(count: jax.Array) -> jax.Array:
 def attend(window: Window) -> jax.Array:
     """The output `[B,H,R,L,V]`: values weighted by one softmax over window and cache.
 
-    The backward pass computes the scores again, and keeps but the window, output and normaliser.
+    The backward pass computes the scores again, and keeps only the window, output and normaliser.
     """
     return forward(window)[0]
 
@@ -161,7 +161,7 @@ def backward(kept: tuple, do_BHRLV: jax.Array) -> tuple[Window]:
         dqu_BHRLK += product("bhrlj,bhrjk->bhrlk", dscore, k_BHRLK)
         dks.append(product("bhrlj,bhrlk->bhrjk", dscore, qu_BHRLK).astype(k_BHRLK.dtype))
     if cache is not None:
-        # In this order: the CPU has no bfloat16 product for the other with several heads.
+        # In this order: with several heads, the CPU has no bfloat16 product for the other.
         dqu_BHRLK += product("hsk,bhrls->bhrlk", cache.c_HSK, dscores[-1])
     n_piece, E = len(window.ks_BHRLK), r_BHEK.shape[2]
     n_pad = (n_piece - 1) * qu_BHRLK.shape[3] - (E - 1)

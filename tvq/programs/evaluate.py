@@ -1,6 +1,6 @@
 """Evaluation: every token of a split exactly once.
 
-Each sequence of T tokens from the empty state; or, carried, each document from its first token on, however
+Each sequence of T tokens starts from the empty state; or, with carry, each document is read whole, however
 long, in pieces between which the state stays on the devices. Sums are added on the host in float64 and in
 order, so that the result does not depend on batch size or devices.
 """
@@ -29,7 +29,7 @@ from tvq.run import metrics, records, results, tensors
 from tvq.run.checkpoint import NOT_FINITE, Restored, read_weights
 from tvq.training import loss, state
 
-# The perplexity of a word beyond this many nats is no number, nor of use: there are no spaces between words.
+# Beyond this many nats a word perplexity overflows, and means nothing: the text has no spaces between words.
 MAX_NATS = 700.0
 
 
@@ -39,7 +39,7 @@ def make(config: Model, mesh: Mesh, piece_len: int, shard_params: bool = False) 
     It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
     piece_len, a multiple of block_len that divides T.
     """
-    config = lm.suited(config, sharding.platform(mesh))
+    config = lm.for_platform(config, sharding.platform(mesh))
     axes = sharding.axes(mesh, config, shard_params)
     n_token = piece_len // mesh.shape["sequence"]
 
@@ -72,7 +72,7 @@ def make(config: Model, mesh: Mesh, piece_len: int, shard_params: bool = False) 
 
     def score_whole(weights: lm.Weights, batch: dict) -> tuple[jax.Array, jax.Array]:
         empty = lm.start(config, batch["inputs"].shape[0])
-        return sharded(weights, sharding.dealt(mesh, batch, piece_len), empty)
+        return sharded(weights, sharding.split_over_sequence(mesh, batch, piece_len), empty)
 
     return jax.jit(score_whole, out_shardings=sharding.sharding(mesh, sharding.WHOLE))
 
@@ -83,7 +83,7 @@ def total(
     batches: Iterable[dict[str, jax.Array]],
     progress: Callable[[int], Any] = lambda n_batch: None,
 ) -> tuple[float, int]:
-    """Nats and tokens over all batches. `progress` hears how many batches are done."""
+    """Nats and tokens over all batches. `progress` is called with the number of batches done."""
     nats, n_token, waiting = 0.0, 0, None
     for n_batch, batch in enumerate(batches):
         # Read the sums of a batch only once the next is under way.
@@ -107,7 +107,9 @@ def make_carried(config: Model, mesh: Mesh, shard_params: bool = False) -> tuple
     `(weights, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
     each is read as if it were alone, whatever else is in its row. The old state is donated.
     """
-    config = dataclasses.replace(lm.suited(config, sharding.platform(mesh)), attend_across_documents=False)
+    config = dataclasses.replace(
+        lm.for_platform(config, sharding.platform(mesh)), attend_across_documents=False
+    )
     axes = sharding.axes(mesh, config, shard_params)
     state_specs = lm.state_specs(config, axes)
     places = jax.tree.map(lambda spec: sharding.sharding(mesh, spec), state_specs)
@@ -164,8 +166,8 @@ def carried(
     mesh: Mesh,
     progress: Callable[[int], Any] = lambda n_piece: None,
 ) -> ByContext:
-    """All tokens of the streams by their context. `progress` hears how many pieces are done."""
-    found, n_row, waiting = ByContext(), len(streams.rows), None
+    """All tokens of the streams by their context. `progress` is called with the number of pieces done."""
+    by_context, n_row, waiting = ByContext(), len(streams.rows), None
     local, state = sharding.local_rows(mesh, n_row), empty(n_row)
     for number in range(len(streams)):
         piece = sharding.global_batch(mesh, streams.piece(number, local), n_row)
@@ -173,11 +175,11 @@ def carried(
         # Read the numbers of a piece only once the next is under way.
         ready, waiting = waiting, (nats_BT, number)
         if ready is not None:
-            found.add(np.asarray(ready[0]), streams.contexts(ready[1]))
+            by_context.add(np.asarray(ready[0]), streams.contexts(ready[1]))
         progress(number + 1)
     if waiting is not None:
-        found.add(np.asarray(waiting[0]), streams.contexts(waiting[1]))
-    return found
+        by_context.add(np.asarray(waiting[0]), streams.contexts(waiting[1]))
+    return by_context
 
 
 def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
@@ -186,8 +188,8 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
     Where the text has words, perplexity is that of a word: `exp(nats / words)`, whatever the tokens are.
     """
     if n_token == 0 or info.n_byte == 0:
-        raise InputError("there is no token to evaluate, or end ids alone")
-    found = {
+        raise InputError("the split has no tokens to evaluate, or only end ids")
+    scores = {
         "loss": nats / n_token,
         "bits_per_token": nats / n_token / math.log(2),
         "bits_per_byte": nats / info.n_byte / math.log(2),
@@ -195,10 +197,10 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
         "n_byte": info.n_byte,
     }
     if info.n_unknown:
-        found["n_unknown"] = info.n_unknown
+        scores["n_unknown"] = info.n_unknown
     if info.n_word and nats / info.n_word < MAX_NATS:
-        found |= {"word_perplexity": math.exp(nats / info.n_word), "n_word": info.n_word}
-    return found
+        scores |= {"word_perplexity": math.exp(nats / info.n_word), "n_word": info.n_word}
+    return scores
 
 
 def batch_size(c: Config) -> int:
@@ -212,7 +214,7 @@ def piece_len(c: Config) -> int:
 
 
 def line(name: str, result: dict[str, float], corpus: AnyCorpus) -> str:
-    """The result of a split for the eye, beside what gzip makes of it."""
+    """The result of a split in one readable line, with gzip's for comparison."""
     info, unit = corpus.info(name), "dimension" if corpus.image_size else "byte"
     text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits a {unit}"
     if info.gzip_bytes is not None:
@@ -225,7 +227,7 @@ def line(name: str, result: dict[str, float], corpus: AnyCorpus) -> str:
 
 
 def show(table: list[dict[str, float]]) -> str:
-    """The losses by context, for the eye."""
+    """The losses by context, as a readable table."""
     lines = [f"{'tokens before':>24}  {'loss':>7}  {'bits a token':>12}  {'tokens':>13}"]
     for row in table:
         span = f"{row['context_from']:,}"
@@ -236,7 +238,7 @@ def show(table: list[dict[str, float]]) -> str:
 
 
 def check_vocabulary(corpus: AnyCorpus, config: Model) -> None:
-    """InputError if the data's ids are not those of the model."""
+    """InputError if the data's vocabulary size is not the model's."""
     if corpus.vocabulary.size != config.n_vocab:
         raise InputError(
             f"config.model.n_vocab is {config.n_vocab} but the data in {corpus.folder} has a vocabulary of"
@@ -245,7 +247,7 @@ def check_vocabulary(corpus: AnyCorpus, config: Model) -> None:
 
 
 def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
-    """InputError if a model of as many ids was trained on others."""
+    """InputError if the model was trained on a different vocabulary of the same size."""
     ours = vocabulary.describe(corpus.vocabulary)
     theirs = {name: restored.data["vocabulary"][name] for name in ours}
     if ours != theirs:
@@ -258,7 +260,7 @@ def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
 def scorer(c: Config, corpus: AnyCorpus, mesh: Mesh) -> Callable:
     """`(weights, progress) -> (result, table by context)` of `evaluate.split`, as configured.
 
-    The table is empty where context is not carried. `progress` hears steps done and steps in all.
+    The table is empty if context is not carried. `progress` is called with steps done and steps in all.
     """
     name, n_row = c.evaluate.split, batch_size(c)
     info, rows = corpus.info(name), sharding.local_rows(mesh, n_row)
@@ -274,10 +276,10 @@ def scorer(c: Config, corpus: AnyCorpus, mesh: Mesh) -> Callable:
 
     def of_documents(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
         n_piece = len(streams)
-        found = carried(empty, read, weights, streams, mesh, lambda done: progress(done, n_piece))
-        n_token = int(found.n_token.sum())
+        by_context = carried(empty, read, weights, streams, mesh, lambda done: progress(done, n_piece))
+        n_token = int(by_context.n_token.sum())
         assert n_token == streams.n_token, f"{n_token} of {streams.n_token} tokens evaluated"
-        return result(found.nats.sum(), n_token, info), found.table()
+        return result(by_context.nats.sum(), n_token, info), by_context.table()
 
     if c.evaluate.carry:
         streams = Streams(corpus, name, n_row, piece_len(c))
@@ -289,9 +291,9 @@ def scorer(c: Config, corpus: AnyCorpus, mesh: Mesh) -> Callable:
 
 
 def restore(c: Config, workdir: epath.Path, mesh: Mesh, say: Callable[[str], None]) -> Restored:
-    """The weights of the newest whole checkpoint of a run, on any mesh. InputError: there is none.
+    """The weights of the newest whole checkpoint of a run, on any mesh. InputError if there is none.
 
-    Says which arrays are not finite, where some are not.
+    Warns of arrays that are not finite.
     """
     if not (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
@@ -312,7 +314,7 @@ def restore(c: Config, workdir: epath.Path, mesh: Mesh, say: Callable[[str], Non
 def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Scores `evaluate.split` with the newest checkpoint; prints a line and, for programs, a row of JSON.
 
-    The row is written to `workdir/evaluations/` too, with all that is needed to repeat it.
+    The row is also written to `workdir/evaluations/`, with all that is needed to repeat it.
     """
     corpus = open_corpus(c.data)
     check_vocabulary(corpus, c.model)
@@ -326,14 +328,14 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         check_same_vocabulary(corpus, restored)
         weights = restored.state.weights
         so_far = metrics.Progress("evaluating", "batches")
-        found, table = scorer(c, corpus, mesh)(
+        scores, table = scorer(c, corpus, mesh)(
             weights,
             lambda done, of: console.progress(so_far.line(done, of), brief=True),
         )
-        row = {"step": restored.step, "split": c.evaluate.split, **found}
+        row = {"step": restored.step, "split": c.evaluate.split, **scores}
         if table:
             console.say(show(table))
-        console.say(line(c.evaluate.split, found, corpus))
+        console.say(line(c.evaluate.split, scores, corpus))
         console.say(records.to_json(row))
         if processes.is_main:
             data = {

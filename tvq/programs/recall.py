@@ -1,8 +1,8 @@
-"""The recall probe: multi-query associative recall (Arora et al. 2023, "Zoology"), made anew from a seed.
+"""The recall probe: multi-query associative recall (Arora et al. 2023, "Zoology"), generated from a seed.
 
-Random tokens in slots: a key and its value; now and then the key of an earlier slot comes again, and the
-model is asked for the value that came with it. Keys differ, and none is asked for twice, so that the one
-place to look is as far back as the table says: in the window of the query's block, or in the cache alone.
+Random tokens in slots: a key and its value; now and then the key of an earlier slot occurs again, and the
+model must give the value that came with it. Keys differ, and none is asked for twice, so the answer stands in
+exactly one place, as far back as the table says: in the window of the query's block, or only in the cache.
 """
 
 import math
@@ -32,14 +32,16 @@ class Probe(NamedTuple):
 
 
 def probe(n_sequence: int, length: int, n_vocab: int, seed: int) -> Probe:
-    """Sequences of at least three slots; half of the later ones are questions, over all distances alike.
+    """Sequences of at least three slots; half of the later ones are questions, with log-uniform distances.
 
-    InputError: the length holds no question.
+    InputError: the length is too short for a question, or the vocabulary too small.
     """
     n_text = n_vocab - FIRST
     if n_text < 2:
-        raise InputError(f"config.model.n_vocab {n_vocab} leaves {n_text} ids for keys and values, not two")
-    # Keys so long that of sixteen possible ones at most one is used.
+        raise InputError(
+            f"config.model.n_vocab {n_vocab} leaves {n_text} ids for keys and values; it takes two"
+        )
+    # Keys so long that at most one in sixteen possible keys is used.
     n_key = next(n for n in range(1, 64) if n_text**n >= 16 * length)
     slot = n_key + 1
     n_slot = length // slot
@@ -60,7 +62,7 @@ def probe(n_sequence: int, length: int, n_vocab: int, seed: int) -> Probe:
                 shown = 1 + (j - back) * slot
                 tokens[start : start + slot] = tokens[shown : shown + slot]
                 unasked[j - back] = False
-                # The last token of the key stands before the value, whose place it looks for.
+                # The value is predicted at the last token of the key, one before it.
                 distance[start + n_key - 1] = back * slot - 1
             else:
                 tokens[start : start + n_key] = FIRST + next(keys)
@@ -84,7 +86,7 @@ def in_window(distance_BT: np.ndarray, block_len: int, mem_len: int) -> np.ndarr
 def answers(nats_BT: np.ndarray, distance_BT: np.ndarray, window_BT: np.ndarray) -> list[dict[str, Any]]:
     """Questions and answers by where the answer stands: in the window, in the cache, and by distance.
 
-    An answer counts as recalled that is given more than half of the probability.
+    An answer counts as recalled if it gets more than half of the probability.
     """
     asked = distance_BT > 0
     power = np.frexp(distance_BT)[1]
@@ -92,17 +94,17 @@ def answers(nats_BT: np.ndarray, distance_BT: np.ndarray, window_BT: np.ndarray)
         ({"where": "window"}, asked & window_BT), ({"where": "cache"}, asked & ~window_BT),
     ]  # fmt: skip
     groups += [({"from": 1 << i >> 1, "to": (1 << i) - 1}, asked & (power == i)) for i in range(1, DISTANCES)]
-    found = []
+    table = []
     for name, chosen in groups:
         if chosen.any():
             nats = nats_BT[chosen].astype(np.float64)
             numbers = {"recalled": float(np.mean(nats < math.log(2))), "loss": float(nats.mean())}
-            found.append(name | numbers | {"n_question": int(chosen.sum())})
-    return found
+            table.append(name | numbers | {"n_question": int(chosen.sum())})
+    return table
 
 
 def show(table: list[dict[str, Any]], chance: float) -> str:
-    """The table for the eye; `chance` is the loss of a model that recalls nothing."""
+    """The table, readable; `chance` is the loss of a model that recalls nothing."""
     lines = [f"{'tokens back':>20}  {'recalled':>8}  {'loss':>7}  {'questions':>9}"]
     for row in table:
         where = row.get("where") or f"{row['from']:,} to {row['to']:,}"
@@ -128,16 +130,16 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
         restored = evaluate.restore(c, workdir, mesh, console.say)
         now = restored.state
         empty, read = evaluate.make_carried(c.model, mesh, c.mesh.shard_params)
-        state, found, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
+        state, nats, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
         for start in range(0, length, piece):
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])
             inputs_BT, targets_BT = cut(made.inputs_BT), cut(made.targets_BT)
             batch = {"inputs": inputs_BT, "targets": targets_BT, "loss_mask": np.ones_like(inputs_BT)}
             nats_BT, state = read(now.weights, sharding.global_batch(mesh, batch, n_row), state)
-            found.append(np.asarray(nats_BT))
+            nats.append(np.asarray(nats_BT))
             console.progress(so_far.line(start + piece, length), brief=True)
         window_BT = in_window(made.distance_BT, c.model.block_len, c.model.mem_len)
-        table = answers(np.concatenate(found, 1), made.distance_BT, window_BT)
+        table = answers(np.concatenate(nats, 1), made.distance_BT, window_BT)
         row = {"step": restored.step, "split": "recall", "length": length, "answers": table}
         console.say(show(table, math.log(c.model.n_vocab - FIRST)))
         console.say(records.to_json(row))

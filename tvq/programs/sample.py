@@ -82,7 +82,7 @@ def check_decodes(c: Config) -> None:
 def drawing(c: Config) -> dict[str, Any]:
     """The options of `draw.chunks`, of texts."""
     return {
-        "model": lm.suited(c.model, jax.devices()[0].platform),
+        "model": lm.for_platform(c.model, jax.devices()[0].platform),
         "length": c.sample.length,
         "temperature": c.sample.temperature,
         "p_nucleus": c.sample.nucleus,

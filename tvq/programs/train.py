@@ -36,7 +36,7 @@ WATCHED = {
 
 
 class StopAskedError(Exception):
-    """An evaluation or a sample was given up, at the same point in all processes: a stop was asked for."""
+    """A stop was requested, so an evaluation or a sample ended early, at the same point in all processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Run:
 
 
 def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Trains until `train.steps`, going on from the newest checkpoint in `workdir`; returns the exit code.
+    """Trains until `train.steps`, resuming from the newest checkpoint in `workdir`; returns the exit code.
 
     InputError: the input is wrong; nothing has been written then. DivergedError: the loss is not a number;
     the last good checkpoint is kept.
@@ -92,7 +92,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         n_token = c.train.global_batch_size * c.train.update_len
         clock = metrics.Clock(n_token, describe.roof(c, mesh), began)
         now, step = resume(c, corpus, placed, tx, checkpoints, clock, console.say)
-        # Process 0 wrote the config before the restore: who does not see it has another folder of that name.
+        # Process 0 wrote the config before the restore: one that does not see it has another folder.
         shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
         rows = home = None
@@ -101,7 +101,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), console.say)
             stack.callback(rows.close)
             clock.repeat(rows.dropped)
-        stack.enter_context(console)  # here: its live line ends before the rows do, which may print too
+        stack.enter_context(console)  # last: its live line ends before the records close, which may print
         # The stop that made this checkpoint may have left out the evaluation and the sample of its step.
         missed = processes.gather("missed", sorted(due(c, step) - rows.done if rows is not None else ()))[0]
         looks = Looks(mesh, now.weights, c.model.c_gamma, workdir, step, console.say)
@@ -113,28 +113,28 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             try:
                 now, stopped = loop(run, now, step, compile_step(run, now, tx), sequences, missed)
             except DivergedError as error:
-                raise DivergedError(f"{error}; {way_out(run)}") from error
+                raise DivergedError(f"{error}; {remedies(run)}") from error
             finish(run, int(now.step), stopped)
         else:
             stopped = False
-            console.say(f"step {step} of config.train.steps {c.train.steps} is done; raise it to go on")
+            console.say(f"step {step} of config.train.steps {c.train.steps} is done; raise it to continue")
     processes.finish()
     return cluster.EXIT_STOPPED if stopped else 0
 
 
 def open_data(c: Config) -> tuple[AnyCorpus, Sequences]:
-    """What to train on. InputError: what else would be found once there is a run, or after hours."""
+    """What to train on. InputError: faults that would otherwise show only later, even after hours."""
     corpus = open_corpus(c.data)
     evaluate.check_vocabulary(corpus, c.model)
     sequences = Sequences(corpus, "train", c.train.sequence_len)
-    sequences[0]  # tokens of another vocabulary
+    sequences[0]  # fails on tokens of another vocabulary
     if c.evaluate.every:
-        if c.evaluate.split == "train":  # its rows would count as those of the updates
+        if c.evaluate.split == "train":  # its rows would be taken for those of the updates
             raise InputError(
                 "config.evaluate.split=train is for tvq eval; train with validation or test, or with"
                 " config.evaluate.every=0"
             )
-        corpus.info(c.evaluate.split)  # an empty split
+        corpus.info(c.evaluate.split)  # fails on an empty split
     return corpus, sequences
 
 
@@ -147,7 +147,7 @@ def resume(
     clock: metrics.Clock,
     say: Callable[[str], None],
 ) -> tuple[TrainState, int]:
-    """State and step of the newest whole checkpoint, of a new run where there is none; the clock goes on.
+    """State and step of the newest whole checkpoint, or of a new run if there is none; the clock continues.
 
     `placed` says how it lies on the mesh. The data position needs no restoring: batch t is a function of
     (seed, t).
@@ -185,7 +185,9 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
     run.console.progress("training", brief=True)
     updates = config.traced_updates(run.config.profile)
     if updates and run.processes.is_main:
-        folder = cluster.local_folder(str(run.workdir)) / "profile"  # object stores take no trace
+        folder = (
+            cluster.local_folder(str(run.workdir)) / "profile"
+        )  # traces cannot be written to object stores
         n_update = c.sequence_len // c.update_len
         return trace.Traced(update, int(now.step), n_update, updates, folder, run.console.say)
     return update
@@ -194,9 +196,9 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
 def loop(
     run: Run, now: TrainState, step: int, update: Callable, sequences: Sequences, missed: Collection[str]
 ) -> tuple[TrainState, bool]:
-    """Updates until the last step, or until a stop is asked for: (state, stopped). Either way it is saved.
+    """Updates until the last step or until a stop is requested: (state, stopped). Either way it is saved.
 
-    `missed` of what is due at `step` comes first.
+    What was `missed` of what is due at `step` comes first.
     """
     c = run.config
     n_update = c.train.sequence_len // c.train.update_len
@@ -210,7 +212,7 @@ def loop(
         rows=sharding.local_rows(run.mesh, c.train.global_batch_size),
         workers=c.data.workers,
     )
-    unread: list[tuple[int, dict]] = []  # (step, metrics on the device), since they were last looked at
+    unread: list[tuple[int, dict]] = []  # (step, metrics on the device) that have not been read yet
     with contextlib.closing(batches):
         stopped = not take_stock(run, score, draw, now, step, missed)
         run.clock.start(step)
@@ -231,7 +233,7 @@ def loop(
             if is_logged:
                 log_metrics(run, step, unread)
             if due(c, step) and not stopped:
-                read_metrics(unread)  # what is under way counts as steps
+                read_metrics(unread)  # the time of updates under way counts as steps
                 stopped = not take_stock(run, score, draw, now, step, due(c, step))
             if last or stopped or is_due(c.checkpoint.every, step, n_update):
                 read_metrics(unread)  # a state that is not a number is never saved
@@ -256,7 +258,7 @@ def next_batch(
 
 
 def save(run: Run, now: TrainState, step: int) -> None:
-    """Begins to save: written in the background."""
+    """Starts saving; the files are written in the background."""
     run.watchdog.beat("save", step)
     look_for_workdir(run)
     data = {
@@ -269,22 +271,22 @@ def save(run: Run, now: TrainState, step: int) -> None:
     with run.clock.spending("save"):
         try:
             run.checkpoints.save(step, now, data, config.to_dict(run.config))
-        except (SaveError, ValueError):  # Orbax has several words for what is not there
+        except (SaveError, ValueError):  # Orbax raises several errors for a missing folder
             look_for_workdir(run)
             if run.home is None or not run.home.is_lost:
                 raise
-            # The save before went with the folder, which is there again.
+            # The previous save was lost with the folder, which has been made again.
             run.checkpoints.save(step, now, data, config.to_dict(run.config))
 
 
 def look_for_workdir(run: Run) -> None:
-    """Asks for a stop if somebody has moved or removed it: what follows would be torn from its record."""
+    """Requests a stop if the workdir was moved or removed: later results would be split from its record."""
     if run.home is not None and run.home.look():
         run.processes.ask_to_stop()
 
 
 def due(c: Config, step: int) -> set[str]:
-    """What belongs to a step: the split to evaluate, and samples."""
+    """What is due at a step: the split to evaluate, samples, or both."""
     n_update = c.train.sequence_len // c.train.update_len
     every = {
         c.evaluate.split: c.evaluate.every,
@@ -301,26 +303,26 @@ def is_due(every: int, step: int, n_update: int) -> bool:
 
 def read_metrics(unread: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
     """The metrics of the last step, on the host. DivergedError names the first step that went wrong."""
-    found = jax.device_get(unread)
-    for step, numbers in found:
+    rows = jax.device_get(unread)
+    for step, numbers in rows:
         for name, what in WATCHED.items():
             if not np.isfinite(numbers[name]):
                 raise DivergedError(f"the {what} is {numbers[name]} at step {step}")
     del unread[:-1]
-    return found[-1][1]
+    return rows[-1][1]
 
 
-def way_out(run: Run) -> str:
-    """What to do about a run that diverged: it is repeatable, so the same command would diverge again."""
+def remedies(run: Run) -> str:
+    """How to fix a run that diverged: runs repeat, so the same command would diverge again."""
     remedy = "lower config.optimizer.lr_max or config.optimizer.grad_clip"
     if not run.config.optimizer.grad_clip:
         remedy = "lower config.optimizer.lr_max or clip, with config.optimizer.grad_clip"
     saved = run.checkpoints.steps()
     if not saved:
-        return f"there is no checkpoint yet: {remedy} and start in another workdir"
+        return f"there is no checkpoint yet: {remedy}, and start in another workdir"
     return (
         f"checkpoint {saved[-1]} is from before that: {remedy}, in another workdir or,"
-        f" to go on from there, in {run.workdir / config.FILE} too"
+        f" to resume from there, in {run.workdir / config.FILE} too"
     )
 
 
@@ -339,7 +341,7 @@ def log_metrics(run: Run, step: int, unread: list[tuple[int, dict]]) -> None:
 def take_stock(
     run: Run, score: Callable, draw: Callable, now: TrainState, step: int, wanted: Collection[str]
 ) -> bool:
-    """A row for the whole split of config.evaluate, and a sample. False: a stop was asked for before."""
+    """A row for the whole split of config.evaluate, and a sample. False: a stop was requested first."""
     c = run.config
 
     def tell(kind: str, line: str) -> None:
@@ -359,19 +361,19 @@ def take_stock(
         if records.SAMPLES in wanted:
             run.watchdog.beat("sample", step, c.cluster.compile_timeout)
             with run.clock.spending("sample"):
-                found = draw(now.weights, lambda line: tell("sample", line))
+                drawn = draw(now.weights, lambda line: tell("sample", line))
             if run.records is not None:
-                run.records.show(step, found)
-            run.console.say(f"step {step:,}: {sample.line(found, run.workdir / records.SAMPLES)}")
+                run.records.show(step, drawn)
+            run.console.say(f"step {step:,}: {sample.line(drawn, run.workdir / records.SAMPLES)}")
     except StopAskedError:
         return False
     return True
 
 
 def finish(run: Run, step: int, stopped: bool) -> None:
-    """The last words: where the time went, and how to go on.
+    """Reports where the time went, and how to resume.
 
-    InputError: it was stopped because somebody moved the workdir, and goes on there.
+    InputError: the run stopped because its workdir was moved; the message says how to resume there.
     """
     run.console.say(describe.spent(run.clock.spent))
     fate, is_here = "", True
@@ -385,4 +387,4 @@ def finish(run: Run, step: int, stopped: bool) -> None:
     if fate:
         run.console.say(fate)
     if stopped:
-        run.console.say(f"stopped and saved at step {step}; the same command goes on")
+        run.console.say(f"stopped and saved at step {step}; the same command resumes the run")

@@ -16,14 +16,14 @@ def over_parts(
 ) -> tuple:
     """`(sums, state)` of `read(*parts, state)` for all sequences, of which it reads an n-th at a time.
 
-    `parts` are trees of arrays `[B,...]`; `dims` are the letters of the state's. Parts are added one by one,
-    or in pairs, as `sums.in_pairs` goes on over devices.
+    `parts` are trees of arrays `[B,...]`; `dims` are the letters of the state's. Parts are added one by
+    one, or in pairs, which `sums.in_pairs` continues over devices.
     """
     if n == 1:
         return read(*parts, state)
     cut = lambda x, dim: jnp.moveaxis(x.reshape(*x.shape[:dim], n, -1, *x.shape[dim + 1 :]), dim, 0)
     join = lambda x, dim: jnp.moveaxis(x, 0, dim).reshape(*x.shape[1 : dim + 1], -1, *x.shape[dim + 2 :])
-    # What all sequences share is read with each part, and is the same after each.
+    # What all sequences share is given to each part, and is the same after each.
     states = jax.tree.map(
         lambda letters, x: cut(x, letters.index("B")) if "B" in letters else jnp.stack([x] * n), dims, state
     )
@@ -53,5 +53,5 @@ def pairs(read: Callable, parts: tuple, n: int) -> tuple:
     n_outer = 2 if n % 2 == 0 else n
     parts = jax.tree.map(lambda x: x.reshape(n_outer, -1, *x.shape[1:]), parts)
     each, states = lax.map(lambda part: pairs(read, part, n // n_outer), parts)
-    # Added outside of the loop: in it a product may be fused with the sum, which then is rounded once.
+    # Added outside the loop: inside, a product may be fused with the sum, and then rounds only once.
     return jax.tree.map(lambda x: x.sum(0), each), jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), states)

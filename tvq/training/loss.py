@@ -1,4 +1,4 @@
-"""The loss of each token (SPEC.md "Losses of one update")."""
+"""The loss of each token."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from tvq import dims
 from tvq import model as lm
 from tvq.config import Model
 
-# Tokens whose logits are held at once, or a block of each sequence if that is more: no product is too small.
+# Tokens whose logits are held at once, or a block of each sequence if that is more: small products are slow.
 N_TOKEN = 2048
 
 
@@ -15,7 +15,7 @@ N_TOKEN = 2048
 def token_nll(
     weights: lm.Weights, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, config: Model
 ) -> jax.Array:
-    """Nats `[B,T]` of each target after the last hidden x; 0 where masked.
+    """Nats `[B,T]` of each target given the last hidden states x; 0 where masked.
 
     A few blocks of tokens at a time, computed again in the backward pass: log-probabilities `[B,T,C]` are
     never held.

@@ -1,4 +1,4 @@
-"""The optax chain of SPEC.md "Optimizer": clip, optimizer at the peak rate, schedule, weight decay."""
+"""The optimizer, an optax chain: clip, optimizer at the peak rate, schedule, weight decay."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from tvq.config import Model, Optimizer
 def schedule(config: Optimizer) -> optax.Schedule:
     """The factor on `lr_max` after a number of updates: linear warm-up from 0, then decay.
 
-    cosine and linear end at 0.1 and stay there; inv_sqrt is sqrt(n_warmup_step / updates), without end.
+    cosine and linear end at 0.1 and stay there; inv_sqrt is sqrt(n_warmup_step / updates), with no floor.
     """
     warmup, rest = config.n_warmup_step, config.n_max_step - config.n_warmup_step
     decays = {
@@ -28,7 +28,7 @@ def schedule(config: Optimizer) -> optax.Schedule:
 
 
 def make(config: Optimizer, model: Model) -> optax.GradientTransformation:
-    """Updates of the parameters of a model; its other weights have `lm.learn` instead."""
+    """The optimizer of a model's parameters; its other weights are updated by `lm.learn`."""
     optimizers = {
         "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-9),
         "lion": lambda: optax.scale_by_lion(b1=0.95, b2=0.98, mu_dtype=jnp.bfloat16),
@@ -47,9 +47,9 @@ def make(config: Optimizer, model: Model) -> optax.GradientTransformation:
 
 
 def named(**chain: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformations one after another; the state is a dict of theirs, of those that have one.
+    """The transformations one after another; the state is a dict of the states of those that have one.
 
-    So an array has the same name in a checkpoint whatever stands beside its transformation.
+    So an array has the same name in a checkpoint whatever else is in the chain.
     """
 
     def init(params: Any) -> dict:
@@ -67,7 +67,7 @@ def named(**chain: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def adafactor(rate: float) -> optax.GradientTransformation:
-    """`optax.adafactor`, with its one state by name."""
+    """`optax.adafactor`, with its single state named."""
     return named(
         factored=optax.scale_by_factored_rms(),
         clip=optax.clip_by_block_rms(1.0),
@@ -84,7 +84,7 @@ def decayed(params: Any, model: Model) -> Any:
 
 
 def dims(model: Model) -> dict[str, tuple[str, ...]]:
-    """The dims of all arrays of a model, by path; and of those that Adafactor sees joined."""
+    """The dims of all arrays of a model, by path, and of those that Adafactor sees joined."""
     declared = lm.named(model)
     joint = {
         f"{folder}/{name}": (*declared[f"{folder}/{parts[0]}"].dims[:-1], "X")
@@ -106,10 +106,10 @@ def joints(model: Model, folder: str) -> dict[str, tuple[str, ...]]:
 
 
 def each_unit(tx: optax.GradientTransformation, model: Model) -> optax.GradientTransformation:
-    """`tx` applied to each gated unit by itself, where it would see the whole stack as one array.
+    """`tx` applied to each gated unit by itself, which would otherwise see the whole stack as one array.
 
-    Adafactor scales by the root mean square of an array: of a unit's parameter, not of all 2 n_layer. Keys,
-    values and gates of a unit are one array to it, as in the original.
+    Adafactor scales by the root mean square of an array: here that of one unit's parameter, not of all
+    2 n_layer. Keys, values and gates of a unit are one array to it, as in the original.
     """
 
     def split(tree: dict) -> tuple[dict, dict]:
@@ -132,7 +132,7 @@ def each_unit(tx: optax.GradientTransformation, model: Model) -> optax.GradientT
 
 
 def joined(units: dict, joints: dict[str, tuple[str, ...]]) -> dict:
-    """The parameters with those that are joint, where there are such, side by side as one."""
+    """The parameters, with joint ones concatenated into one array."""
     for name, parts in joints.items():
         if set(parts) <= set(units):
             whole = jnp.concatenate([units[part] for part in parts], -1)

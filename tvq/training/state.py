@@ -26,7 +26,7 @@ OPTIONAL = frozenset({"weights.extra.codebooks.idle"})
 
 
 class Evaluated(NamedTuple):
-    """What evaluates and draws: the part of a TrainState without what trains it."""
+    """What evaluation and sampling need: a TrainState without what only training uses."""
 
     weights: lm.Weights
 
@@ -58,19 +58,19 @@ def place_weights(config: Config, mesh: Mesh) -> Evaluated:
 
 
 def specs(like: Any, config: Model, axes: sharding.Axes) -> Any:
-    """How each array of a state, or of weights, lies on the mesh: moments as their parameters."""
+    """How each array of a state, or of weights, lies on the mesh: moments like their parameters."""
     declared = optimizer.dims(config)
 
     def spec(path: tuple, x: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
-        # A moment stands under its parameter's names, with fields and numbers of the optimizer's between.
+        # The path of a moment holds its parameter's names, with fields and indices of the optimizer between.
         names = [entry.key for entry in path if isinstance(entry, DictKey)]
         ends = ("/".join([path[0].name, *names][i:]) for i in range(len(names) + 1))
         dims = next((declared[end] for end in ends if end in declared), ())
         fields = {entry.name for entry in path if isinstance(entry, GetAttrKey)}
-        if fields & {"v_row", "v_col"}:  # Adafactor keeps means of rows and of columns,
+        if fields & {"v_row", "v_col"}:  # Adafactor keeps means of rows and columns,
             wide = dims and x.shape[-1] == config.d_model
             dims = ("X",) * (x.ndim - 1) + ("D",) if wide else ()
-        elif len(dims) != x.ndim:  # and then nothing for the array itself
+        elif len(dims) != x.ndim:  # and nothing for the array itself
             dims = ()
         return sharding.spec(dims, axes)
 
@@ -78,5 +78,5 @@ def specs(like: Any, config: Model, axes: sharding.Axes) -> Any:
 
 
 def n_param(state: TrainState | Evaluated) -> int:
-    """Parameters, and other weights that are no whole numbers."""
+    """The number of parameters and other floating-point weights."""
     return sum(x.size for x in jax.tree.leaves(state.weights) if jnp.issubdtype(x.dtype, jnp.floating))

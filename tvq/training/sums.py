@@ -10,9 +10,9 @@ from tvq import sharding
 
 
 def total(tree: Any, specs: Any, axes: tuple[str, ...], fixed_order: bool = False) -> Any:
-    """Inside `shard_map`, arrays summed over those of the axes that do not cut them, in few reductions.
+    """Inside `shard_map`, each array summed over those axes that do not cut it, in few reductions.
 
-    In a fixed order: `in_pairs`.
+    With `fixed_order`, by `in_pairs`.
     """
     leaves, structure = jax.tree.flatten(tree)
     cut_by = [set(jax.tree.leaves(tuple(spec))) for spec in jax.tree.leaves(specs)]
@@ -26,7 +26,7 @@ def total(tree: Any, specs: Any, axes: tuple[str, ...], fixed_order: bool = Fals
 
 
 def _total(arrays: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
-    """Sums. Over several replicas, the slow network carries to each device but its part of them."""
+    """Sums. Over several replicas, the slow network carries to each device only its part of them."""
     if not set(sharding.DATA_AXES) <= set(axes) or lax.axis_size("replica") == 1:
         return lax.psum(arrays, axes)
     n_part = lax.axis_size("devices")
@@ -40,8 +40,8 @@ def _total(arrays: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
 def in_pairs(tree: Any, axes: tuple[str, ...]) -> Any:
     """Inside `shard_map`, arrays summed over the axes: two neighbours, two such sums, and so on.
 
-    For powers of two: an odd number is added up one by one. A device adds a part of each array, and sends as
-    many bytes as for a sum in any order.
+    For powers of two; an odd number of terms is added one by one. A device adds up a part of each array, and
+    sends as many bytes as for a sum in any order.
     """
     n_part = lax.axis_size(axes)
 

@@ -2,7 +2,7 @@
 
 Attention state passes from piece to piece without gradient (truncated backpropagation through time) and
 starts empty. Loss and gradient are computed in `shard_map`, each device on its own sequences, and reduced
-explicitly; the optimizer works outside of it on whole arrays.
+explicitly; the optimizer works outside it, on whole arrays.
 """
 
 import math
@@ -33,7 +33,7 @@ def loss_fn(
     """The loss of one update on `batch` arrays `[B,U]`, and (next state, statistics, metrics).
 
     With a segment_len, which divides U, the tokens are read in segments of it, and the backward pass keeps
-    but the state between them: the same gradient through U tokens in the memory of one segment.
+    only the state between them: the same gradient through U tokens in the memory of one segment.
     """
     weights = lm.gather(lm.Weights(params, extra), config, axes)
 
@@ -44,7 +44,7 @@ def loss_fn(
         )
         nll_BT = loss.token_nll(weights, x_BTD, batch["targets"], mask_BT, config)
         metrics |= {
-            # Masked positions count in the denominator; the mean of the mask is there to undo that.
+            # Masked positions count in the denominator; the mean of the mask lets one undo that.
             "loss_lm_per_token_unscaled": nll_BT.mean(),
             "loss_mask_per_token": mask_BT.mean(dtype=nll_BT.dtype),
         }
@@ -71,7 +71,7 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
 
     The metrics are means over updates; "probe" is that of the last, for `lm.snapshot`.
     """
-    model = lm.suited(config.model, sharding.platform(mesh))
+    model = lm.for_platform(config.model, sharding.platform(mesh))
     n_update = config.train.sequence_len // config.train.update_len
     schedule = optimizer.schedule(config.optimizer)
     axes = sharding.axes(mesh, model, config.mesh.shard_params)
@@ -126,7 +126,7 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
             probe_X2=lm.draw_probe(ephemeral, n_sequence, n_token).at[:, 1].add(read.position),
         )
         grads, stats, metrics, read = sharded_gradient(
-            state.weights, sharding.dealt(mesh, piece, segment_len), read, draws
+            state.weights, sharding.split_over_sequence(mesh, piece, segment_len), read, draws
         )
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.weights.params)

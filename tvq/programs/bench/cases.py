@@ -138,8 +138,8 @@ def agree_with_full(s: Session, name: str, model: Model) -> None:
     sharding.check_platform(s.mesh, model)
     T = model.block_len * (-(-2 * model.mem_len // model.block_len) + 2)
     inputs = lm.core.inputs(model, 1, T)
-    suited = (lm.suited(m, sharding.platform(s.mesh)) for m in (model, formulated(model, "all")))
-    got, want = (jax.jit(lm.core.both_ways(m))(*inputs) for m in suited)
+    models = (lm.for_platform(m, sharding.platform(s.mesh)) for m in (model, formulated(model, "all")))
+    got, want = (jax.jit(lm.core.both_ways(m))(*inputs) for m in models)
     what = f"output and gradients (queries, values) of {name} and vq attention over codewords, T={T},"
     s.agree(but_keys(got), but_keys(want), what)
 
@@ -159,7 +159,7 @@ def prepare_attention(s: Session) -> None:
                 if not go:
                     continue
                 sharding.check_platform(s.mesh, trial.model)
-                model = lm.suited(trial.model, sharding.platform(s.mesh))
+                model = lm.for_platform(trial.model, sharding.platform(s.mesh))
                 inputs = inputs or lm.core.inputs(model, trial.train.global_batch_size, T)
                 program, facts = compiled(jax.jit(lm.core.both_ways(model)), *inputs)
                 got = program(*inputs)
@@ -184,7 +184,7 @@ def prepare_decode(s: Session) -> None:
     c, L = s.config, s.config.model.block_len
     if not c.model.carries_state:
         raise InputError(f"config.model.attention={c.model.attention} cannot decode; use vq")
-    model = lm.suited(c.model, sharding.platform(s.mesh))
+    model = lm.for_platform(c.model, sharding.platform(s.mesh))
     weights = jax.jit(lambda: lm.init(model, jax.random.key(c.train.seed)))()
     contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]
     states, now = {}, lm.start(model, 1)
