@@ -67,7 +67,9 @@ class Looks:
             try:
                 save(self._folder, step, jax.device_get(self._found))
             except OSError as error:
-                self._say(f"codebook health cannot be written ({error}); training goes on without its files")
+                self._say(
+                    f"codebook health cannot be written ({error}); training continues without its files"
+                )
                 self._is_written = False
 
 
