@@ -86,7 +86,7 @@ case $command in
   logs)
     [ -n "${1:-}" ] || die 2 "which job? see $script --help"
     compgen -G "$root/logs/*-$1.out" >/dev/null || die 1 "no log of job $1 in $root/logs yet"
-    trap 'say "left the log; the job goes on"; exit 0' INT
+    trap 'say "left the log; the job continues"; exit 0' INT
     tail -n 100 -F "$root"/logs/*-"$1".out
     ;;
   *) die 2 "submit, stop or logs? see $script --help" ;;

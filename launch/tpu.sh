@@ -224,7 +224,7 @@ setup() {
   rm -r "$(dirname "$archive")"
   # Files of an older commit must not stay; whatever else is there may.
   on_all setup "mkdir -p tvq && cd tvq && { [ ! -x launch/worker.sh ] || launch/worker.sh report | \
-grep -v '^running' || { echo 'a run is going on; stop it first'; exit 1; }; } && \
+grep -v '^running' || { echo 'a run is in progress; stop it first'; exit 1; }; } && \
 { [ ! -e run.files ] || grep -v '/\$' run.files | xargs -d '\\n' rm -f; } && tar -xzvf ../tvq.tgz >run.files && $install" ||
     die 1 "setup failed"
   [ "$dry" = yes ] || say "installed commit $(commit) on all workers"
@@ -254,7 +254,7 @@ status() {
 }
 
 logs() {
-  trap 'say "left the log; the run goes on"; exit 0' INT
+  trap 'say "left the log; the run continues"; exit 0' INT
   on_worker "$worker" "tail -n 100 -F tvq/run.log"
 }
 
@@ -279,7 +279,7 @@ follow() { # until the run has ended (its exit code), worker 0 has lost it (201)
   on_worker 0 "tail -n 20 -F tvq/run.log" 2>/dev/null </dev/null &
   tail_pid=$!
   set +m
-  trap 'kill -- "-$tail_pid" 2>/dev/null; say "left; the run goes on. Again: the same command"; exit 0' INT
+  trap 'kill -- "-$tail_pid" 2>/dev/null; say "left; the run continues. Again: the same command"; exit 0' INT
   while [ -z "$code" ]; do
     sleep "$poll"
     case $(state) in

@@ -33,7 +33,7 @@ case ${1:-} in
   start)
     shift
     if alive; then
-      echo "a run is going on, process $pid; stop it first"
+      echo "a run is in progress, process $pid; stop it first"
       exit 1
     fi
     begin "$@"

@@ -455,12 +455,12 @@ def test_tpu_stop_saves_on_all_workers(cloud: Cloud, tmp_path: Path) -> None:
     wait_for((workdir / "state.json").exists, "no checkpoint")
     again = cloud.tpu("train", *arguments)
     assert again.returncode == 1
-    assert "a run is going on" in again.stderr
+    assert "a run is in progress" in again.stderr
     assert cloud.tpu("setup", *cloud.make).returncode == 1
     assert "worker 1: running" in cloud.tpu("status").stdout
     with cloud.start("logs") as process:
         read_a_line_and_leave(process)
-        assert "the run goes on" in process.communicate(timeout=250)[0]
+        assert "the run continues" in process.communicate(timeout=250)[0]
     stopped = cloud.tpu("stop")
     assert stopped.returncode == 0, stopped.stderr
     assert "worker 0: ended 75" in cloud.tpu("status").stdout

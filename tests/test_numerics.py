@@ -29,7 +29,7 @@ def test_settings_of_jax(setting, value, name, text):
         jax.config.update(setting, getattr(before, "value", before))
     assert {key for key in usual if usual[key] != changed[key]} == {name}
     assert changed[name] == text
-    assert common[f"{name} (set it alike on all processes)"] == text
+    assert common[f"{name} (set it to the same on all processes)"] == text
     assert str(error.value).splitlines() == [
         "checkpoint 7 was saved with other settings of jax, which change the numbers:",
         f"  {name}: {usual[name]} when it was saved, {text} now",

@@ -125,7 +125,7 @@ def test_whether_what_was_printed_arrived(monkeypatch: pytest.MonkeyPatch) -> No
         for stream, code in ((broken, 0), (full, 1)):
             monkeypatch.setattr(sys, "stdout", stream)
             assert words.arrived(0, said.append) == code
-        assert said == ["tvq: standard output: No space left on device; what it was to show is lost"]
+        assert said == ["tvq: standard output: No space left on device; the output is lost"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

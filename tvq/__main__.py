@@ -1,4 +1,4 @@
-"""The door, `tvq COMMAND`: reads the command line, starts the program, sets the exit code."""
+"""The command line, `tvq COMMAND`: reads the options, starts the program, sets the exit code."""
 
 import argparse
 import contextlib
@@ -21,12 +21,12 @@ from tvq.data.corpus import cache_folder
 from tvq.errors import DisagreementError, DivergedError, InputError, SaveError
 from tvq.programs import prepare
 
-# Module and function of the program, which is imported when its command is asked for: to import them all
-# takes longer than many a command.
+# Module and function of each program, which is imported only when its command is given: importing all of them
+# takes longer than many commands do.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": (
         "train.train",
-        "train a model, or go on with the run in --workdir",
+        "train a model, or resume the run in --workdir",
         """
         tvq train --config=configs/debug.py --workdir=runs/debug
         tvq train --config=configs/debug.py --workdir=runs/mesh --cpu_devices=8 --config.mesh.devices=8
@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "recall": (
         "recall.recall",
-        "say how far back a model looks something up",
+        "measure how far back a model can look something up",
         """
         tvq recall --workdir=runs/debug
         tvq recall --workdir=runs/debug --length=65536 --n_sequence=1
@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "import": (
         "interop.bring_in",
-        "begin a run with the weights of another",
+        "start a run from imported weights",
         """
         tvq import --input=checkpoint_125000 --config=configs/enwik8.py --workdir=runs/original
         tvq import --input=weights --workdir=runs/copy
@@ -80,7 +80,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "bench": (
         "bench.bench",
-        "measure speed and memory of programs that are checked to agree",
+        "measure speed and memory of programs, once they are checked to agree",
         """
         tvq bench train --config=configs/debug.py --output=runs/bench --lengths=512,2048,8192
         tvq bench attention --config=configs/debug.py --output=runs/core --formulations=auto,serial,full
@@ -104,14 +104,14 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "plan": (
         "plan.plan",
-        "say what a train step costs on a machine that is not there",
+        "predict what a train step costs, without the machine",
         """
         tvq plan --config=configs/debug.py --topology=v5e:4x4
         tvq plan --config=configs/debug.py --topology=h200:8 --sweep
         """,
     ),
 }
-# It has no config and no run: its options are its own.
+# It has neither config nor run: its options are its own.
 PREPARE = """
 tvq prepare enwik8 --download --input=raw/enwik8.zip --output=data/enwik8
 tvq prepare pg19 --download --input=raw/pg19 --output=data/pg19
@@ -137,21 +137,21 @@ SHORT = {
     "plan": config.Plan,
 }
 SECTION = {"eval": "evaluate", "recall": "recall", "sample": "sample", "bench": "bench", "plan": "plan"}
-QUIET = "plain lines, as where there is no terminal"
-# What a command is asked for besides the config.
+QUIET = "plain lines, as without a terminal"
+# The options of a command that are not in the config.
 OPTIONS = {
     "sample": {
-        "prompts": "file of prompts, one a line or in the field `prompt` of a .jsonl; images to complete",
-        "document": "file that is read once, before each prompt",
-        "save_state": "write what was read of the document to this file",
-        "from_state": "go on from a saved file in the place of its document",
-        "output": "folder for a file a text, or an image",
+        "prompts": "file of prompts, one per line or in the field `prompt` of a .jsonl; images to complete",
+        "document": "file that is read once and put before each prompt",
+        "save_state": "save what the model keeps of the document to this file",
+        "from_state": "start from a saved file instead of its document",
+        "output": "folder for one file per text or image",
     },
     "import": {"input": "checkpoint of the original program (msgpack), or folder of tvq export"},
     "export": {"output": "folder for the weights"},
 }
-FLAGS = {"sample": {"stream": "write to the terminal as it is drawn"}}
-# No operation whose order of summation may change, and no choice of kernels by timing them.
+FLAGS = {"sample": {"stream": "write to the terminal while sampling"}}
+# Forbids operations whose order of summation may change, and choosing kernels by timing them.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -164,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     for name, (_, what, examples) in COMMANDS.items():
         command = _add(commands, name, what, examples)
         command.epilog = (
-            f"{command.epilog}\n\nevery field of the config can be set; here at its default:\n{fields}"
+            f"{command.epilog}\n\nevery field of the config can be set; these are the defaults:\n{fields}"
         )
         if name == "bench":
             command.add_argument("kind", choices=schema.BENCHES, help="what to measure")
@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
                 "--cpu_devices",
                 type=int,
                 metavar="N",
-                help="use N CPU devices, whatever accelerator there is",
+                help="use N CPU devices, even if there is an accelerator",
             )
         for option, meaning in OPTIONS.get(name, {}).items():
             needed = name != "sample"
@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{option}", action="store_true", help=meaning)
         for field in short(name):
             if (name, field.name) == ("bench", "kind"):
-                continue  # it has no dashes, above
+                continue  # a positional argument, added above
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type is bool else {}
             doc = f"{field.metadata['doc']} (config.{SECTION[name]}.{field.name})".replace("%", "%%")
             command.add_argument(f"--{field.name}", metavar="VALUE", help=doc, dest=field.name, **switch)
@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def short(command: str) -> list[dataclasses.Field]:
-    """The fields that have a short form: those of its section, but for when `tvq train` does the same."""
+    """The fields with a short form: those of the command's section, except how often `tvq train` does it."""
     return [f for f in dataclasses.fields(SHORT[command]) if f.name != "every"] if command in SHORT else []
 
 
@@ -228,7 +228,7 @@ def _add_config(commands: Any) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    command = _add(commands, "report", "draw one run, or several beside each other, on an HTML page", REPORT)
+    command = _add(commands, "report", "draw one run, or several side by side, on an HTML page", REPORT)
     command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
     command.add_argument("more", nargs="*", metavar="DIR", help="folders of other runs")
     command.add_argument("--output", default="", metavar="DIR", help="default: WORKDIR/report")
@@ -250,11 +250,11 @@ def _add_prepare(commands: Any) -> None:
 
 
 def refuse(more: Sequence[str], arguments: argparse.Namespace) -> None:
-    """InputError: there are options that the command does not have."""
+    """InputError if there are options that the command does not have."""
     for text in more:
         close = difflib.get_close_matches(text.partition("=")[0].strip("-"), vars(arguments), n=1)
         hint = f"did you mean --{close[0]}?" if close else f"see tvq {arguments.command} --help"
-        raise InputError(f"{text} is no option; {hint}")
+        raise InputError(f"{text} is not an option; {hint}")
 
 
 def prepare_options(arguments: argparse.Namespace) -> prepare.Options:
@@ -264,7 +264,7 @@ def prepare_options(arguments: argparse.Namespace) -> prepare.Options:
 
 
 def starting_config(arguments: argparse.Namespace) -> ConfigDict:
-    """The config of the file, or of the run in the workdir, or of the weights that come in."""
+    """The config of the file, of the run in the workdir, or of the imported weights."""
     if arguments.config:
         return config.load(arguments.config)
     if arguments.workdir is None:
@@ -275,15 +275,15 @@ def starting_config(arguments: argparse.Namespace) -> ConfigDict:
         folder = folder.parent  # of the weights
     path = folder / config.FILE
     if is_import and not path.exists():
-        raise InputError(f"--input={arguments.input} has no {config.FILE} with it; give the --config")
+        raise InputError(f"--input={arguments.input} comes without {config.FILE}; give --config")
     if not path.exists():
         raise InputError(f"--workdir={arguments.workdir} holds no run: there is no {path}")
     return config.recorded(path)
 
 
 def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> config.Config:
-    """The starting config with the command line's fields."""
-    found = starting_config(arguments)
+    """The starting config with the fields that the command line sets."""
+    draft = starting_config(arguments)
     for text in overrides:
         name, equals, value = text.removeprefix("--config.").partition("=")
         if not text.startswith("--config.") or not equals:
@@ -292,13 +292,13 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> conf
             hint = (
                 f"did you mean --{close[0]}?" if close else "fields are set as --config.section.field=value"
             )
-            raise InputError(f"{text} is no option; {hint}")
-        config.override(found, name, value)
+            raise InputError(f"{text} is not an option; {hint}")
+        config.override(draft, name, value)
     for field in short(arguments.command):
         value = getattr(arguments, field.name)
         if value is not None:
-            config.override(found, f"{SECTION[arguments.command]}.{field.name}", value)
-    return config.build(found)
+            config.override(draft, f"{SECTION[arguments.command]}.{field.name}", value)
+    return config.build(draft)
 
 
 def program(name: str) -> Callable[..., Any]:
@@ -310,8 +310,8 @@ def program(name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def explained(say: Callable[[str], None]) -> Iterator[None]:
-    """Where an error has a word for the user, that and an exit code end the process, without a traceback."""
-    if signal.getsignal(signal.SIGINT) is end_at_interrupt:  # from now on it is said here
+    """Ends the process with a message and an exit code, without a traceback, at errors meant for the user."""
+    if signal.getsignal(signal.SIGINT) is end_at_interrupt:  # from now on Ctrl-C is handled here
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -340,11 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.begin()
     arguments, overrides = parser().parse_known_args(argv)
     if arguments.command == "train":
-        sys.stdout = words.guarded(sys.stdout)  # nothing but words: the record has all of it
+        sys.stdout = words.guarded(sys.stdout)  # only messages: the record has all results
     with explained(words.tell):
         paths.expand_options(vars(arguments))
         if arguments.quiet:
-            os.environ["TERM"] = "dumb"  # a terminal without escape codes, to this program and all it calls
+            os.environ["TERM"] = "dumb"  # a terminal without escape codes, for this program and its children
         if arguments.command == "prepare":
             refuse(overrides, arguments)
             return prepare.prepare(prepare_options(arguments))
@@ -354,9 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = read_config(arguments, overrides)
         if arguments.command == "config":
             print(config.listing(run, starting_config(arguments)))
-            print(
-                f"\n* set by {arguments.config or arguments.workdir}; > set here; all others at their default"
-            )
+            print(f"\n* set by {arguments.config or arguments.workdir}; > set here; all others are defaults")
             return 0
         if arguments.cpu_devices is not None:
             if arguments.cpu_devices < 1:
@@ -373,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             jax.config.update("jax_enable_x64", True)  # or jax would compute in float32 and only warn
         if arguments.command in ("bench", "profile", "plan"):
-            jax.config.update("jax_enable_compilation_cache", False)  # or no compile time would be true
+            jax.config.update("jax_enable_compilation_cache", False)  # or compile times would be wrong
         elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             # A restart then compiles nothing.
             jax.config.update("jax_compilation_cache_dir", str(cache_folder(run.data) / "compiled"))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: who looks finds the old content or the new."""
+"""Files that are written whole or not at all: a reader sees the old content or the new."""
 
 import contextlib
 import secrets
@@ -9,7 +9,7 @@ from etils import epath
 def write(path: epath.Path, content: bytes | str) -> int:
     """Makes `path`, and its folder, with this content (text as UTF-8); returns its bytes.
 
-    OSError: it cannot be written; then nothing has changed.
+    OSError: it cannot be written, and nothing has changed.
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def write(path: epath.Path, content: bytes | str) -> int:
 
 
 def check(folder: epath.Path) -> None:
-    """Makes the folder if it is not there. OSError: no file can be written in it."""
+    """Makes the folder if it is missing. OSError: no file can be written in it."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = _temporary(folder)
     probe.write_bytes(b"")
@@ -33,5 +33,5 @@ def check(folder: epath.Path) -> None:
 
 
 def _temporary(folder: epath.Path) -> epath.Path:
-    """Hidden, and of a name that no file of a user's has."""
+    """A hidden file, with a name that no user's file has."""
     return folder / f".tvq.{secrets.token_hex(8)}.tmp"

@@ -1,4 +1,4 @@
-"""Ends of a program that it explains in a line, without a traceback; `__main__` has their exit codes."""
+"""Errors that end the program with a message and no traceback; `__main__` has their exit codes."""
 
 
 class InputError(ValueError):

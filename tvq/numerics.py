@@ -23,7 +23,7 @@ DECIDING = (
     "jax_allow_f16_reductions",
     "jax_softmax_custom_jvp",
 )
-# They decide how it is compiled, and with that the rounding. A resumed run may change them, as it may change
+# They decide how it is compiled, and so the rounding. A resumed run may change them, as it may change
 # the machine; within a run all processes must compile the same program.
 COMPILING = (
     "jax_disable_jit",
@@ -43,7 +43,7 @@ UNSET = "not set"
 
 
 def deciding(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """`{name: value}` of what a checkpoint records and a resumed run must repeat; set flags alone."""
+    """`{name: value}` of what a checkpoint records and a resumed run must repeat; only flags that are set."""
     flags = _flags(environment)
     return _settings(DECIDING) | {
         name: value for name, value in flags.items() if name in VARIABLES or DECIDING_FLAGS.search(name)
@@ -51,13 +51,13 @@ def deciding(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def common(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The same of what all processes of a run must agree on; the names are for their message."""
-    found = _settings(DECIDING + COMPILING) | _flags(environment)
-    return {f"{name} (set it alike on all processes)": value for name, value in found.items()}
+    """The same for what all processes of a run must agree on, with names as the error message has them."""
+    settings = _settings(DECIDING + COMPILING) | _flags(environment)
+    return {f"{name} (set it to the same on all processes)": value for name, value in settings.items()}
 
 
 def check(step: int, saved: Mapping[str, str]) -> None:
-    """InputError if a run that is resumed from checkpoint `step` would compute with other settings."""
+    """InputError if a run that resumes from checkpoint `step` would compute with other settings."""
     now = deciding()
     lines = [
         f"  {name}: {saved.get(name, UNSET)} when it was saved, {now.get(name, UNSET)} now"
@@ -73,7 +73,7 @@ def check(step: int, saved: Mapping[str, str]) -> None:
 
 
 def _settings(names: tuple[str, ...]) -> dict[str, str]:
-    """By the names that they have in the environment."""
+    """The settings, by their names in the environment."""
     return {name.upper(): _text(jax.config.values[name]) for name in names if name in jax.config.values}
 
 
@@ -86,13 +86,13 @@ def _text(value: object) -> str:
 
 def _flags(environment: Mapping[str, str]) -> dict[str, str]:
     """`{"XLA_FLAGS --xla_name": "value"}` without those that hosts may differ in, and VARIABLES."""
-    found = {name: environment[name] for name in VARIABLES if name in environment}
+    flags = {name: environment[name] for name in VARIABLES if name in environment}
     for variable in FLAGS:
         text = environment.get(variable, "").strip()
-        if text and not text.startswith("-") and Path(text).is_file():  # XLA takes a file of flags too
+        if text and not text.startswith("-") and Path(text).is_file():  # XLA also accepts a file of flags
             text = Path(text).read_text()
         for flag in text.split():
             name, equals, value = flag.partition("=")
             if not LOCAL_FLAGS.search(name):
-                found[f"{variable} {name}"] = value if equals else "true"
-    return found
+                flags[f"{variable} {name}"] = value if equals else "true"
+    return flags

@@ -17,20 +17,20 @@ OPTIONS |= {"workdir"}
 
 
 def expand(option: str, path: str) -> str:
-    """The path with `~` and `~user` resolved. InputError: nobody knows where that is."""
+    """The path with `~` and `~user` resolved. InputError if that folder is not known."""
     if not path.startswith("~"):
         return path
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
         raise InputError(
             f"{option}={path}: the home folder of {path.partition('/')[0]} is not known here (no HOME, or no"
             f" such user); write the path in full, or ./{path} for a folder of that name"
         )
-    return found
+    return expanded
 
 
 def expand_options(options: dict[str, Any]) -> None:
-    """Resolves `~` in those options of a command that are paths: a shell does not in `--workdir=~/run`."""
+    """Resolves `~` in the options of a command that are paths: a shell does not in `--workdir=~/run`."""
     for name in OPTIONS & options.keys():
         value = options[name]
         if isinstance(value, list):
@@ -40,22 +40,22 @@ def expand_options(options: dict[str, Any]) -> None:
 
 
 def size(path: epath.Path) -> int:
-    """The bytes of a file. epath's own `stat` fails where the owner of a local one has no name."""
+    """The bytes of a file. epath's own `stat` fails on a local file whose owner has no name."""
     return int(path.stat().length) if "://" in str(path) else os.stat(path).st_size
 
 
 def cache_folder() -> Path:
-    """tvq's folder in the user's cache; one below the temporary folder where the user has none, and says so.
+    """tvq's folder in the user's cache; if there is none, one in the temporary folder, with a message.
 
-    A user id without a home, as in `docker run --user`, has no HOME, or one that it cannot write.
+    A user without a home, as in `docker run --user`, has no HOME, or one that cannot be written.
     """
     try:
         return _writable(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tvq"))
-    except RuntimeError:  # neither HOME nor an entry in the list of users
+    except RuntimeError:  # no HOME and no entry in /etc/passwd
         return _writable(None)
 
 
-@functools.cache  # says it once
+@functools.cache  # so that the message is printed once
 def _writable(folder: Path | None) -> Path:
     trouble = "there is no HOME"
     if folder is not None:
@@ -77,7 +77,7 @@ def _writable(folder: Path | None) -> Path:
 
 
 def _temporary() -> Path:
-    """A folder of this user's alone, the same at each start: nobody else may leave programs there."""
+    """A folder of this user alone, the same at each start: nobody else may put programs there."""
     folder = Path(tempfile.gettempdir(), f"tvq-cache-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Words for people, on the terminal and in logs. Writing them never fails: no run ends for want of one.
+"""Messages on the terminal and in logs. Writing them never fails: no run ends because of a message.
 
 A pipe without a reader, a full disk, a terminal that is gone or closed: what cannot be written is dropped,
-and the next words are tried again. What a command was asked to print is more than words: `failed`
-tells whether it arrived.
+and the next message is tried again. What a command was asked to print is more than a message: `failed`
+tells whether it was written.
 """
 
 import atexit
@@ -21,11 +21,11 @@ class Words(io.TextIOBase):
     """A stream of text over another one, or over None where there is none. Its methods raise nothing.
 
     It has no buffer of its own, so that nothing is left over to fail at exit, and a signal handler may use it
-    in the midst of another write.
+    in the middle of another write.
     """
 
     def __init__(self, stream: IO[Any] | None, patience: float | None):
-        """`patience`: seconds to wait for a reader, None for ever. Then words are dropped until it reads."""
+        """`patience`: seconds to wait for a reader (None: forever); then words are dropped until it reads."""
         self._stream, self._patience = stream, patience
         self._is_stuck = False
         try:
@@ -43,7 +43,7 @@ class Words(io.TextIOBase):
         return len(text)
 
     def write_now(self, text: str) -> None:
-        """Past what the stream itself may hold: for a signal handler, which may interrupt its flush."""
+        """Writes without flushing the stream first: for a signal handler, which may interrupt a flush."""
         try:
             if self._fd is not None:
                 self._put(self._fd, text.encode(self.encoding, "replace"))
@@ -57,7 +57,7 @@ class Words(io.TextIOBase):
 
     def _put(self, fd: int, data: bytes) -> None:
         while data and self._is_ready(fd):
-            data = data[os.write(fd, data[: select.PIPE_BUF]) :]  # more might wait, though it is ready
+            data = data[os.write(fd, data[: select.PIPE_BUF]) :]  # more might block, although it is ready
 
     def _is_ready(self, fd: int) -> bool:
         if self._patience is None:
@@ -68,7 +68,7 @@ class Words(io.TextIOBase):
         return not self._is_stuck
 
     def flush(self) -> None:
-        """What was written to the stream itself, before."""
+        """Flushes what was written to the stream itself before."""
         try:
             if self._stream is not None:
                 self._stream.flush()
@@ -92,7 +92,7 @@ class Words(io.TextIOBase):
         return True
 
     def close(self) -> None:
-        """Closes the stream, which may be the moment at which a disk refuses what it took."""
+        """Closes the stream; a full disk may report its error only then."""
         try:
             if self._stream is not None:
                 self._stream.close()
@@ -100,21 +100,21 @@ class Words(io.TextIOBase):
             _FAILED[-1 if self._fd is None else self._fd] = error
 
     def __del__(self) -> None:
-        """Leaves the stream open: it is not this one's."""
+        """Leaves the stream open: this object does not own it."""
 
 
 def guarded(stream: IO[Any] | None, patience: float | None = PATIENCE) -> Words:
-    """The stream, for words that never fail."""
+    """The stream, wrapped so that writing never fails."""
     return stream if isinstance(stream, Words) else Words(stream, patience)
 
 
 def tell(text: str) -> None:
-    """A line to standard error."""
+    """Writes a line to standard error."""
     guarded(sys.stderr).write(f"{text}\n")
 
 
 def failed(stream: TextIO | None) -> str:
-    """Why words to the stream were dropped last; empty if none were, or if the reader has left."""
+    """Why words to the stream were last dropped; empty if none were, or if the reader has left."""
     try:
         error = None if stream is None else _FAILED.get(stream.fileno())
     except (OSError, ValueError):
@@ -123,30 +123,30 @@ def failed(stream: TextIO | None) -> str:
 
 
 def arrived(code: int, say: Callable[[str], None]) -> int:
-    """The exit code of a command whose standard output was asked for: it fails if that is lost."""
+    """The exit code of a command whose result is its standard output: a failure if that is lost."""
     trouble = failed(sys.stdout)
     if trouble:
-        say(f"tvq: standard output: {trouble}; what it was to show is lost")
+        say(f"tvq: standard output: {trouble}; the output is lost")
     return code or int(bool(trouble))
 
 
 def begin() -> None:
-    """At the start of the program: guards standard error, and what is left over at exit."""
+    """At the start of the program: guards standard error, and the last flush at exit."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes `number`: or the next file opened would get words for it
+            os.open(os.devnull, os.O_RDWR)  # takes `number`; else the next file opened would get the words
     _FAILED.clear()
     sys.stderr = guarded(sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a text that the terminal cannot show is no failure
+        sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show is not an error
     atexit.unregister(settle)
     atexit.register(settle)
 
 
 def settle() -> None:
-    """Flushes the standard streams. What they cannot write is dropped, or Python would exit with 120."""
+    """Flushes the standard streams. What they cannot write is dropped; else Python would exit with 120."""
     for stream in filter(None, (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__)):
         try:
             stream.flush()

@@ -33,7 +33,7 @@ def found(environ: dict[str, str], metadata: dict[str, str] | None = None, **fie
 def test_one_process_needs_nothing() -> None:
     place = cluster.find(section(), {})
     assert (place.n_process, place.process_id, place.is_main) == (1, 0, True)
-    assert str(place) == "one process (nothing names others)"
+    assert str(place) == "one process (no other process is named)"
 
 
 def test_explicit_settings_from_environment_or_config() -> None:

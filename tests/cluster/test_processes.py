@@ -112,7 +112,7 @@ def test_who_came_in_time_is_heard_though_process_0_was_held_up() -> None:
         socket.create_connection(listener.getsockname()) as caller,
     ):
         caller.sendall(json.dumps(about[1]).encode() + b"\n")
-        call = meeting._RollCall(listener, place, about[0], time.monotonic() - 1, print)
+        call = meeting._Rendezvous(listener, place, about[0], time.monotonic() - 1, print)
         assert call.run() == {"hosts": ["host0", "host1"]}
     [line] = place.lines
     os.close(line)
@@ -136,7 +136,7 @@ def test_two_processes_of_one_number() -> None:
     errors, _ = roll_call(0, 1, 1, n=3)
     for error in errors:
         assert isinstance(error, InputError)
-        assert re.search(r"two processes say they are number 1: \S+ pid \d+ and \S+ pid \d+", str(error))
+        assert re.search(r"two processes claim to be number 1: \S+ pid \d+ and \S+ pid \d+", str(error))
 
 
 def test_two_counts_of_processes() -> None:
@@ -154,7 +154,7 @@ def test_another_version_commit_or_config_stops_all(tmp_path: Path) -> None:
         assert "differ:\n" in pod.said(i)
         for item in items:
             assert re.search(rf'{item}: .*"other" on process 1', pod.said(i))
-        name = r"JAX_THREEFRY_PARTITIONABLE \(set it alike on all processes\)"
+        name = r"JAX_THREEFRY_PARTITIONABLE \(set it to the same on all processes\)"
         assert re.search(rf'{name}: "true" on process 0 .*; "false" on process 1', pod.said(i))
 
 

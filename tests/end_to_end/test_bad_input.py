@@ -41,9 +41,10 @@ FIELDS = {
     "--config.train.step=3": "--config.train.step is not a field; did you mean train.steps?",
     "--config.zzz=3": "--config.zzz is not a field\n",
     "--config.model=3": "--config.model is not a field",
-    "--config.train.steps 3": "--config.train.steps is no option; fields are set as --config.section.field=",
-    "--workdri=x": "--workdri=x is no option; did you mean --workdir?",
-    "more": "more is no option",
+    "--config.train.steps 3": "--config.train.steps is not an option; "
+    "fields are set as --config.section.field=",
+    "--workdri=x": "--workdri=x is not an option; did you mean --workdir?",
+    "more": "more is not an option",
     "--config.model.d_model=1e3": "--config.model.d_model must be int, not '1e3'",
     "--config.model.agg_cache=yes": "--config.model.agg_cache must be true or false, not 'yes'",
     "--config.optimizer.lr_max=fast": "--config.optimizer.lr_max must be float, not 'fast'",
@@ -157,7 +158,7 @@ def test_another_run_in_the_workdir(tvq: Program, refuse: Refuse, tmp_path: Path
     different = ("--config.model.d_model=32", "--config.optimizer.lr_max=0.5", "--config.train.seed=1")
     message = refuse("train", *tvq.options(workdir, *different, "--config.log.every=7"))
     assert message.splitlines() == [
-        f"--workdir={workdir} holds a run with another config; go on with that one's,"
+        f"--workdir={workdir} holds a run with another config; resume with its own config,"
         " or use another workdir:",
         "  config.model.d_model: 16 in the run, 32 now",
         "  config.optimizer.lr_max: 0.01 in the run, 0.5 now",
@@ -193,9 +194,9 @@ def test_a_run_that_is_going_on_in_the_workdir(tvq: Program, here: Here, tmp_pat
         log.claim()
         before = tree(workdir)
         _, stderr = here("train", *tvq.options(workdir, "--config.train.steps=40"), exit_code=1)
-        assert "a run is going on in --workdir" in stderr
+        assert "a run is in progress in --workdir" in stderr
         after = tree(workdir)
-        assert "a run is going on" in after.pop("logs/process_0.log").decode()
+        assert "a run is in progress" in after.pop("logs/process_0.log").decode()
         assert after.items() <= before.items()
 
 
@@ -242,7 +243,7 @@ def test_nothing_trained(tvq: Program, refuse: Refuse, tmp_path: Path, command: 
         ),
         (["eval", "--batch_size=few"], "--config.evaluate.batch_size must be int, not 'few'"),
         (["sample", "--nucleus=2"], "config.sample.nucleus must be in [0, 1], not 2.0"),
-        (["sample", "--promt=x"], "--promt=x is no option; did you mean --prompt?"),
+        (["sample", "--promt=x"], "--promt=x is not an option; did you mean --prompt?"),
     ],
 )
 def test_options(tvq: Program, refuse: Refuse, tmp_path: Path, arguments: list[str], expected: str) -> None:
@@ -318,7 +319,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tvq: Program, unbroken: Path
     stdout, stderr = tvq.train(run)
     assert "checkpoint 18 is damaged (state/" in stdout
     assert "falling back to 12" in stdout
-    assert "going on from step 12" in stdout
+    assert "resuming from step 12" in stdout
     assert "Traceback" not in stderr
     assert_same_run(run, unbroken)
 
@@ -333,7 +334,7 @@ def test_a_run_that_diverges_stops_and_can_go_on(tvq: Program, unbroken: Path, r
     recorded.write_text(json.dumps(bad))
     before = tree(run / "checkpoints")
     stdout, stderr = tvq.train(run, "--config.optimizer.lr_max=1e30", "--config.train.steps=30", exit_code=3)
-    assert "going on from step 18" in stdout
+    assert "resuming from step 18" in stdout
     message = stderr.splitlines()[-1]
     assert message.startswith(("tvq: the loss is nan at step 2", "tvq: the norm of the gradient is "))
     assert "checkpoint 18 is from before that: lower config.optimizer.lr_max" in message

@@ -96,7 +96,7 @@ def test_prepare(here: Here, tmp_path: Path) -> None:
     _, err = here(*command, exit_code=2)
     assert err == f"tvq: --output={tmp_path / 'out'} already exists; use another folder, or remove it\n"
     _, err = here(*command, "--colunm=a", exit_code=2)
-    assert err == "tvq: --colunm=a is no option; did you mean --column?\n"
+    assert err == "tvq: --colunm=a is not an option; did you mean --column?\n"
 
 
 def test_config_marks_what_is_not_at_its_default(here: Here, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_config_marks_what_is_not_at_its_default(here: Here, tmp_path: Path) -> 
     steps = next(line for line in lines if ".train.steps=" in line)
     assert steps.startswith("> --config.train.steps=40 ")
     assert steps.endswith("  parameter updates of the run (default 125000)")
-    assert legend == f"* set by {TINY}; > set here; all others at their default"
+    assert legend == f"* set by {TINY}; > set here; all others are defaults"
     helped, _ = here("train", "--help")
     assert lines[0] in helped.splitlines(), "--help shows the same"
 
@@ -128,7 +128,7 @@ def test_report_is_a_command(here: Here, tmp_path: Path) -> None:
     _, stderr = here("report", f"--workdir={tmp_path}", exit_code=2)
     assert stderr == f"tvq: --workdir={tmp_path} holds no run: there is no {tmp_path / config.FILE}\n"
     _, stderr = here("report", "--workdir=x", "--ouput=y", exit_code=2)
-    assert stderr == "tvq: --ouput=y is no option; did you mean --output?\n"
+    assert stderr == "tvq: --ouput=y is not an option; did you mean --output?\n"
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
@@ -208,7 +208,7 @@ def test_weights_leave_and_come_back(here: Here, tvq: Program, unbroken: Path, t
     sample = ("--length=12", "--prompt=import ")
     assert here("sample", f"--workdir={workdir}", *sample) == here("sample", f"--workdir={unbroken}", *sample)
     stdout, _ = tvq.train(workdir)
-    assert f"{workdir}: going on from step 0" in stdout
+    assert f"{workdir}: resuming from step 0" in stdout
     assert rows(workdir)[0]["loss"] < rows(unbroken)[0]["loss"] - 0.5
 
 
@@ -339,7 +339,7 @@ def test_a_finished_run_can_be_prolonged_with_other_habits(
 
     habits = ("log.every=4", "evaluate.every=0", "checkpoint.keep=1", "mesh.devices=1", "data.workers=0")
     stdout, _ = tvq.train(workdir, "--config.train.steps=24", *(f"--config.{habit}" for habit in habits))
-    assert "going on from step 20" in stdout
+    assert "resuming from step 20" in stdout
     assert "\x1b" not in stdout
     assert "\r" not in stdout
     assert rows(workdir)[: len(before)] == before

@@ -53,7 +53,7 @@ def test_saved_on_eight_goes_on_with_one(
     workdir = cut(on_eight, tmp_path / "run")
     stdout, _ = tvq.train(workdir)
     assert "1 x cpu: devices=1" in stdout
-    assert "going on from step 12" in stdout
+    assert "resuming from step 12" in stdout
     assert_same_numbers(workdir, unbroken)
 
 
@@ -61,7 +61,7 @@ def test_saved_on_one_goes_on_with_eight(tvq: Program, unbroken: Path, tmp_path:
     workdir = cut(unbroken, tmp_path / "run")
     stdout, _ = tvq.train(workdir, EIGHT, "--config.mesh.devices=8")
     assert "8 x cpu: devices=8" in stdout
-    assert "going on from step 12" in stdout
+    assert "resuming from step 12" in stdout
     assert_same_numbers(workdir, unbroken)
 
 
@@ -74,7 +74,7 @@ def test_a_run_goes_on_and_is_evaluated_on_any_shape(tvq: Program, unbroken: Pat
     )
     assert "sequence=2" in stdout
     stdout, _ = tvq.train(workdir, "--cpu_devices=4", "--config.mesh.tensor=4")
-    assert "going on from step 12" in stdout
+    assert "resuming from step 12" in stdout
     by_step = lambda run: {(row["step"], row.pop("split")): row for row in rows(run)}
     found, wanted = by_step(workdir), by_step(unbroken)
     del found[12, "validation"]  # the first of the two runs ended there

@@ -106,9 +106,9 @@ def test_runs_go_on_with_other_numbers_of_processes_and_devices(
     shutil.copytree(unbroken, workdir)
     for step in ("18", "20"):
         shutil.rmtree(workdir / "checkpoints" / step)
-    assert "going on from step 12" in train(tvq, workdir, 2, 1, "--config.train.steps=16")
+    assert "resuming from step 12" in train(tvq, workdir, 2, 1, "--config.train.steps=16")
     stdout, _ = tvq.train(workdir, "--cpu_devices=4")
-    assert "going on from step 16" in stdout
+    assert "resuming from step 16" in stdout
     assert_close(workdir, unbroken, 1e-5)
 
 

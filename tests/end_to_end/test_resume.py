@@ -57,8 +57,8 @@ def kill(tvq: Program, point: str, committed: list[str], workdir: Path, *more: s
     [
         pytest.param("start", [], "a new run", id="before it is a run"),
         pytest.param("row:4", [], "a new run", id="before the first checkpoint"),
-        pytest.param("row:10", ["6"], "going on from step 6", id="between checkpoints"),
-        pytest.param("save:12", ["6"], "going on from step 6", id="during a save"),
+        pytest.param("row:10", ["6"], "resuming from step 6", id="between checkpoints"),
+        pytest.param("save:12", ["6"], "resuming from step 6", id="during a save"),
     ],
 )
 def test_killed(
@@ -97,7 +97,7 @@ def test_stopped(
     assert newest(tmp_path).step == saved
     assert (rows(tmp_path)[-1]["step"], rows(tmp_path)[-1]["split"]) == (saved, "train")
     stdout, _ = tvq.train(tmp_path)
-    assert f"going on from step {saved}" in stdout
+    assert f"resuming from step {saved}" in stdout
     assert_same_run(tmp_path, unbroken)
 
 
@@ -142,9 +142,9 @@ def test_a_workdir_that_is_moved_under_a_run(
     workdir, moved = tmp_path / "run", tmp_path / "moved"
     meanwhile(workdir, lambda path: path.rename(moved))
     stdout, stderr = tvq.train(workdir, exit_code=2)
-    assert f"{workdir} was moved to {moved} under the run" in stdout
+    assert f"{workdir} was moved to {moved} during the run" in stdout
     assert f"stopped at step 8: --workdir={workdir} was moved" in stderr
-    assert f"go on with --workdir={moved}" in stderr
+    assert f"resume with --workdir={moved}" in stderr
     assert not workdir.exists()
     tvq.train(moved)
     assert_same_run(moved, unbroken)
@@ -160,10 +160,10 @@ def test_a_workdir_that_is_removed_under_a_run(tvq: Program, tmp_path: Path, mea
     workdir = tmp_path / "run"
     meanwhile(workdir, remove)
     stdout, _ = tvq.train(workdir, exit_code=75)
-    assert f"{workdir} was removed under the run" in stdout
+    assert f"{workdir} was removed during the run" in stdout
     assert "stopped and saved at step 8; the same command resumes the run" in stdout
     stdout, _ = tvq.train(workdir)
-    assert "going on from step 8" in stdout
+    assert "resuming from step 8" in stdout
 
 
 def test_a_record_whose_checkpoints_are_gone_is_left_alone(tvq: Program, run: Path, here: Here) -> None:
@@ -173,7 +173,7 @@ def test_a_record_whose_checkpoints_are_gone_is_left_alone(tvq: Program, run: Pa
         shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
     before = tree(run)
     _, stderr = here("train", *tvq.options(run), exit_code=2)
-    assert "holds the record of a run (to step 20), but no checkpoint to go on from" in stderr
+    assert "holds the record of a run (to step 20), but no checkpoint to resume from" in stderr
     assert {name: file for name, file in tree(run).items() if not name.startswith("logs")} == {
         name: file for name, file in before.items() if not name.startswith("logs")
     }

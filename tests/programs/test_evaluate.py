@@ -163,9 +163,9 @@ class Described:
 def test_the_line_is_in_the_units_of_the_data():
     found = {"loss": 1.0, "bits_per_byte": 2.0}
     images = Described(64, info(), ByteVocabulary())
-    assert evaluate.line("test", found, images) == "test loss 1.0000, 2.000 bits a dimension"
+    assert evaluate.line("test", found, images) == "test loss 1.0000, 2.000 bits per dimension"
     text, found = Described(0, info(), ByteVocabulary("pieces")), found | {"word_perplexity": 26.634}
-    want = "test loss 1.0000, 2.000 bits a byte, word perplexity 26.63"
+    want = "test loss 1.0000, 2.000 bits per byte, word perplexity 26.63"
     assert evaluate.line("test", found, text) == want
 
 

@@ -281,7 +281,7 @@ def test_a_dtype_that_numpy_does_not_know(tmp_path):
     header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
     path = tmp_path / interop.WEIGHTS
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
-    with pytest.raises(ValueError, match=r"^--input=.*is no safetensors file"):
+    with pytest.raises(ValueError, match=r"^--input=.*is not a safetensors file"):
         interop.read_weights(epath.Path(path), RUN)
 
 

@@ -495,7 +495,9 @@ def test_weights_that_are_not_finite_do_not_go_on(tmp_path: Path) -> None:
     state = {"params": {"w": jnp.asarray([1.0, jnp.nan])}, "codebooks": {"sum": jnp.ones(2)}, "n": jnp.inf}
     with open_(tmp_path) as checkpoints:
         checkpoints.save(1, jax.tree.map(jnp.asarray, state), {}, {})
-        with pytest.raises(InputError, match=r"checkpoint 1 holds weights .* in params\.w: no run can go on"):
+        with pytest.raises(
+            InputError, match=r"checkpoint 1 holds weights .* in params\.w: no run can resume from it"
+        ):
             checkpoints.restore(abstract(jax.tree.map(jnp.asarray, state)), silent)
 
 

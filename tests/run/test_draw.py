@@ -293,7 +293,7 @@ def test_a_prefix_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "there is no such file"), (b"some text", "is no safetensors file")]
+    ("content", "message"), [(None, "there is no such file"), (b"some text", "is not a safetensors file")]
 )
 def test_what_is_no_saved_prefix(tmp_path, content, message):
     path = epath.Path(tmp_path) / "state"

@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(looks, tmp_path, capsys):
     looks.save(2)
     looks.save(4)
     assert health.steps(epath.Path(tmp_path) / "codebook") == [], "nor does it stop the next start"
-    assert capsys.readouterr().out.count("training goes on without") == 1
+    assert capsys.readouterr().out.count("training continues without") == 1
 
 
 def test_no_array_of_two_codes_and_a_width():

@@ -55,12 +55,12 @@ def test_the_progress_line() -> None:
     pace = {"tokens_per_second": 12345.6, "model_flops_use": 0.312, "data_wait": 0.004}
     made = row(1200, "train", STEP_METRICS, pace, bytes_per_token=1.0)
     assert progress_line(made, 5000, 185, 259) == (
-        "step 1,200 of 5,000, 3:05 min left, loss 2.0000, 2.885 bits a byte, 12,346 tokens/s,"
+        "step 1,200 of 5,000, 3:05 min left, loss 2.0000, 2.885 bits per byte, 12,346 tokens/s,"
         " 31 % of peak FLOPs, 0 % data wait"
     )
     made = row(1, "train", STEP_METRICS, dict.fromkeys(pace))
     assert progress_line(made, 5, 0.0, 8) == progress_line(made, 5, None, 8)
-    assert progress_line(made, 5, None, 8) == "step 1 of 5, loss 2.0000, 2.885 bits a token"
+    assert progress_line(made, 5, None, 8) == "step 1 of 5, loss 2.0000, 2.885 bits per token"
     made["loss"] = 4.1  # guessing among eight has 2.08, and a run may begin above that
     assert "loss 4.1000, " in progress_line(made, 5, None, 8)
     made["loss"] = 4.2

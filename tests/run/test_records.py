@@ -150,7 +150,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path) -> None:
             writer.write({"step": step})
         assert path.read_text() == '{"step": 1}\n{"st', "the second row is torn"
     assert said == [
-        f"{path} cannot be written (File too large): make room; training goes on, and the rows are kept in"
+        f"{path} cannot be written (File too large): make room; training continues, and the rows are kept in"
         " memory until then"
     ]
     writer.write({"step": 4})
@@ -283,7 +283,7 @@ def test_training_goes_on_without_tensorboard(tmp_path: Path) -> None:
     made.close()
     assert len(said) == 1
     assert said[0].startswith("TensorBoard cannot be written ([Errno 17] File exists: ")
-    assert said[0].endswith("training goes on without, metrics.jsonl has all numbers")
+    assert said[0].endswith("training continues without it; metrics.jsonl has all numbers")
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -392,7 +392,7 @@ def test_a_branch_is_a_new_run_at_wandb(tmp_path: Path, service: Service) -> Non
     (first,) = service.runs
     (said,) = train(tmp_path, 2, {4: 4.0001, 6: 2.0, 8: 1.0})  # rounding, then another learning rate
     assert said.startswith(
-        "Weights & Biases: the rows from step 6 on are others than were sent; all rows are in"
+        "Weights & Biases: the rows from step 6 on differ from those sent; all rows are in"
     )
     assert shown(service, tmp_path) == {2: 5.0, 4: 4.0001, 6: 2.0, 8: 1.0}
     assert {step: row["train/loss"] for step, row in service.runs[first].items()} == {2: 5.0, 4: 4.0, 6: 3.0}
@@ -436,7 +436,9 @@ def test_training_goes_on_without_wandb(tmp_path: Path, wandb: Wandb, is_there: 
         made.write({"step": step, "split": "train", "loss": 1.0})
     made.close()
     (message,) = said
-    assert message.startswith("Weights & Biases cannot be written (no answer); training goes on without, ")
+    assert message.startswith(
+        "Weights & Biases cannot be written (no answer); training continues without it; "
+    )
 
 
 def test_samples_are_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

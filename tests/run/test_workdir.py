@@ -53,7 +53,7 @@ GONE = ["is not there", "is empty", "is a link", "holds only damaged"]
 def test_a_record_without_its_checkpoints_is_refused(run: Path, how: str) -> None:
     check(run)
     take_away(run, how)
-    with pytest.raises(InputError, match=rf"record of a run \(to step 8\).*checkpoints {how}.*bring"):
+    with pytest.raises(InputError, match=rf"record of a run \(to step 8\).*checkpoints {how}.*restore"):
         check(run)
     (run / "metrics.jsonl").unlink()
     (run / "samples").mkdir()
@@ -90,7 +90,7 @@ def test_a_new_run_in_the_place_of_one_that_was_removed_has_saved_nothing(run: P
 def test_checkpoints_in_a_place_that_is_no_folder(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     take_away(run, "is a link")
-    with pytest.raises(InputError, match=r"is a link to .*unmounted, which is no folder; make it"):
+    with pytest.raises(InputError, match=r"is a link to .*unmounted, which is not a folder; make it"):
         check(run)
 
 
@@ -126,8 +126,8 @@ def test_a_workdir_that_was_moved_gets_the_last_checkpoint(run: Path, tmp_path: 
         (run / "codebook").mkdir()
         (run / "codebook" / "step_8.npz").touch()
         words, is_here = made.settle(10)
-    assert [f"--workdir={run} was moved to {moved} under the run, which saves and stops"] == SAID
-    assert f"checkpoint 10 is there: go on with --workdir={moved}" in words
+    assert [f"--workdir={run} was moved to {moved} during the run, which saves and stops"] == SAID
+    assert f"checkpoint 10 is there: resume with --workdir={moved}" in words
     assert not is_here, "the same command would begin a new run"
     assert not run.exists()
     assert {path.name for path in (moved / "checkpoints").iterdir()} == {"6", "10"}
@@ -146,7 +146,7 @@ def test_a_workdir_that_was_removed_is_made_again_for_the_checkpoint(run: Path, 
         assert made.look()
         save(run, 10)
         words, is_here = made.settle(10)
-    assert "was removed under the run: what it held is lost" in words
+    assert "was removed during the run: what it held is lost" in words
     assert is_here
     check(run)  # goes on from step 10
 
@@ -155,11 +155,11 @@ def test_a_workdir_that_goes_after_the_last_save(run: Path, tmp_path: Path) -> N
     with home(run) as made:
         moved = run.rename(tmp_path / "moved")
         made.look()
-        assert made.settle(6)[0].endswith(f"checkpoint 6 is there: go on with --workdir={moved}")
+        assert made.settle(6)[0].endswith(f"checkpoint 6 is there: resume with --workdir={moved}")
     with home(moved) as made:
         shutil.rmtree(moved)
         made.look()
-        assert made.settle(6) == (f"--workdir={moved} was removed under the run: all of it is lost", False)
+        assert made.settle(6) == (f"--workdir={moved} was removed during the run: all of it is lost", False)
 
 
 def test_another_folder_in_the_place_of_the_workdir(run: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""The processes of a run: where this one stands, how all of them meet, agree, wait, stop and fail.
+"""The processes of a run: their rendezvous, agreement, barriers, common stop and failures.
 
-`place` finds coordinator, count and id; `meeting` calls the roll before jax starts; `processes` starts jax
-once and holds barriers, agreement and the stop at one step; `watchdog` ends a process that no longer moves
-and names the one that holds it up; `log` is the file each process writes for itself.
+`place` finds the coordinator, the number of processes and this one's id; `meeting` is the rendezvous before
+jax starts; `processes` starts jax once and has barriers, agreement and the stop at one step; `watchdog` ends
+a process that is stuck and names the one that holds it up; `log` is the log file of each process.
 """
 
 from tvq.cluster.errors import (

@@ -1,4 +1,4 @@
-"""The log that each process writes for itself."""
+"""The log file of each process."""
 
 import fcntl
 import functools
@@ -14,7 +14,7 @@ from tvq import words
 from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
 
-CLEAR = "\r\x1b[K"  # to the start of the line, and empty it
+CLEAR = "\r\x1b[K"  # goes to the start of the line and clears it
 
 
 def has_escape_codes(stream: TextIO | words.Words) -> bool:
@@ -23,9 +23,9 @@ def has_escape_codes(stream: TextIO | words.Words) -> bool:
 
 
 def local_folder(workdir: str) -> Path:
-    """The workdir; for one that is no local folder (gs://...), a folder of this machine's own.
+    """The workdir; if that is not a local folder (gs://...), a folder on this machine.
 
-    For what is appended to, line by line, and takes stack dumps after a crash: object stores do neither.
+    For files that are appended to and take stack dumps after a crash: object stores allow neither.
     """
     if "://" not in workdir:
         return Path(workdir)
@@ -40,8 +40,8 @@ def log_folder(workdir: str) -> Path:
 class Log:
     """`folder/process_N.log`, and the terminal's error stream.
 
-    With one process there is no file until `file` is first asked for, by the watchdog of a run that has
-    begun: a start that is refused leaves nothing behind.
+    With one process there is no file until `file` is first used, by the watchdog of a run that has
+    started: a start that is refused leaves nothing behind.
     """
 
     def __init__(self, folder: Path, place: Place):
@@ -62,25 +62,25 @@ class Log:
     def claim(self) -> None:
         """Keeps other runs out of the workdir until this process ends, however it ends.
 
-        ClusterError: a run is going on there. OSError: the folder cannot be written. Nobody is kept out where
-        the file system has no locks.
+        ClusterError: a run is in progress there. OSError: the folder cannot be written. This has no effect on
+        a file system without locks.
         """
         file = self.file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ClusterError(
-                f"a run is going on in --workdir: its process holds {self.path} (fuser names it);"
+                f"a run is in progress in --workdir: its process holds {self.path} (fuser names it);"
                 " stop it first, or use another workdir"
             ) from error
         except OSError:
             return
 
     def say(self, text: str) -> None:
-        """One or more lines, with the time, to the file and the terminal, as far as they take them."""
+        """Writes one or more lines, with the time, to the file and the terminal, if they can be written."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         terminal = words.guarded(sys.stderr)
-        clear = CLEAR if has_escape_codes(terminal) else ""  # a live line may stand there
+        clear = CLEAR if has_escape_codes(terminal) else ""  # there may be a live line
         for line in text.splitlines():
             if self._opened or self.prefix:
                 self.file.write(f"{stamp} {line}\n")

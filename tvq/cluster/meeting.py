@@ -1,8 +1,8 @@
-"""The roll call, before jax starts: who has come, who is missing, and whether all run the same thing.
+"""The rendezvous before jax starts: who is here, who is missing, and whether all run the same program.
 
-jax.distributed alone waits in silence and cannot tell who is absent. Here process 0 listens beside the
+jax.distributed alone waits in silence and cannot tell who is missing. Here process 0 listens next to the
 coordinator's port (on port + 1), each of the others sends one line about itself, and all get one verdict.
-The ports trust the network they are on, as jax's own do.
+The ports trust their network, as jax's own do.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from tvq.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
 NEWS_EVERY = 5.0  # seconds between lines while waiting
-LINGER = 5.0  # seconds that a bad verdict is kept for those who come after it
-PORT_PATIENCE = 20.0  # seconds that a predecessor which is still dying may hold the port
+LINGER = 5.0  # seconds that a bad verdict is kept for latecomers
+PORT_PATIENCE = 20.0  # seconds that an earlier process, still ending, may hold the port
 END_PATIENCE = 6.0  # seconds that process 0 gives the others to end before it
 
 
 def code_version(package: Path = PACKAGE) -> dict[str, str]:
-    """What code runs here: package version, commit, a digest of the package's files, and jax's versions."""
+    """The code that runs here: package version, commit, a digest of the package's files, jax's versions."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
@@ -70,7 +70,7 @@ def differences(items: Mapping[int, Mapping[str, Any]], hosts: Sequence[str]) ->
 
 
 def names(processes: Sequence[int], hosts: Sequence[str]) -> str:
-    """`process 3 (node7)`, `processes 0, 1`: with the hosts where they are known, and at most eight."""
+    """`process 3 (node7)`, `processes 0, 1`: with hosts if they are known, and at most eight processes."""
     shown = [f"{i} ({hosts[i]})" if i < len(hosts) and hosts[i] else str(i) for i in processes[:8]]
     more = f" and {len(processes) - 8} more" if len(processes) > 8 else ""
     return ("process " if len(processes) == 1 else "processes ") + ", ".join(shown) + more
@@ -104,7 +104,7 @@ def meet(
     }
     if place.is_main:
         listener = _listen(place, min(PORT_PATIENCE, timeout), say)
-        verdict = _RollCall(listener, place, about, deadline, say).run()
+        verdict = _Rendezvous(listener, place, about, deadline, say).run()
     else:
         verdict = _answer(place, json.dumps(about).encode() + b"\n", deadline, say)
     if "input" in verdict:
@@ -117,7 +117,7 @@ def meet(
 def wait_for_others(place: Place) -> None:
     """In process 0, before a bad end: until all others have ended, at most END_PATIENCE seconds.
 
-    When process 0 goes jax aborts the others, and their own last words and exit codes would be lost.
+    When process 0 ends, jax aborts the others, and their own last messages and exit codes would be lost.
     """
     deadline = time.monotonic() + END_PATIENCE
     with selectors.DefaultSelector() as selector:
@@ -202,8 +202,8 @@ class _Caller:
     about: dict[str, Any] | None = None
 
 
-class _RollCall:
-    """Process 0's list; `run` returns the verdict, which everyone who is there is sent."""
+class _Rendezvous:
+    """Process 0's side; `run` returns the verdict, which is sent to all who are here."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class _RollCall:
             while not self.verdict or self.told < self.place.n_process:
                 events = selector.select(timeout=0.2)
                 now = time.monotonic()
-                # Whoever has come is heard before time is up: it may be this process that was held up.
+                # Hear those who have come before the time is up: this process itself may have been late.
                 if self.verdict and not events and now > closing:
                     break
                 for key, _ in events:
@@ -268,7 +268,7 @@ class _RollCall:
         del self.callers[caller.connection]
 
     def _hear(self, caller: _Caller, selector: selectors.BaseSelector) -> None:
-        """Takes what a caller sent; one that hung up, or that speaks of other things, is forgotten."""
+        """Takes what a caller sent; one that hung up, or that is not a process of tvq, is forgotten."""
         try:
             received = caller.connection.recv(65536)
         except OSError:
@@ -297,7 +297,7 @@ class _RollCall:
             }
         elif twin:
             self.verdict = {
-                "input": f"two processes say they are number {process}: {twin['host']} pid {twin['pid']}"
+                "input": f"two processes claim to be number {process}: {twin['host']} pid {twin['pid']}"
                 f" and {who}; give each its own TVQ_PROCESS_ID, 0 to {n - 1}"
             }
         else:
@@ -324,7 +324,7 @@ class _RollCall:
     def _tell(self, message: dict[str, Any], callers: Iterable[_Caller]) -> None:
         line = json.dumps(message).encode() + b"\n"
         for caller in callers:
-            with contextlib.suppress(OSError):  # it has gone; its absence shows at the next count
+            with contextlib.suppress(OSError):  # it has gone; the next count shows that
                 caller.connection.setblocking(True)
                 caller.connection.settimeout(5)
                 caller.connection.sendall(line)

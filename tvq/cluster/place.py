@@ -1,7 +1,7 @@
-"""Where this process stands in a run of many: coordinator, number of processes, its own number.
+"""The place of this process in a run of several: coordinator, number of processes, its own number.
 
-Explicit settings (`config.cluster`, or TVQ_COORDINATOR, TVQ_N_PROCESS, TVQ_PROCESS_ID) come first and may
-fill in what a scheduler leaves open: SLURM, Open MPI, Cloud TPU, GKE, indexed Kubernetes jobs.
+Explicit settings (`config.cluster`, or TVQ_COORDINATOR, TVQ_N_PROCESS, TVQ_PROCESS_ID) come first; the rest
+comes from a scheduler: SLURM, Open MPI, Cloud TPU, GKE, indexed Kubernetes jobs.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ class Place:
     process_id: int = 0
     coordinator: str = ""
     hosts: tuple[str, ...] = ("",)
-    local_devices: int = 0  # devices this process must find; 0: nobody said
-    local_device_ids: tuple[int, ...] | None = None  # the devices to take of those visible; None: all
-    # Connections of the roll call, by number: of process 0 to all others, of each of them to it. Nothing more
-    # is said, and the kernel alone closes them: however a process ends, process 0 hears of it.
+    local_devices: int = 0  # devices this process must see; 0: not known
+    local_device_ids: tuple[int, ...] | None = None  # which of the visible devices to use; None: all
+    # Connections of the rendezvous, by file descriptor: between process 0 and each of the others. Nothing
+    # more is sent, and only the kernel closes them: however a process ends, process 0 notices.
     lines: list[int] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -65,7 +65,7 @@ def find(
         environ: the environment of the process.
         metadata: reads a key of a TPU VM's instance metadata; None away from TPU VMs.
     Returns:
-        What the settings and the first scheduler that answers say; one process where nothing does.
+        What the settings and the first scheduler present say; one process if there is neither.
     Raises:
         InputError: settings contradict each other, are incomplete, or make no sense.
     """
@@ -81,7 +81,7 @@ def find(
     if not given and found.get("n_process", 0) == 1:
         return Place(how=found["how"], local_devices=section.local_devices or found.get("local_devices", 0))
     if not given and not found:
-        return Place(how="nothing names others", local_devices=section.local_devices)
+        return Place(how="no other process is named", local_devices=section.local_devices)
     merged = found | given | {"how": ", ".join(filter(None, (how, found.get("how"))))}
     if section.local_devices:
         merged["local_devices"] = section.local_devices
@@ -90,7 +90,7 @@ def find(
         ways = "; ".join(" or ".join(OPTIONS[name]) for name in missing)
         raise InputError(
             f"{merged['how']}: a run of several processes also needs {', '.join(missing)}: set {ways};"
-            " for one process alone set TVQ_N_PROCESS=1"
+            " for a single process set TVQ_N_PROCESS=1"
         )
     return _checked(merged)
 
@@ -100,7 +100,7 @@ def _checked(merged: dict[str, Any]) -> Place:
     if not 0 <= i < n:
         raise InputError(f"{merged['how']}: process id {i} is not below the number of processes {n}")
     found = re.fullmatch(r".+:(\d{1,5})", merged["coordinator"])
-    if not found or not 0 < int(found[1]) < LAST_PORT:  # the roll call takes the next one
+    if not found or not 0 < int(found[1]) < LAST_PORT:  # the rendezvous uses the next one
         raise InputError(
             f"{merged['how']}: coordinator {merged['coordinator']!r} must be HOST:PORT, with a PORT below"
             f" {LAST_PORT}"
@@ -138,7 +138,7 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
         if n > 1:
             raise InputError(
                 f"SLURM job {job} has {n} tasks, but this is its batch shell, not a step: start with srun,"
-                " or set TVQ_N_PROCESS=1 for one process alone"
+                " or set TVQ_N_PROCESS=1 for a single process"
             )
         return {"how": f"SLURM job {job}", "n_process": 1} | _gpus(environ, 1, 0, _granted(environ))
     nodes = expand_nodes(environ["SLURM_STEP_NODELIST"])
@@ -154,7 +154,7 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _granted(environ: Mapping[str, str]) -> int:
-    """GPUs that SLURM gave the job on this node; a step that sees fewer is no smaller machine."""
+    """GPUs that SLURM gave the job on this node; a step that sees fewer is an error."""
     return int(re.sub(r"\D", "", environ.get("SLURM_GPUS_ON_NODE", "")) or "0")
 
 
@@ -196,7 +196,7 @@ def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
         "n_process": int(environ["OMPI_COMM_WORLD_SIZE"]),
         "process_id": int(environ["OMPI_COMM_WORLD_RANK"]),
     }
-    # Only Open MPI 4 tells where mpirun runs, which is where rank 0 is unless told otherwise.
+    # Only Open MPI 4 tells where mpirun runs, which by default is where rank 0 is.
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     mpirun = re.match(r"(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     if mpirun:
@@ -254,7 +254,7 @@ def _tpu_wanted(environ: Mapping[str, str]) -> bool:
 
 
 def tpu_metadata(environ: Mapping[str, str], devices: str = "/dev") -> Callable[[str], str] | None:
-    """A reader of this TPU VM's metadata; None without TPU chips, or where they are not wanted."""
+    """A reader of this TPU VM's metadata; None if there are no TPU chips, or if they are not to be used."""
     chips = glob.glob(f"{devices}/accel[0-9]*") + glob.glob(f"{devices}/vfio/[0-9]*")
     skipped = environ.get("TPU_SKIP_MDS_QUERY") or environ.get("TVQ_N_PROCESS") == "1"
     if not chips or skipped or not _tpu_wanted(environ) or glob.glob(f"{devices}/nvidia[0-9]*"):

@@ -216,7 +216,7 @@ def piece_len(c: Config) -> int:
 def line(name: str, result: dict[str, float], corpus: AnyCorpus) -> str:
     """The result of a split in one readable line, with gzip's for comparison."""
     info, unit = corpus.info(name), "dimension" if corpus.image_size else "byte"
-    text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits a {unit}"
+    text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits per {unit}"
     if info.gzip_bytes is not None:
         text += f" (gzip -9: {8 * info.gzip_bytes / info.n_byte:.3f})"
     if "word_perplexity" in result and corpus.vocabulary.name != "bytes":

@@ -114,7 +114,7 @@ class Checkpoints:
             remedy = "do not remove its files while it is written" if is_gone else "make room"
             raise SaveError(
                 f"a checkpoint cannot be written ({str(error).splitlines()[0]}); {remedy}, and start again:"
-                " the same command goes on from the one before"
+                " the same command resumes from the one before"
             ) from error
 
     def steps(self) -> list[int]:
@@ -173,8 +173,8 @@ class Checkpoints:
         weights = {name: x for name, x in arrays.items() if name.startswith(WEIGHTS)}
         if broken := tensors.not_finite(weights):
             raise InputError(
-                f"checkpoint {step} holds {NOT_FINITE} in {', '.join(broken)}: no run can go on;"
-                " move its folder away to go on from the one before, or import weights that are finite"
+                f"checkpoint {step} holds {NOT_FINITE} in {', '.join(broken)}: no run can resume from it;"
+                " move its folder away to resume from the one before, or import weights that are finite"
             )
         return Restored(step, _like(abstract_state, arrays), meta["data"], meta["config"])
 
@@ -366,7 +366,7 @@ def _damage(folder: epath.Path, items: Sequence[str]) -> str | None:
         except OSError as error:
             return f"{item}: {error}"
         except ValueError:
-            return f"{item}/{SEAL} is not readable"
+            return f"{item}/{SEAL} cannot be read"
     return None
 
 

@@ -155,7 +155,7 @@ class WandbWriter(Writer):
         elif key not in self._sent and step == self._resume_step:  # the stop at that step left it out
             self._log(self._run.step, _curves(row))
         else:
-            self._start_anew(f"the rows from step {step:,} on are others than were sent")
+            self._start_anew(f"the rows from step {step:,} on differ from those sent")
 
     def _open(self) -> None:
         with self._as_os_error():

@@ -44,7 +44,7 @@ def start(
         "mesh": f"{mesh.size} x {mesh.devices.flat[0].device_kind}: {', '.join(axes)}",
         "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents{without}",
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
-        "workdir": f"{workdir}: " + (f"going on from step {saved[-1]:,}" if saved else "a new run"),
+        "workdir": f"{workdir}: " + (f"resuming from step {saved[-1]:,}" if saved else "a new run"),
     }
     for what, remedy in of_schedule(c):
         lines["schedule"] = f"{what}: {remedy}"
@@ -106,7 +106,7 @@ def compiled(program: jax.stages.Compiled, seconds: float, is_cached: bool) -> s
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     there = sharding.device_memory("bytes_limit")
     of = "" if there is None else f" of {there / 2**20:,.0f}"
-    return f"{text}\nmemory   {needed / 2**20:,.0f}{of} MiB a device, predicted"
+    return f"{text}\nmemory   {needed / 2**20:,.0f}{of} MiB per device, predicted"
 
 
 def memory() -> dict[str, int]:
@@ -133,5 +133,5 @@ def spent(seconds: Mapping[str, float]) -> str:
         for kind, (share, remedy) in SLOW.items()
         if total >= LEAST_SECONDS and seconds[kind] > share * total
     ]
-    lines += [f"memory   {peak / 2**20:,.0f} MiB a device, measured" for peak in memory().values()]
+    lines += [f"memory   {peak / 2**20:,.0f} MiB per device, measured" for peak in memory().values()]
     return "\n".join(lines)

@@ -43,10 +43,12 @@ class Looks:
         return averages
 
     def save(self, step: int) -> None:
-        """Writes what the last look found. Where that fails training goes on, and says so once."""
+        """Writes what the last look found. Where that fails, training continues and says so once."""
         if self._is_written and self._found:
             try:
                 health.save(self._folder, step, jax.device_get(self._found))
             except OSError as error:
-                self._say(f"codebook health cannot be written ({error}); training goes on without its files")
+                self._say(f"codebook health cannot be written ({error}); training continues without it")
+                    f"codebook health cannot be written ({error}); training continues without its files"
+                )
                 self._is_written = False

@@ -1,7 +1,7 @@
 """Where rows and samples of a run go: files, TensorBoard and, if asked for, Weights & Biases.
 
-metrics.jsonl and samples/ are the record: the others repeat it, and one that fails is left out from then on.
-Training goes on in any case, and says so once.
+metrics.jsonl and samples/ are the record; the others repeat it, and one that fails is dropped from then on.
+Training continues in any case, and says so once.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ NEWLINE = b"\n"
 class Records(Writer):
     """All writers of a run, on the main process.
 
-    `dropped` are the rows after `resume_step`, which the run does again. `done` are the splits that have a
-    row of that step, and SAMPLES where it has a sample.
+    `dropped` are the rows after `resume_step`, which the run repeats. `done` are the splits that have a
+    row of that step, and SAMPLES if it has a sample.
     """
 
     def __init__(self, c: config.Config, workdir: epath.Path, resume_step: int, local: Path, say: Say):
-        """`local` is a folder for what cannot be written to a bucket."""
+        """`local` is a folder for files that cannot be written to a bucket."""
         self._say = say
         rows = JsonlWriter(workdir / FILE, resume_step, say)
         self.dropped = rows.dropped
@@ -50,7 +50,7 @@ class Records(Writer):
             )
 
     def write(self, row: Row) -> None:
-        """A row, at once, to every writer."""
+        """Writes a row to every writer immediately."""
         for name in list(self._writers):
             with self._or_without(name):
                 self._writers[name].write(row)
@@ -75,18 +75,20 @@ class Records(Writer):
             yield
         except OSError as error:
             self._writers.pop(name, None)
-            self._say(f"{name} cannot be written ({error}); training goes on without, {FILE} has all numbers")
+            self._say(
+                f"{name} cannot be written ({error}); training continues without it; {FILE} has all numbers"
+            )
 
 
 class JsonlWriter(Writer):
-    """Appends rows to a file, one JSON object a line, at once. NaN and infinity are written as null.
+    """Appends rows to a file immediately, one JSON object per line. NaN and infinity are written as null.
 
-    A run that goes on from the checkpoint of `resume_step` first drops the rows after it, and a last line
-    that a kill tore, so that no row is there twice; `dropped` are those rows, `splits` the splits that have
-    one of `resume_step`. For none to be missing either, write the rows of a step before its checkpoint is
+    A run that resumes from the checkpoint of `resume_step` first drops the rows after it, and a last line
+    that a kill cut short, so that no row is there twice; `dropped` are those rows, `splits` the splits that
+    have one of `resume_step`. For no row to be missing, write the rows of a step before its checkpoint is
     saved. InputError if another line is not a row.
 
-    What does not fit on a full disk waits in memory until it does.
+    Rows that do not fit on a full disk wait in memory until they do.
     """
 
     def __init__(self, path: epath.PathLike, resume_step: int, say: Say = print):
@@ -94,7 +96,7 @@ class JsonlWriter(Writer):
         kept, self.dropped = _drop_after(self._path, resume_step) if self._path.exists() else ([], [])
         self.splits = {row.get("split") for row in kept if row["step"] == resume_step}
         self._file: Any = self._path.open("ab")
-        # Past the buffer of a local file: after an error it is known how much of it was written.
+        # Bypasses the buffer of a local file: after an error it is known how much was written.
         self._raw = getattr(self._file, "raw", self._file)
         self._waiting = b""
         self._has_failed = False
@@ -108,8 +110,8 @@ class JsonlWriter(Writer):
         except OSError as error:
             if not self._has_failed:
                 self._say(
-                    f"{self._path} cannot be written ({error.strerror}): make room; training goes on, and the"
-                    " rows are kept in memory until then"
+                    f"{self._path} cannot be written ({error.strerror}): make room; training continues, and"
+                    " the rows are kept in memory until then"
                 )
             self._has_failed = True
 
@@ -140,7 +142,7 @@ def _finite(value: Any) -> Any:
 def _drop_after(path: epath.Path, last_step: int) -> tuple[list[Row], list[Row]]:
     """Rewrites the file of rows without those of later steps, in one commit; returns (kept, dropped)."""
     content = path.read_bytes()
-    # What follows the last newline is empty, or torn.
+    # What follows the last newline is empty, or cut short.
     lines = content.split(b"\n")[:-1]
     rows = [_row(path, i + 1, line) for i, line in enumerate(lines)]
     kept, dropped = [], []
@@ -164,7 +166,7 @@ def _row(path: epath.Path, number: int, line: bytes) -> Row:
 
 
 class SampleWriter(Writer):
-    """A file a sample, `folder/step_STEP.txt` or `.png`. Those after `resume_step`, drawn again, go."""
+    """One file per sample, `folder/step_STEP.txt` or `.png`. Those after `resume_step` are removed."""
 
     def __init__(self, folder: epath.Path, resume_step: int):
         self._folder = folder
@@ -178,10 +180,10 @@ class SampleWriter(Writer):
 
 
 def samples(folder: epath.Path) -> dict[int, epath.Path]:
-    """The file of each step that has one, in order; none where there is no folder."""
+    """The file of each step that has one, in order; none without a folder."""
     paths = list(folder.iterdir()) if folder.is_dir() else []
     named = [(re.fullmatch(r"step_(\d+)\.(txt|png)", path.name), path) for path in paths]
-    return dict(sorted((int(found[1]), path) for found, path in named if found))
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
 def check(c: config.Log) -> None:

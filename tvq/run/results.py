@@ -47,7 +47,7 @@ def record(
         path = next(path for path in paths if not path.exists() or _has(path, found))
         atomic.write(path, records.to_json(found | more, indent=1) + "\n")
     except OSError as error:
-        say(f"warning: {folder} cannot be written ({error.strerror}): the result is printed, and not kept")
+        say(f"warning: {folder} cannot be written ({error.strerror}): the result is printed but not saved")
 
 
 def _has(path: epath.Path, found: dict) -> bool:

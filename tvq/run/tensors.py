@@ -68,4 +68,4 @@ def read(option: str, path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str
         with safe_open(os.fspath(path), framework="np") as file:
             return file.get_tensors(), file.metadata() or {}
     except Exception as error:  # the library has no common word for what it cannot read
-        raise InputError(f"{option}={path} is no safetensors file, or a damaged one: {error}") from error
+        raise InputError(f"{option}={path} is not a safetensors file, or is damaged: {error}") from error

@@ -18,15 +18,15 @@ from tvq.errors import InputError
 from tvq.run import health, records
 
 CHECKPOINTS = "checkpoints"
-# There once the first checkpoint is: without it, rows without checkpoints are those of a run that was killed
-# before.
+# Written once there is a checkpoint: without this file, rows without checkpoints are of a run that was killed
+# before its first.
 SAVED = "checkpoints.json"
-# What a start leaves in a workdir that was killed before it was a run.
+# What is left in a workdir if the program is killed at its start, before there is a run.
 STARTED = ("logs", f"{config.FILE}.tmp")
 
 
 def check_workdir(workdir: epath.Path, c: Config) -> None:
-    """InputError if it holds another run, something that is no run, or a run without its checkpoints."""
+    """InputError if it holds another run, something that is not a run, or a run without its checkpoints."""
     path = workdir / config.FILE
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is not a folder; use another")
@@ -34,7 +34,7 @@ def check_workdir(workdir: epath.Path, c: Config) -> None:
         differing = config.differences(config.recorded(path), config.to_dict(c))
         if differing:
             raise InputError(
-                f"--workdir={workdir} holds a run with another config; go on with that one's,"
+                f"--workdir={workdir} holds a run with another config; resume with its own config,"
                 " or use another workdir:\n  " + "\n  ".join(differing)
             )
     elif workdir.exists() and any(path.name not in STARTED for path in workdir.iterdir()):
@@ -57,18 +57,18 @@ def _check_checkpoints(workdir: epath.Path, c: Config) -> None:
         target = os.readlink(folder)
         if not _has_record(workdir):
             raise InputError(
-                f"{folder} is a link to {target}, which is no folder; make it, or remove the link"
+                f"{folder} is a link to {target}, which is not a folder; make it, or remove the link"
             )
-        what = f"is a link to {target}, which is no folder"
+        what = f"is a link to {target}, which is not a folder"
     elif folder.exists():
-        raise InputError(f"{folder} is no folder; move it away, or use another workdir")
+        raise InputError(f"{folder} is not a folder; move it away, or use another workdir")
     else:
         what = "is not there"
     if what and _has_record(workdir):
         raise InputError(
             f"--workdir={workdir} holds the record of a run (to step {_last_row(workdir)}), but no"
-            f" checkpoint to go on from: {folder} {what}; bring the checkpoints back, or use another workdir:"
-            f" a new run here would erase that record (if that is wanted, delete {workdir})"
+            f" checkpoint to resume from: {folder} {what}; restore the checkpoints, or use another workdir:"
+            f" a new run here would erase that record (if that is what you want, delete {workdir})"
         )
 
 
@@ -78,7 +78,7 @@ def steps(workdir: epath.Path) -> list[int]:
 
 
 def _names(folder: epath.Path) -> list[str]:
-    """What a folder holds; nothing where there is none."""
+    """What a folder holds; nothing if there is no folder."""
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
@@ -89,14 +89,14 @@ def _has_record(workdir: epath.Path) -> bool:
 
 
 def _last_row(workdir: epath.Path) -> int:
-    """The step of the last row, -1 where there is none."""
+    """The step of the last row, -1 if there is none."""
     path = workdir / records.FILE
-    found = re.findall(rb'"step": *(\d+)', path.read_bytes()) if path.exists() else []
-    return int(found[-1]) if found else -1
+    recorded = re.findall(rb'"step": *(\d+)', path.read_bytes()) if path.exists() else []
+    return int(recorded[-1]) if recorded else -1
 
 
 def _surely_saved(workdir: epath.Path, c: Config) -> float:
-    """Rows after this step are of a run that has saved: the second save waits for the end of the first."""
+    """A row after this step means that the run has saved: the second save waits for the end of the first."""
     path = workdir / config.FILE
     saving = config.recorded(path).checkpoint if path.exists() else c.checkpoint
     if not saving.every:
@@ -105,11 +105,11 @@ def _surely_saved(workdir: epath.Path, c: Config) -> float:
 
 
 def mark_saved(workdir: epath.Path) -> bool:
-    """Notes that the run has a checkpoint, as soon as it has one; returns whether it is noted."""
-    found = steps(workdir)
-    if found:
-        with contextlib.suppress(OSError):  # a full disk: at the next row
-            _write(workdir / SAVED, {"step": found[-1]})
+    """Records that the run has a checkpoint, as soon as it has one; returns whether that is recorded."""
+    saved = steps(workdir)
+    if saved:
+        with contextlib.suppress(OSError):  # a full disk: tried again at the next row
+            _write(workdir / SAVED, {"step": saved[-1]})
             return True
     return False
 
@@ -122,9 +122,9 @@ def _write(path: epath.Path, content: dict) -> None:
 
 
 def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
-    """Takes the workdir and writes the config of the run there, whole or not at all.
+    """Claims the workdir and writes the config of the run there, whole or not at all.
 
-    InputError: it cannot be written. ClusterError: a run is going on there.
+    InputError: it cannot be written. ClusterError: a run is in progress there.
     """
     with cluster.writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -133,9 +133,9 @@ def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
 
 
 class Home:
-    """The workdir of a run that is going on, on the main process: sees when somebody moves or removes it.
+    """The workdir of a run in progress, on the main process: notices when somebody moves or removes it.
 
-    Nothing is seen in a bucket, which has no folders.
+    Nothing is noticed in a bucket, which has no folders.
     """
 
     def __init__(self, workdir: epath.Path, c: Config, say: Callable[[str], None]):
@@ -143,7 +143,7 @@ class Home:
         self.is_lost = self._is_marked = False
         if not steps(workdir):
             (workdir / SAVED).unlink(missing_ok=True)  # of an earlier record, which was removed
-        self._fd = None  # holds the folder itself, whatever its name
+        self._fd = None  # refers to the folder itself, whatever its name
         if "://" not in str(workdir):
             self._fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
 
@@ -155,14 +155,14 @@ class Home:
             os.close(self._fd)
 
     def look(self) -> bool:
-        """True the first time that the folder is not in its place; it is then made again, to save there."""
+        """True the first time that the folder is not in its place; then it is made again, to save there."""
         if self.is_lost:
             return False
         if self._is_in_place():
             self._is_marked = self._is_marked or mark_saved(self.workdir)
             return False
         self.is_lost = True
-        self._say(f"--workdir={self.workdir} was {self._fate()} under the run, which saves and stops")
+        self._say(f"--workdir={self.workdir} was {self._fate()} during the run, which saves and stops")
         with contextlib.suppress(OSError):  # the save that follows says what is wrong
             (self.workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             _write(self.workdir / config.FILE, config.to_dict(self._c))
@@ -176,11 +176,11 @@ class Home:
             return is_same and (self.workdir / config.FILE).exists()  # or it was emptied
         except FileNotFoundError:
             return False
-        except OSError:  # a disk that does not answer says nothing about the folder
+        except OSError:  # a disk that does not answer tells nothing about the folder
             return True
 
     def _moved_to(self) -> Path | None:
-        """Where the folder is now, None if it was removed or this system does not say."""
+        """Where the folder is now, None if it was removed or this system cannot tell."""
         assert self._fd is not None
         try:
             place = Path(os.readlink(f"/proc/self/fd/{self._fd}"))
@@ -195,34 +195,34 @@ class Home:
         return f"moved to {place}" if place else "removed"
 
     def settle(self, step: int) -> tuple[str, bool]:
-        """After the last save of a run that lost its folder: how it goes on, and whether by the same command.
+        """After the last save of a run that lost its folder: how to resume, and if the same command does.
 
-        A folder that was moved gets the checkpoint. Without it the same command would begin a new run.
+        A folder that was moved gets the checkpoint. The same command would then start a new run.
         """
         place = self._moved_to()
         ours = self.workdir / CHECKPOINTS
         is_here = step in steps(self.workdir)  # if not, the save came before the loss
         if place is None:
             lost = "what it held" if is_here else "all of it"
-            return f"--workdir={self.workdir} was removed under the run: {lost} is lost", is_here
+            return f"--workdir={self.workdir} was removed during the run: {lost} is lost", is_here
         try:
             if is_here:
                 os.rename(ours / str(step), place / CHECKPOINTS / str(step))
-            for name in (health.FOLDER, records.SAMPLES):  # of the time until it was seen
+            for name in (health.FOLDER, records.SAMPLES):  # written until the loss was noticed
                 if (self.workdir / name).is_dir():
                     shutil.copytree(self.workdir / name, place / name, dirs_exist_ok=True)
         except OSError as error:
             return (
-                f"--workdir={self.workdir} was moved to {place} under the run, and {ours / str(step)} could"
-                f" not be moved there ({error.strerror}): move it into {place / CHECKPOINTS}, and go on with"
+                f"--workdir={self.workdir} was moved to {place} during the run, and {ours / str(step)} could"
+                f" not be moved there ({error.strerror}): move it into {place / CHECKPOINTS}, and resume with"
                 f" --workdir={place}"
             ), False
         for name in (CHECKPOINTS, health.FOLDER, records.SAMPLES):
             shutil.rmtree(self.workdir / name, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds what is not ours
+        with contextlib.suppress(OSError):  # the folder holds files that are not ours
             (self.workdir / config.FILE).unlink()
             self.workdir.rmdir()
         return (
-            f"--workdir={self.workdir} was moved to {place} under the run, and checkpoint {step} is there:"
-            f" go on with --workdir={place}"
+            f"--workdir={self.workdir} was moved to {place} during the run, and checkpoint {step} is there:"
+            f" resume with --workdir={place}"
         ), False
