@@ -49,6 +49,4 @@ class Looks:
                 health.save(self._folder, step, jax.device_get(self._found))
             except OSError as error:
                 self._say(f"codebook health cannot be written ({error}); training continues without it")
-                    f"codebook health cannot be written ({error}); training continues without its files"
-                )
                 self._is_written = False
