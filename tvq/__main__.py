@@ -80,7 +80,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "bench": (
         "bench.bench",
-        "measure speed and memory of programs, once they are checked to agree",
+        "measure speed and memory of programs checked to agree",
         """
         tvq bench train --config=configs/debug.py --output=runs/bench --lengths=512,2048,8192
         tvq bench attention --config=configs/debug.py --output=runs/core --formulations=auto,serial,full
