@@ -256,7 +256,7 @@ def test_what_is_unknown_is_said():
 
 
 def test_no_byte():
-    with pytest.raises(ValueError, match="end ids alone"):
+    with pytest.raises(ValueError, match="or only end ids"):
         evaluate.result(1.0, 3, info(n_byte=0))
 
 
