@@ -6,7 +6,7 @@
 #
 #   --output DIR     folder for the results (default: runs/check_gpu); summary.txt is the result of all stages
 #   --stages LIST    of works, profile and speed (default: all, in this order)
-#   --seconds N      limit of each part of a stage (default: 170); speed has 360
+#   --seconds N      limit of the tests on the device (default: 170); speed has 360
 #   --tiny           a rehearsal: small models and few steps, on any device
 #   --python PYTHON  one with jax, what tvq needs, pytest and pytest-xdist (default: python3)
 #

@@ -1,6 +1,6 @@
 """The schema, its errors, and the presets: every value of configs/NAME.py is kept in golden_configs/NAME.txt.
 
-`python -m tests.test_config` writes those files anew.
+`python -m tests.test_config` writes those files again.
 """
 
 import dataclasses

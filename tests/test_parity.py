@@ -339,7 +339,7 @@ def check_optim(spec: dict, arrays: dict) -> None:
 def check_schedule(spec: dict, arrays: dict) -> None:
     for name in {path.split("/")[1] for path in arrays}:
         steps = arrays[f"in/{name}/steps"]
-        for kind in ("cosine", "linear"):  # its inv_sqrt is a defect (SPEC.md)
+        for kind in ("cosine", "linear"):  # its inv_sqrt is a defect of the original
             made = optimizer.schedule(
                 config.Optimizer(
                     schedule=kind,

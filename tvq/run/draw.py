@@ -35,7 +35,7 @@ class Prefix(NamedTuple):
 
 
 def nucleus(logits_BC: jax.Array, p: float) -> jax.Array:
-    """The logits with the tail outside the nucleus of probability p at -1e10 (SPEC.md "Sampling").
+    """The logits with the tail outside the nucleus of probability p at -1e10.
 
     Tokens are taken from the likeliest, the highest id first among equals, while the mass before a token is
     below p - 1e-4; the first always stays. p = 0 leaves it alone.
