@@ -140,7 +140,7 @@ def start(
     say: Callable[[str], None],
     stoppable: bool = True,
 ) -> Processes:
-    """Brings the processes together: rendezvous, jax.distributed, signals, devices. Once, before any jax call.
+    """Brings the processes together: rendezvous, jax.distributed, signals, devices. Once, before jax.
 
     Args:
         place: from `find`.
