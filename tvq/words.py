@@ -6,11 +6,12 @@ tells whether it was written.
 """
 
 import atexit
+import contextlib
 import io
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TextIO
 
 PATIENCE = 10.0  # seconds that a run waits for a reader who has stopped reading (less, Ctrl-S)
@@ -44,12 +45,18 @@ class Words(io.TextIOBase):
 
     def write_now(self, text: str) -> None:
         """Writes without flushing the stream first: for a signal handler, which may interrupt a flush."""
-        try:
+        with self._dropping():
             if self._fd is not None:
                 self._put(self._fd, text.encode(self.encoding, "replace"))
             elif self._stream is not None:
                 self._stream.write(text)
                 self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Keeps the error for `failed` instead of raising it; a stream that was closed is none."""
+        try:
+            yield
         except OSError as error:
             _FAILED[-1 if self._fd is None else self._fd] = error
         except ValueError:  # the stream was closed
@@ -69,13 +76,9 @@ class Words(io.TextIOBase):
 
     def flush(self) -> None:
         """Flushes what was written to the stream itself before."""
-        try:
+        with self._dropping():
             if self._stream is not None:
                 self._stream.flush()
-        except OSError as error:
-            _FAILED[-1 if self._fd is None else self._fd] = error
-        except ValueError:
-            pass
 
     def fileno(self) -> int:
         if self._fd is None:
@@ -93,11 +96,9 @@ class Words(io.TextIOBase):
 
     def close(self) -> None:
         """Closes the stream; a full disk may report its error only then."""
-        try:
+        with self._dropping():
             if self._stream is not None:
                 self._stream.close()
-        except OSError as error:
-            _FAILED[-1 if self._fd is None else self._fd] = error
 
     def __del__(self) -> None:
         """Leaves the stream open: this object does not own it."""

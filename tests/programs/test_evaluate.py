@@ -242,7 +242,7 @@ def test_data_of_another_vocabulary(tmp_path):
     folder = epath.Path(tmp_path)
     prepared.write(folder, [Piece("train", "a", b"kalo mi", last=True)], prepared.text_form(trained), {})
     corpus = open_corpus(config.Data(source="tokens", path=str(folder)))
-    restored = lambda known: Restored(3, None, {"vocabulary": to_json(known)}, {})
+    restored = lambda known: Restored(3, None, {"vocabulary": to_json(known)})
     evaluate.check_same_vocabulary(corpus, restored(trained))
     with pytest.raises(ValueError, match=r"has the vocabulary .*, checkpoint 3 was trained on"):
         evaluate.check_same_vocabulary(corpus, restored(other))

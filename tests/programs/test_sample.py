@@ -14,6 +14,7 @@ from PIL import Image
 from tests.data import books
 from tests.model import small
 from tvq import atomic, cluster, config, sharding
+from tvq.data import detokenize
 from tvq.data.vocabulary import END, ByteVocabulary
 from tvq.errors import InputError
 from tvq.model import parameters
@@ -29,7 +30,7 @@ BYTES = ByteVocabulary()
 def test_pieces_of_text_hold_whole_characters(text, n):
     ids = BYTES.encode(b"say: " + text)
     drawn = [ids[i : i + n] for i in range(5, len(ids), n)] + [np.array([END])]
-    pieces = list(sample.spoken(BYTES, ids[:5], drawn))
+    pieces = list(detokenize.stream(BYTES, [ids[:5], *drawn]))
     want = (b"say: " + text).decode(errors="replace")
     assert "".join(pieces) == want
     # No text is taken back: invalid bytes appear only once that is certain.

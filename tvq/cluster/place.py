@@ -44,6 +44,11 @@ class Place:
         """The one process that writes to a terminal and to outside services."""
         return self.process_id == 0
 
+    def check_alone(self, command: str) -> None:
+        """InputError if several processes start a command that is for one."""
+        if self.n_process > 1:
+            raise InputError(f"tvq {command} is for one process, but {self}; start it by itself")
+
     @property
     def address(self) -> tuple[str, int]:
         host, _, port = self.coordinator.rpartition(":")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def _some(names: Iterable[str]) -> str:
 
 def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002
     """Makes a run at step 0 from weights, with a new optimizer. InputError: they are wrong."""
-    one_process(place, "import")
+    place.check_alone("import")
     if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds a run already; use another folder")
     check_workdir(workdir, c)
@@ -154,7 +155,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         return fresh._replace(weights=weights, opt_state=tx.init(weights.params))
 
     now = jax.jit(begin, out_shardings=whole)(weights)
-    data = {"next_batch": 0, "fingerprint": None, "seconds": {}}
+    data: dict[str, Any] = {"fingerprint": None, "seconds": {}}
     data |= {"vocabulary": to_json(vocabulary), "image_size": image_size}
     with cluster.writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -176,7 +177,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
 
 def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, output: str) -> int:
     """Writes the newest checkpoint's parameters and codebooks, by name, and the config of the run."""
-    one_process(place, "export")
+    place.check_alone("export")
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output={output} is not an empty folder; use another")
@@ -201,8 +202,3 @@ def vocabulary_of(c: Config) -> Vocabulary:
     corpus = open_corpus(c.data)
     evaluate.check_vocabulary(corpus, c.model)
     return corpus.vocabulary
-
-
-def one_process(place: cluster.Place, command: str) -> None:
-    if place.n_process > 1:
-        raise InputError(f"tvq {command} is for one process, but {place}; start it by itself")

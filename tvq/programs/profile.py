@@ -44,8 +44,7 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
 
     InputError: more than one process, or a device whose traces do not name their kernels.
     """
-    if place.n_process > 1:
-        raise InputError(f"tvq profile is for one process, but {place}; start it by itself")
+    place.check_alone("profile")
     console = metrics.Console()
     with cluster.writing("--output", output):
         output.mkdir(parents=True, exist_ok=True)

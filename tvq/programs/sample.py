@@ -142,12 +142,7 @@ def streams(
         tell("")
         for number in range(c.sample.n_sample):
             drawn = draw.continuation(weights, prefix, number, key, **options)
-            yield spoken(vocabulary, ids, drawn)
-
-
-def spoken(vocabulary: Vocabulary, ids_T: np.ndarray, drawn: Iterable[np.ndarray]) -> Iterator[str]:
-    """The text of ids and of those that follow, in pieces of whole characters, each once it is certain."""
-    return detokenize.stream(vocabulary, itertools.chain([ids_T], drawn))
+            yield detokenize.stream(vocabulary, itertools.chain([ids], drawn))
 
 
 def read_prompts(path: epath.Path) -> list[str]:
@@ -307,8 +302,7 @@ def sample(
     from_state: str | None,
 ) -> int:
     """Continues prompts with the newest checkpoint."""
-    if place.n_process > 1:
-        raise InputError(f"tvq sample is for one process, but {place}; start it by itself")
+    place.check_alone("sample")
     if stream and output:
         raise InputError("--stream writes to the terminal and --output to files; use one of them")
     check_decodes(c)

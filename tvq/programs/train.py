@@ -149,7 +149,7 @@ def resume(
 ) -> tuple[TrainState, int]:
     """State and step of the newest whole checkpoint, or of a new run if there is none; the clock continues.
 
-    `placed` says how it lies on the mesh. The data position needs no restoring: batch t is a function of
+    `placed` says how it lies on the mesh. The place in the data needs no restoring: batch t is a function of
     (seed, t).
     """
     restored = checkpoints.restore(placed, say)
@@ -262,7 +262,6 @@ def save(run: Run, now: TrainState, step: int) -> None:
     run.watchdog.beat("save", step)
     look_for_workdir(run)
     data = {
-        "next_batch": step // (run.config.train.sequence_len // run.config.train.update_len),
         "fingerprint": run.corpus.fingerprint,
         "vocabulary": vocabulary.to_json(run.corpus.vocabulary),
         "image_size": run.corpus.image_size,

@@ -1,7 +1,7 @@
-"""Checkpoints: one commit holds the train state, the data position and the config.
+"""Checkpoints: one commit holds the train state, a description of the data, and the config.
 
     directory/STEP/state/      the arrays, by name, whatever mesh they lay on
-    directory/STEP/meta/       JSON: data position, config, settings of jax, and shape and dtype of each array
+    directory/STEP/meta/       JSON: data, config, settings of jax, and shape and dtype of each array
     directory/STEP/*/SEAL.json size and checksum of each file
     directory/damaged_STEP/    a checkpoint whose files no longer match their seal, out of the way
 
@@ -34,7 +34,7 @@ SEAL = "SEAL.json"
 ITEMS = ("meta", "state")
 MAX_LISTED = 20  # differing arrays that an error lists
 CHUNK = 1 << 24  # bytes read at a time
-WEIGHTS = ("params.", "codebooks.")  # how the names of their arrays begin
+WEIGHTS = "weights."  # how the names of their arrays begin
 NOT_FINITE = "weights that are not numbers (NaN or infinite)"
 # What Python, TensorStore and Orbax say of files that were removed under a save.
 GONE = ("No such file", "NOT_FOUND", "directory does not exist", "params are missing")
@@ -55,7 +55,6 @@ class Restored(NamedTuple):
     step: int
     state: Any
     data: dict
-    config: dict
 
 
 class Checkpoints:
@@ -159,7 +158,7 @@ class Checkpoints:
         each damaged checkpoint that is passed over, `say` gets a line (on process 0); the next `save` moves
         those out of the way. InputError if all are damaged, or if an array has another shape or dtype.
         """
-        step, self._damaged = self._newest(ITEMS, say)
+        step, self._damaged = self._newest(say)
         if step is None:
             return None
         meta = self._read_meta(step)
@@ -176,7 +175,7 @@ class Checkpoints:
                 f"checkpoint {step} holds {NOT_FINITE} in {', '.join(broken)}: no run can resume from it;"
                 " move its folder away to resume from the one before, or import weights that are finite"
             )
-        return Restored(step, _like(abstract_state, arrays), meta["data"], meta["config"])
+        return Restored(step, _like(abstract_state, arrays), meta["data"])
 
     def restore_weights(
         self, abstract: Any, say: Callable[[str], None], optional: Collection[str] = ()
@@ -186,7 +185,7 @@ class Checkpoints:
         `abstract` is a tree whose fields are some of the state's. An array whose name is in `optional` may
         be missing on either side: `state` then has None in its place.
         """
-        step, self._damaged = self._newest(ITEMS, say)
+        step, self._damaged = self._newest(say)
         if step is None:
             return None
         meta = self._read_meta(step)
@@ -204,18 +203,13 @@ class Checkpoints:
                 state=ocp.args.PyTreeRestore(item=here, restore_args=how, partial_restore=True)
             ),
         ).state
-        return Restored(step, _like(abstract, arrays), meta["data"], meta["config"])
-
-    def read_config(self) -> dict | None:
-        """The config of the newest checkpoint in which it is whole, without a look at the arrays; or None."""
-        step, _ = self._newest(("meta",), lambda line: None)
-        return None if step is None else self._read_meta(step)["config"]
+        return Restored(step, _like(abstract, arrays), meta["data"])
 
     def _read_meta(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
-    def _newest(self, items: Sequence[str], say: Callable[[str], None]) -> tuple[int | None, list[int]]:
-        """The newest step whose `items` are whole, and the damaged steps after it. Decided by process 0."""
+    def _newest(self, say: Callable[[str], None]) -> tuple[int | None, list[int]]:
+        """The newest step that is whole, and the damaged steps after it. Decided by process 0."""
         self._manager.wait_until_finished()
         steps = sorted(self.steps(), reverse=True)
         if not steps:
@@ -223,7 +217,7 @@ class Checkpoints:
         damage: list[str] = []
         if jax.process_index() == 0:
             for step in steps:
-                broken = _damage(self._directory / str(step), items)
+                broken = _damage(self._directory / str(step))
                 if broken is None:
                     break
                 damage.append(f"checkpoint {step} is damaged ({broken})")
@@ -353,9 +347,9 @@ def _seal(folder: epath.Path) -> None:
     (folder / SEAL).write_text(json.dumps(dict(zip(names, sums, strict=True)), indent=1))
 
 
-def _damage(folder: epath.Path, items: Sequence[str]) -> str | None:
+def _damage(folder: epath.Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
-    for item in items:
+    for item in ITEMS:
         try:
             seal = json.loads((folder / item / SEAL).read_text())
             with ThreadPoolExecutor() as pool:

@@ -33,8 +33,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
     InputError: the input is wrong. DisagreementError: two programs that must agree do not; then nothing
     is written.
     """
-    if place.n_process > 1:
-        raise InputError(f"tvq bench is for one process, but {place}; start it by itself")
+    place.check_alone("bench")
     if c.bench.kind not in PREPARE:
         raise InputError(f"config.bench.kind must be one of {', '.join(BENCHES)}, not {c.bench.kind!r}")
     console = metrics.Console()

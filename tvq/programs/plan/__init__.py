@@ -9,7 +9,6 @@ from etils import epath
 
 from tvq import cluster, sharding
 from tvq.config import Config
-from tvq.errors import InputError
 from tvq.programs.plan import report, step, sweep, targets
 from tvq.programs.plan.step import TooLargeError
 from tvq.run import metrics
@@ -19,8 +18,7 @@ DOES_NOT_FIT = 1  # the exit code
 
 def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints what the train step costs, or with plan.sweep a table of mesh shapes; 1 if nothing fits."""
-    if place.n_process > 1:
-        raise InputError(f"tvq plan is for one process, but {place}; start it by itself")
+    place.check_alone("plan")
     console = metrics.Console()
     devices = targets.devices(c.plan.topology)
     if not c.plan.sweep:
