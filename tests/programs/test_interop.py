@@ -19,8 +19,8 @@ from tests.test_parity import GOLDEN, check_forward, load, model_config, under
 from tvq import cluster, config, sharding
 from tvq.data.vocabulary import ByteVocabulary, to_json
 from tvq.model import original
-from tvq.programs import evaluate, interop
-from tvq.run import tensors
+from tvq.programs import interop
+from tvq.run import restore, tensors
 from tvq.run.checkpoint import Checkpoints
 from tvq.training import optimizer, state
 
@@ -119,7 +119,7 @@ def test_a_run_of_other_optimizer_or_revival_is_exported(tmp_path, capsys):
         optimizer=dataclasses.replace(RUN.optimizer, name="lion", grad_clip=0.0),
     )
     mesh = sharding.make(config.Mesh(), jax.devices()[:1])
-    ours, theirs = (evaluate.restore(c, epath.Path(tmp_path / "run"), mesh, print) for c in (RUN, other))
+    ours, theirs = (restore.weights(c, epath.Path(tmp_path / "run"), mesh, print) for c in (RUN, other))
     mine, more = (restored.state.weights.extra["codebooks"] for restored in (ours, theirs))
     assert not np.asarray(more.pop("idle")).any()
     assert tensors.fingerprint((ours.state.weights.params, mine)) == tensors.fingerprint(

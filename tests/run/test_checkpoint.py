@@ -17,12 +17,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tvq import model as lm
 from tvq.errors import InputError
-from tvq.run.checkpoint import SEAL, Checkpoints, SaveError, _seal, kept, read_weights
+from tvq.run import seal
+from tvq.run.checkpoint import Checkpoints, SaveError, kept
+from tvq.run.restore import read_weights
 from tvq.training.state import TrainState
 
 DATA, CONFIG = {"batch": 7}, {"model": {"d_model": 8, "dtype": "float32"}}
@@ -306,7 +309,7 @@ def test_a_failed_save_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     save_all(tmp_path, 1)
-    monkeypatch.setattr("tvq.run.checkpoint._seal", full)
+    monkeypatch.setattr("tvq.run.seal.seal", full)
     message = r"a checkpoint cannot be written \(\[Errno 28\] No space left on device\); make room"
     with pytest.raises(SaveError, match=message), open_(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, make_state(), DATA, CONFIG)
@@ -317,7 +320,7 @@ def test_a_failed_save_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 # TensorStore may answer when Orbax, which has failed by then, no longer listens.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("gone", ["", "state", "state/ocdbt.process_0/d"])
+@pytest.mark.parametrize("gone", ["", "state", "state/ocdbt.process_0", "state/ocdbt.process_0/d"])
 def test_a_save_whose_files_are_removed(tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     finalize = ocp.StandardCheckpointHandler.finalize
 
@@ -332,6 +335,19 @@ def test_a_save_whose_files_are_removed(tmp_path: Path, gone: str, monkeypatch: 
     message = "a checkpoint cannot be written .* do not remove its files while it is written"
     with pytest.raises(SaveError, match=message), open_(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, make_state(), DATA, CONFIG)
+
+
+def test_a_part_of_an_array_that_is_missing_is_noticed(tmp_path: Path) -> None:
+    """As if one process's folder were lost and not the others'."""
+    folder = tmp_path / "a #1%20"
+    save_all(folder, 1)
+    assert seal.missing(epath.Path(folder / "1" / "state")) == []
+    base = {"driver": "file", "path": f"{folder}/1/state/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    for key, lost in ((b"params.w/3.0", ["params.w"]), (b"step/.zarray", ["params.w", "step"])):
+        assert key in store.list().result()
+        store.write(key, None).result()
+        assert seal.missing(epath.Path(folder / "1" / "state")) == lost
 
 
 def test_a_reader_leaves_everything_as_it_is(tmp_path: Path) -> None:
@@ -370,7 +386,7 @@ def test_a_removal_cut_short_is_completed(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_waiting_for_a_save_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.MonkeyPatch.context() as patch, open_(tmp_path) as checkpoints:
-        patch.setattr("tvq.run.checkpoint._seal", lambda _: time.sleep(0.6))  # twice; Orbax warns after 1 s
+        patch.setattr("tvq.run.seal.seal", lambda _: time.sleep(0.6))  # twice; Orbax warns after 1 s
         checkpoints.save(1, {"x": jnp.zeros(3)}, {}, {})
         checkpoints.save(2, {"x": jnp.zeros(3)}, {}, {})
         patch.undo()
@@ -473,8 +489,8 @@ def test_other_settings_of_jax_are_refused(tmp_path: Path) -> None:
     meta = json.loads(path.read_text())
     del meta["settings"]  # of a run of an older version
     path.write_text(json.dumps(meta))
-    (path.parent / SEAL).unlink()
-    _seal(epath.Path(path.parent))
+    (path.parent / seal.FILE).unlink()
+    seal.seal(epath.Path(path.parent))
     with jax.threefry_partitionable(False), open_(tmp_path) as checkpoints:
         assert checkpoints.restore(abstract(make_state()), silent)
 

@@ -18,9 +18,8 @@ from tvq import cluster, config, sharding
 from tvq import model as lm
 from tvq.config import Config
 from tvq.errors import InputError
-from tvq.programs import evaluate
 from tvq.programs.report import runs
-from tvq.run import describe, health, metrics, records
+from tvq.run import describe, health, metrics, records, restore
 
 FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; the doctor itself failed
 N_NAMED = 3  # units that a finding names
@@ -85,7 +84,7 @@ def newest_snapshot(
         except InputError as error:
             broken.append(str(error))
     try:
-        restored = evaluate.restore(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), say)
+        restored = restore.weights(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), say)
     except InputError as error:
         if not has_rows:
             raise

@@ -25,9 +25,9 @@ from tvq.data.corpus import AnyCorpus, open_corpus
 from tvq.data.packing import Sequences, Streams
 from tvq.data.pipeline import evaluation_batches
 from tvq.errors import InputError
-from tvq.run import metrics, records, results, tensors
-from tvq.run.checkpoint import NOT_FINITE, Restored, read_weights
-from tvq.training import loss, state
+from tvq.run import metrics, records, restore, results
+from tvq.run.checkpoint import Restored
+from tvq.training import loss
 
 # Beyond this many nats a word perplexity overflows, and means nothing: the text has no spaces between words.
 MAX_NATS = 700.0
@@ -290,27 +290,6 @@ def scorer(c: Config, corpus: AnyCorpus, mesh: Mesh) -> Callable:
     return of_sequences
 
 
-def restore(c: Config, workdir: epath.Path, mesh: Mesh, say: Callable[[str], None]) -> Restored:
-    """The weights of the newest whole checkpoint of a run, on any mesh. InputError if there is none.
-
-    Warns of arrays that are not finite.
-    """
-    if not (workdir / "checkpoints").exists():
-        raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
-    wanted = state.place_weights(c, mesh)
-    restored = read_weights(workdir / "checkpoints", wanted, say, state.OPTIONAL)
-    if restored is None:
-        raise InputError(f"--workdir={workdir} holds no checkpoint yet")
-    codebooks = restored.state.weights.extra.get("codebooks", {})
-    if codebooks.get("idle", ...) is None:
-        like = wanted.weights.extra["codebooks"]["idle"]
-        codebooks["idle"] = jax.device_put(np.zeros(like.shape, np.int32), like.sharding)
-    broken = tensors.not_finite(restored.state)
-    if broken:
-        say(f"warning: checkpoint {restored.step} holds {NOT_FINITE} in {', '.join(broken)}")
-    return restored
-
-
 def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Scores `evaluate.split` with the newest checkpoint; prints a line and, for programs, a row of JSON.
 
@@ -324,7 +303,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     sharding.check(mesh, c)
     sharding.check_batch(mesh, "evaluate.batch_size", batch_size(c))
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = restore(c, workdir, mesh, console.say)
+        restored = restore.weights(c, workdir, mesh, console.say)
         check_same_vocabulary(corpus, restored)
         weights = restored.state.weights
         so_far = metrics.Progress("evaluating", "batches")

@@ -17,7 +17,7 @@ from tvq.data.corpus import open_corpus
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
 from tvq.errors import InputError
 from tvq.programs import evaluate
-from tvq.run import metrics, tensors
+from tvq.run import metrics, restore, tensors
 from tvq.run.checkpoint import Checkpoints
 from tvq.run.workdir import check_workdir, record
 from tvq.training import optimizer, state
@@ -181,7 +181,7 @@ def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output={output} is not an empty folder; use another")
-    restored = evaluate.restore(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), log.say)
+    restored = restore.weights(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), log.say)
     now = restored.state
     arrays = tensors.named(in_file(now.weights))
     kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}

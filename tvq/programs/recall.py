@@ -16,7 +16,7 @@ from tvq import cluster, config, sharding
 from tvq.config import Config
 from tvq.errors import InputError
 from tvq.programs import evaluate
-from tvq.run import metrics, records, results
+from tvq.run import metrics, records, restore, results
 from tvq.schema import END, UNKNOWN
 
 FIRST = UNKNOWN + 1  # the ids from here on are text
@@ -127,7 +127,7 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     sharding.check_batch(mesh, "recall.n_sequence", n_row)
     rows = sharding.local_rows(mesh, n_row)
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = evaluate.restore(c, workdir, mesh, console.say)
+        restored = restore.weights(c, workdir, mesh, console.say)
         now = restored.state
         empty, read = evaluate.make_carried(c.model, mesh, c.mesh.shard_params)
         state, nats, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")

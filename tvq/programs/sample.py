@@ -20,8 +20,7 @@ from tvq.config import Config, Mesh
 from tvq.data import detokenize, optional
 from tvq.data.vocabulary import END, Vocabulary, from_json
 from tvq.errors import InputError
-from tvq.programs import evaluate
-from tvq.run import draw, image_samples, metrics, records, tensors
+from tvq.run import draw, image_samples, metrics, records, restore, tensors
 from tvq.run.draw import Prefix, Tell
 from tvq.training.state import TrainState
 
@@ -311,7 +310,7 @@ def sample(
     if save_state:
         inputs = {"--document": document, "--prompts": prompts, "--from_state": from_state}
         check_save_state(epath.Path(save_state), inputs)
-    restored = evaluate.restore(c, workdir, sharding.make(Mesh(), jax.devices()[:1]), log.say)
+    restored = restore.weights(c, workdir, sharding.make(Mesh(), jax.devices()[:1]), log.say)
     vocabulary = from_json(restored.data["vocabulary"])
     weights = restored.state.weights
     if restored.data["image_size"]:

@@ -6,16 +6,13 @@
     directory/damaged_STEP/    a checkpoint whose files no longer match their seal, out of the way
 
 Orbax writes in the background and commits by renaming, so a killed save leaves nothing that counts. It does
-not notice a flipped bit in an array, and reports a lost file in hundreds of lines: hence the seal, written
-within the commit and verified before Orbax reads.
+not notice a flipped bit in an array, and reports a lost file in hundreds of lines: hence the seal
+(`tvq.run.seal`), written within the commit and verified before Orbax reads.
 """
 
 import contextlib
-import json
 import logging
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -28,17 +25,13 @@ from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 
 from tvq import numerics
 from tvq.errors import InputError, SaveError
-from tvq.run import tensors
+from tvq.run import seal, tensors
 
-SEAL = "SEAL.json"
-ITEMS = ("meta", "state")
 MAX_LISTED = 20  # differing arrays that an error lists
-CHUNK = 1 << 24  # bytes read at a time
 WEIGHTS = "weights."  # how the names of their arrays begin
 NOT_FINITE = "weights that are not numbers (NaN or infinite)"
 # What Python, TensorStore and Orbax say of files that were removed under a save.
-GONE = ("No such file", "NOT_FOUND", "directory does not exist", "params are missing")
-TRIES = 10  # checkpoints that may be removed under a reader, one after the other, until it gives up
+GONE = ("No such file", "NOT_FOUND", "directory does not exist", "are missing")
 # What Orbax warns of in the normal course of things, across the line that shows progress: that a save waits
 # for the one before, and that the removal of an old checkpoint was killed half-way (the next save ends it).
 SILENCED = ("Waiting for previous save to complete", "Metadata file does not exist")
@@ -72,7 +65,7 @@ class Checkpoints:
         """
         logging.getLogger("absl").addFilter(_worth_saying)
         handlers = DefaultCheckpointHandlerRegistry()
-        arrays, values, some = _SealedArrays(), _SealedJson(), ocp.PyTreeCheckpointHandler()
+        arrays, values, some = seal.Arrays(), seal.Json(), ocp.PyTreeCheckpointHandler()
         handlers.add("state", ocp.args.StandardSave, arrays)
         handlers.add("state", ocp.args.StandardRestore, arrays)
         handlers.add("state", ocp.args.PyTreeRestore, some)
@@ -217,7 +210,7 @@ class Checkpoints:
         damage: list[str] = []
         if jax.process_index() == 0:
             for step in steps:
-                broken = _damage(self._directory / str(step))
+                broken = seal.damage(self._directory / str(step))
                 if broken is None:
                     break
                 damage.append(f"checkpoint {step} is damaged ({broken})")
@@ -242,46 +235,6 @@ class Checkpoints:
         multihost_utils.sync_global_devices("checkpoint: damaged ones set aside")
         self._damaged = []
         self._manager.reload()
-
-
-def read_weights(
-    directory: epath.PathLike, abstract: Any, say: Callable[[str], None], optional: Collection[str] = ()
-) -> Restored | None:
-    """`Checkpoints.restore_weights` beside a run that saves, and that removes old checkpoints meanwhile.
-
-    A checkpoint that is removed while it is read has a newer one in its place: that is taken then.
-    """
-    for _ in range(TRIES):
-        newest, said, failure, restored = _newest_step(directory), list[str](), None, None
-        try:
-            with Checkpoints(directory, keep=1, keep_every=0, read_only=True) as checkpoints:
-                restored = checkpoints.restore_weights(abstract, said.append, optional)
-        except (OSError, ValueError, KeyError) as error:  # what Orbax and TensorStore say of missing files
-            failure = error
-        has_newer = _newest_step(directory) != newest
-        if not _on_any((failure is not None or bool(said)) and has_newer):
-            break
-    else:
-        raise InputError(
-            f"{TRIES} checkpoints in {directory} were removed while they were read: the run saves faster than"
-            " they can be read; raise its config.checkpoint.keep or config.checkpoint.every"
-        )
-    if failure is not None:
-        raise failure
-    for line in said:
-        say(line)
-    return restored
-
-
-def _newest_step(directory: epath.PathLike) -> int:
-    folder = epath.Path(directory)
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return max((int(name) for name in names if name.isdecimal()), default=-1)
-
-
-def _on_any(flag: bool) -> bool:
-    """Whether it is so on any process."""
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
 
 
 def _like(tree: Any, arrays: Mapping[str, Any]) -> Any:
@@ -324,60 +277,6 @@ def kept(steps: Sequence[int], keep: int, keep_every: int) -> list[bool]:
         step // keep_every > before // keep_every for before, step in zip([0, *steps], steps, strict=False)
     ]
     return [a or b for a, b in zip(last, first, strict=True)]
-
-
-class _SealedArrays(ocp.StandardCheckpointHandler):
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        _seal(directory)
-
-
-class _SealedJson(ocp.JsonCheckpointHandler):
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        _seal(directory)
-
-
-def _seal(folder: epath.Path) -> None:
-    """Writes what the files are. Called on one process, when all have written and before the commit."""
-    files = list(_files(folder))
-    with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(_size_and_sum, files))
-    names = [str(path.relative_to(folder)) for path in files]
-    (folder / SEAL).write_text(json.dumps(dict(zip(names, sums, strict=True)), indent=1))
-
-
-def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
-    for item in ITEMS:
-        try:
-            seal = json.loads((folder / item / SEAL).read_text())
-            with ThreadPoolExecutor() as pool:
-                found = pool.map(_size_and_sum, [folder / item / name for name in seal])
-                for (name, sealed), actual in zip(seal.items(), found, strict=True):
-                    if actual != sealed:
-                        return f"{item}/{name}: bytes and checksum are {actual}, sealed {sealed}"
-        except OSError as error:
-            return f"{item}: {error}"
-        except ValueError:
-            return f"{item}/{SEAL} cannot be read"
-    return None
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
-def _size_and_sum(path: epath.Path) -> list[int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return [size, crc]
 
 
 def _check_arrays(step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
