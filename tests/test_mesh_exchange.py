@@ -50,7 +50,7 @@ def links(
     tokens = jax.ShapeDtypeStruct(
         (n_sequence, update_len), jnp.int32, sharding=sharding.sharding(mesh, sharding.BATCH)
     )
-    batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
+    batch = dict.fromkeys(("inputs", "targets", "loss_mask"), tokens)
     lowered = train_step.make(run, mesh, SGD).lower(state.place(run, SGD, mesh), batch)
     compiled = lowered.compile()
     return step.links(Program.read(compiled.as_text()).collectives(n_device), mesh)

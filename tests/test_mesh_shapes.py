@@ -40,7 +40,7 @@ def host_batch() -> dict[str, np.ndarray]:
     text = rng.choice([1, *range(3, 11)], (B, T + 1), p=[0.1] + [0.1125] * 8).astype(np.int32)
     mask = np.ones((B, T), np.int32)
     mask[1, 19:] = 0
-    return {"inputs": text[:, :-1], "targets": text[:, 1:], "doc_ids": np.zeros_like(mask), "loss_mask": mask}
+    return {"inputs": text[:, :-1], "targets": text[:, 1:], "loss_mask": mask}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

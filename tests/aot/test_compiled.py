@@ -44,7 +44,7 @@ def compiled(recipe: str, topology: str, n_layer: int, n_parallel: int = 0) -> t
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
     inputs = lambda: (
         *parameters.init(model, jax.random.key(0)),
-        dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), jnp.zeros((B, T), jnp.int32)),
+        dict.fromkeys(("inputs", "targets", "loss_mask"), jnp.zeros((B, T), jnp.int32)),
         transformer.start(model, B),
     )
     loss = lambda *inputs: train_step.loss_fn(*inputs, None, model)

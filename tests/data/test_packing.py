@@ -11,9 +11,9 @@ def test_by_hand(corpus_of):
     sequences = Sequences(corpus_of(train=[b"ab", b"c", b"", b"d"]), "train", 3)
     a = 97 + 3
     wanted = [
-        {"inputs": [1, a, a + 1], "targets": [a, a + 1, 1], "doc_ids": [1, 1, 1], "loss_mask": [1, 1, 1]},
-        {"inputs": [1, a + 2, 1], "targets": [a + 2, 1, 1], "doc_ids": [1, 1, 2], "loss_mask": [1, 1, 1]},
-        {"inputs": [1, a + 3, 1], "targets": [a + 3, 1, 0], "doc_ids": [1, 1, 2], "loss_mask": [1, 1, 0]},
+        {"inputs": [1, a, a + 1], "targets": [a, a + 1, 1], "loss_mask": [1, 1, 1]},
+        {"inputs": [1, a + 2, 1], "targets": [a + 2, 1, 1], "loss_mask": [1, 1, 1]},
+        {"inputs": [1, a + 3, 1], "targets": [a + 3, 1, 0], "loss_mask": [1, 1, 0]},
     ]
     assert len(sequences) == 3
     for i, row in enumerate(wanted):

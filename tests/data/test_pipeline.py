@@ -14,7 +14,7 @@ from tvq.data.packing import Example, Sequences
 from tvq.data.pipeline import evaluation_batches, training_batches
 from tvq.errors import InputError
 
-NAMES = ["inputs", "targets", "doc_ids", "loss_mask"]
+NAMES = ["inputs", "targets", "loss_mask"]
 N = 43
 
 

@@ -24,7 +24,7 @@ from tvq.run.checkpoint import Restored
 MODEL = dataclasses.replace(small.MODEL, p_dropemb=0.5, p_dropsin=0.5, p_dropres=0.5, p_droplyr=0.5)
 T, N_SEQUENCE = 16, 5
 UNREAD = {"sha256": "", "gzip_bytes": None}
-EMPTY = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), np.zeros((1, T), np.int32))
+EMPTY = dict.fromkeys(("inputs", "targets", "loss_mask"), np.zeros((1, T), np.int32))
 
 
 @functools.cache
@@ -37,7 +37,6 @@ def split() -> dict[str, np.ndarray]:
     return {
         "inputs": text[:, :-1] * mask,
         "targets": text[:, 1:] * mask,
-        "doc_ids": np.zeros_like(mask),
         "loss_mask": mask,
     }
 

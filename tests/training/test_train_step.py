@@ -41,7 +41,6 @@ def host_batch(number: int) -> dict[str, np.ndarray]:
     return {
         "inputs": text[:, :-1].astype(np.int32),
         "targets": text[:, 1:].astype(np.int32),
-        "doc_ids": np.zeros((B, T), np.int32),
         "loss_mask": mask,
     }
 

@@ -17,17 +17,16 @@ STREAMED = ("inputs", "targets", "loss_mask")
 
 
 def features(targets_BT: np.ndarray, n_token_B: np.ndarray) -> Example:
-    """What the model is given: `inputs, targets, doc_ids, loss_mask`, int32 [B, T].
+    """What the model is given: `inputs, targets, loss_mask`, int32 [B, T].
 
     `targets_BT` int32 are the `n_token_B` tokens of each sequence, then padding, which `loss_mask` marks with
-    0. `inputs` are an end id, then the targets shifted right. `doc_ids` counts the end ids in `inputs`.
+    0. `inputs` are an end id, then the targets shifted right.
     """
     inputs_BT = np.empty_like(targets_BT)
     inputs_BT[:, :1], inputs_BT[:, 1:] = END, targets_BT[:, :-1]
     return {
         "inputs": inputs_BT,
         "targets": targets_BT,
-        "doc_ids": np.cumsum(inputs_BT == END, axis=1, dtype=np.int32),
         "loss_mask": (np.arange(targets_BT.shape[1]) < n_token_B[:, None]).astype(np.int32),
     }
 

@@ -69,7 +69,7 @@ def training_batches(
 ) -> Batches:
     """Endless shuffled batches, from batch `start` on; each epoch has its own order.
 
-    `batch_size` is global; this process gets its `rows`: `inputs, targets, doc_ids, loss_mask`, int32
+    `batch_size` is global; this process gets its `rows`: `inputs, targets, loss_mask`, int32
     [rows, T] each. `workers` processes read ahead; 0 reads in threads. `close()` ends them.
     """
     batches = _Batches(sequences, _order(sequences, seed), batch_size=batch_size, rows=rows, start=start)

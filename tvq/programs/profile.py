@@ -56,7 +56,7 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     places = jax.tree.map(lambda x: x.sharding, state.place(c, tx, mesh))
     now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=places)()
     tokens_BT = np.random.default_rng(0).integers(0, c.model.n_vocab, (B, T), np.int32)
-    rows = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), np.ones_like(tokens_BT))
+    rows = dict.fromkeys(("inputs", "targets", "loss_mask"), np.ones_like(tokens_BT))
     batch = sharding.global_batch(mesh, rows | {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1]}, B)
     console.say("compiling the train step")
     options = WITHOUT_COMMAND_BUFFERS if sharding.platform(mesh) == "gpu" else None

@@ -175,7 +175,7 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
         jnp.int32,
         sharding=sharding.sharding(run.mesh, sharding.BATCH),
     )
-    batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens)
+    batch = dict.fromkeys(("inputs", "targets", "loss_mask"), tokens)
     run.watchdog.beat("compile", int(now.step), run.config.cluster.compile_timeout)
     run.console.progress("compiling the train step", brief=True)
     began = time.monotonic()

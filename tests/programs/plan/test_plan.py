@@ -110,7 +110,7 @@ def test_a_deeper_model_is_no_longer_program():
         c = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layer=n_layer))
         devices, tx = sharding.make(config.Mesh(), jax.devices()), optimizer.make(c.optimizer, c.model)
         carried = sharding.with_sharding(devices, state.abstract(c.model, tx))
-        batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), jnp.zeros((8, 512), jnp.int32))
+        batch = dict.fromkeys(("inputs", "targets", "loss_mask"), jnp.zeros((8, 512), jnp.int32))
         return len(train_step.make(c, devices, tx).lower(carried, batch).as_text().splitlines())
 
     assert lines(3) == lines(12)

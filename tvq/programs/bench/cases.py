@@ -103,7 +103,7 @@ def train_case(s: Session, trial: Config, carried: Carried, labels: Row) -> dict
     sharding.check_batch(s.mesh, "train.global_batch_size", B, trial.train.accumulate)
     tokens_BT = np.random.default_rng(0).integers(0, trial.model.n_vocab, (B, T), np.int32)
     ones_BT = np.ones_like(tokens_BT)
-    rows = {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1], "doc_ids": ones_BT, "loss_mask": ones_BT}
+    rows = {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1], "loss_mask": ones_BT}
     batch = sharding.global_batch(s.mesh, rows, B)
     update, facts = compiled(train_step.make(trial, s.mesh, carried.tx), carried.abstract, batch)
     first = carried.first(update, batch)

@@ -68,7 +68,7 @@ def estimate(c: Config, mesh: Mesh) -> Estimate:
     tx = optimizer.make(c.optimizer, c.model)
     carried = state.place(c, tx, mesh)
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding.sharding(mesh, sharding.BATCH))
-    batch = dict.fromkeys(("inputs", "targets", "doc_ids", "loss_mask"), tokens_BT)
+    batch = dict.fromkeys(("inputs", "targets", "loss_mask"), tokens_BT)
     began = time.monotonic()
     made = compiled(train_step.make(c, mesh, tx).lower(carried, batch))
     compile_seconds = time.monotonic() - began
