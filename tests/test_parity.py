@@ -261,12 +261,17 @@ def check_eval(spec: dict, arrays: dict) -> None:
     B, T = batch["inputs"].shape
     mesh = sharding.make(config.Mesh(), jax.devices()[: spec["n_device"]])
     # Pieces of one block and of all blocks: the update length plays no part in evaluation.
+    empty, read = evaluate.reader(model, mesh)
+    count = batch["loss_mask"].sum()
+    close("loss_mask", count / (B * T), arrays["out/stats/loss_mask_per_token"])
     for piece_len in (model.block_len, T):
-        score = evaluate.make(model, mesh, piece_len)
-        nll_B, count_B = score(given, sharding.global_batch(mesh, batch, B))
-        close("loss_lm", nll_B.sum() / (B * T), arrays["out/stats/loss_lm_per_token_unscaled"])
-        close("loss_mask", count_B.sum() / (B * T), arrays["out/stats/loss_mask_per_token"])
-        close("loss", nll_B.sum() / count_B.sum(), arrays["out/loss_lm_per_token"])
+        state, nats = empty(B), 0.0
+        for start in range(0, T, piece_len):
+            piece = {name: np.asarray(x)[:, start : start + piece_len] for name, x in batch.items()}
+            nats_BT, state = read(given, sharding.global_batch(mesh, piece, B), state)
+            nats += np.asarray(nats_BT, np.float64).sum()
+        close("loss_lm", nats / (B * T), arrays["out/stats/loss_lm_per_token_unscaled"])
+        close("loss", nats / count, arrays["out/loss_lm_per_token"])
 
 
 def check_decode(spec: dict, arrays: dict) -> None:

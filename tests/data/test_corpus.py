@@ -29,7 +29,7 @@ def text(tmp_path) -> config.Data:
 
 @pytest.fixture
 def tokens(text) -> config.Data:
-    return config.Data(source="tokens", path=str(open_corpus(text).folder))
+    return config.Data(source="tokens", path=str(open_corpus(text).folders[0].path))
 
 
 NO_MODEL = hashlib.sha256(b"").hexdigest()
@@ -43,7 +43,7 @@ def edit_manifest(data: config.Data, **changes: object) -> None:
 def test_tokens_are_the_text_then_the_end(text):
     corpus, content = open_corpus(text), Path(text.path).read_bytes()
     for split, part in zip(SPLITS, (content[:900], content[900:950], content[950:]), strict=True):
-        tokens, info = corpus.tokens(split), corpus.info(split)
+        tokens, info = corpus.folders[0].tokens(split), corpus.info(split)
         assert tokens.dtype == np.uint16
         assert isinstance(tokens, np.memmap)
         assert tokens[-1] == END
@@ -61,11 +61,11 @@ def test_folder_of_documents(tmp_path):
     corpus = open_corpus(data)
     encode = ByteVocabulary().encode
     wanted = np.concatenate([encode(b"a"), [1], encode(b"b"), [1], encode(b"c/d"), [1, 1]])
-    np.testing.assert_array_equal(corpus.tokens("train"), wanted)
+    np.testing.assert_array_equal(corpus.folders[0].tokens("train"), wanted)
     with pytest.raises(
         ValueError, match=r"the validation split of .* is empty; config\.data\.path needs more"
     ):
-        corpus.tokens("validation")
+        corpus.info("validation")
 
 
 def test_reading_in_small_chunks_changes_nothing(text, tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_reading_in_small_chunks_changes_nothing(text, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK", 13)
     pieces = open_corpus(config.Data(source="text", path=text.path, cache=str(tmp_path / "other")))
     assert pieces.fingerprint == whole.fingerprint
-    assert pieces.splits == whole.splits
+    assert pieces.folders[0].splits == whole.folders[0].splits
 
 
 def test_made_once(text, monkeypatch):
@@ -81,7 +81,7 @@ def test_made_once(text, monkeypatch):
     monkeypatch.setattr(prepared, "write", None)
     again = open_corpus(text)
     assert again == first
-    assert again == open_corpus(config.Data(source="tokens", path=str(first.folder)))
+    assert again == open_corpus(config.Data(source="tokens", path=str(first.folders[0].path)))
 
 
 def test_made_again_when_the_text_changes(text):
@@ -89,7 +89,7 @@ def test_made_again_when_the_text_changes(text):
     path.write_bytes(path.read_bytes()[::-1])
     os.utime(path, ns=(0, 1))
     second = open_corpus(text)
-    assert second.folder != first.folder
+    assert second.folders[0].path != first.folders[0].path
     assert second.fingerprint != first.fingerprint
 
 
@@ -97,7 +97,7 @@ def test_fingerprint_does_not_depend_on_the_place(text, tmp_path):
     copy = tmp_path / "copy"
     copy.write_bytes(Path(text.path).read_bytes())
     other = open_corpus(config.Data(source="text", path=str(copy), cache=text.cache))
-    assert other.folder != open_corpus(text).folder
+    assert other.folders[0].path != open_corpus(text).folders[0].path
     assert other.fingerprint == open_corpus(text).fingerprint
 
 
@@ -119,14 +119,14 @@ def test_another_process_was_first(text, monkeypatch):
 
     monkeypatch.setattr(prepared, "write", slow_write)
     corpus = open_corpus(text)
-    assert os.listdir(text.cache) == [corpus.folder.name]
+    assert os.listdir(text.cache) == [corpus.folders[0].path.name]
 
 
 def test_processes_at_once(text):
     with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
         corpora = list(pool.map(open_corpus, [text] * 4))
     assert len({corpus.fingerprint for corpus in corpora}) == 1
-    assert os.listdir(text.cache) == [corpora[0].folder.name]
+    assert os.listdir(text.cache) == [corpora[0].folders[0].path.name]
 
 
 def test_a_failed_preparation_leaves_nothing(text, monkeypatch):
@@ -148,7 +148,7 @@ def test_cache_that_cannot_be_written(text, tmp_path):
 
 
 def test_damaged_cache(text):
-    path = open_corpus(text).tokens_path("validation")
+    path = open_corpus(text).folders[0].tokens_path("validation")
     path.write_bytes(path.read_bytes()[:-1])
     wanted = (
         r"config\.data\.cache: .* damaged: validation\.tokens has 101 bytes, .* says 102; delete this folder"
@@ -158,7 +158,7 @@ def test_damaged_cache(text):
 
 
 def test_cache_without_manifest(text):
-    (open_corpus(text).folder / "manifest.json").unlink()
+    (open_corpus(text).folders[0].path / "manifest.json").unlink()
     with pytest.raises(
         ValueError, match=r"config\.data\.cache: .* is not a prepared folder: .*; delete this"
     ):
@@ -167,7 +167,7 @@ def test_cache_without_manifest(text):
 
 def test_pickles_small(text):
     corpus = open_corpus(text)
-    corpus.tokens("train")
+    corpus.folders[0].tokens("train")
     data = pickle.dumps(corpus)
     assert len(data) < 2000
     assert pickle.loads(data) == corpus
@@ -239,9 +239,9 @@ def test_contents_that_changed_at_equal_size(corpus_of, tmp_path, monkeypatch, n
         monkeypatch.setattr(prepared, "BLOCK", 2)
     rng = np.random.default_rng(0)
     corpus = corpus_of(**{split: [rng.bytes(3000), rng.bytes(10)] for split in SPLITS})
-    data = config.Data(source="tokens", path=str(corpus.folder))
+    data = config.Data(source="tokens", path=str(corpus.folders[0].path))
     assert (corpus.info("train").blocks_sha256 is None) == whole
-    path = Path(corpus.folder, name)
+    path = Path(corpus.folders[0].path, name)
     content = bytearray(path.read_bytes())
     content[: len(content) // 2 - 20] = content[: len(content) // 2 - 20][::-1]
     path.write_bytes(content)
@@ -259,7 +259,7 @@ def test_a_folder_from_before_these_hashes(tokens):
 
 def test_emptiness_is_bytes(corpus_of):
     corpus = corpus_of(train=[b"text"], validation=[b"", b""])
-    assert corpus.splits["validation"].n_token == 2
+    assert corpus.folders[0].splits["validation"].n_token == 2
     with pytest.raises(ValueError, match=r"the validation split of .* is empty"):
         corpus.info("validation")
 
@@ -276,7 +276,7 @@ def test_a_folder_and_its_only_file_are_not_the_same(tmp_path):
         open_corpus(config.Data(source="text", path=str(path), cache=str(tmp_path / "cache")))
         for path in (tmp_path / "in", tmp_path / "in" / "a.txt")
     ]
-    assert [corpus.splits["train"].n_byte for corpus in found] == [1000, 900]
+    assert [corpus.folders[0].splits["train"].n_byte for corpus in found] == [1000, 900]
 
 
 def test_what_tvq_makes_inside_the_data_is_no_data(tmp_path):
@@ -287,12 +287,12 @@ def test_what_tvq_makes_inside_the_data_is_no_data(tmp_path):
     for name in ("runs/a/config.json", "runs/a/metrics.jsonl", "runs/b/logs/process_1.log"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    shutil.copytree(first.folder, tmp_path / "prepared")
+    shutil.copytree(first.folders[0].path, tmp_path / "prepared")
     (tmp_path / "half.preparing").mkdir()
     (tmp_path / "half.preparing" / walk.PREPARING).touch()
     again = open_corpus(data)
     assert again.fingerprint == first.fingerprint
-    assert again.source["left_out"] == ["half.preparing/", "prepared/", "runs/a/", "runs/b/"]
+    assert again.folders[0].source["left_out"] == ["half.preparing/", "prepared/", "runs/a/", "runs/b/"]
     (tmp_path / "runs" / "note.txt").write_text("text")
     assert open_corpus(data).fingerprint != first.fingerprint
 
@@ -312,12 +312,12 @@ def test_stdlib(tmp_path):
     corpus = open_corpus(config.Data(cache=str(tmp_path)))
     for split in SPLITS:
         info = corpus.info(split)
-        assert len(corpus.tokens(split)) == info.n_token == info.n_byte + info.n_document
+        assert len(corpus.folders[0].tokens(split)) == info.n_token == info.n_byte + info.n_document
     train, validation = corpus.info("train"), corpus.info("validation")
     assert train.n_byte > 5_000_000
     assert 0 < validation.n_document < train.n_document
     assert 0 < validation.gzip_bytes < validation.n_byte / 2
-    assert corpus.vocabulary.decode(corpus.tokens("train")[:2000]).isascii()
+    assert corpus.vocabulary.decode(corpus.folders[0].tokens("train")[:2000]).isascii()
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from etils import epath
 from tests.data import books
 from tvq import config
 from tvq.data import prepared
-from tvq.data.corpus import Mixture, open_corpus
+from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.documents import Piece
-from tvq.data.packing import Sequences
-from tvq.data.pipeline import evaluation_batches, training_batches
+from tvq.data.packing import Sequences, Streams
+from tvq.data.pipeline import evaluation_pieces, training_batches
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary
 
 T = 4
@@ -38,12 +38,12 @@ def folders(tmp_path) -> tuple[Path, Path]:
     return put(tmp_path / "a", a, ByteVocabulary()), put(tmp_path / "b", b, ByteVocabulary())
 
 
-def mixed(folders: tuple[Path, Path], weights: tuple[float, float] = (3, 1)) -> Mixture:
+def mixed(folders: tuple[Path, Path], weights: tuple[float, float] = (3, 1)) -> Corpus:
     mix = ",".join(f"{folder}:{weight}" for folder, weight in zip(folders, weights, strict=True))
     return open_corpus(config.Data(source="tokens", mix=mix))
 
 
-def numbers(mixture: Mixture, n: int, start: int = 0, rows: slice = slice(None)) -> list[int]:
+def numbers(mixture: Corpus, n: int, start: int = 0, rows: slice = slice(None)) -> list[int]:
     """Of the sequences in the batches of 8 from `start` on."""
     sequences = Sequences(mixture, "train", T)
     known = {sequences[i]["targets"].tobytes(): i for i in range(len(sequences))}
@@ -77,12 +77,12 @@ def test_batch_t_is_a_function_of_t(folders):
 def test_evaluation_reads_all_of_each(folders):
     mixture = mixed(folders)
     for split, n_token in (("validation", 17), ("test", 6)):
-        sequences = Sequences(mixture, split, T)
-        batches = list(evaluation_batches(sequences, batch_size=2))
+        streams = Streams(mixture, split, 1, T, T)
+        batches = list(evaluation_pieces(streams, [0]))
         seen = np.concatenate([b["targets"][b["loss_mask"] == 1] for b in batches])
-        parts = [part.tokens(split) for part in mixture.parts if part.splits[split].n_token]
+        parts = [folder.tokens(split) for folder in mixture.folders if folder.splits[split].n_token]
         np.testing.assert_array_equal(seen, np.concatenate(parts))
-        assert len(seen) == sequences.n_token == mixture.info(split).n_token == n_token
+        assert len(seen) == streams.n_token == mixture.info(split).n_token == n_token
 
 
 def test_counts(folders):

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tvq.data.packing import FILLER, Sequences, Streams
+from tvq.data.packing import Sequences, Streams
 
 
 def test_by_hand(corpus_of):
@@ -29,18 +29,11 @@ def test_one_long_sequence_is_padded(corpus_of):
     np.testing.assert_array_equal(sequences[0]["loss_mask"], [1, 1, 0, 0])
 
 
-def test_filler_is_masked_and_valid(random_corpus):
-    filler = Sequences(random_corpus, "train", 4).batch([FILLER])
-    np.testing.assert_array_equal(filler["inputs"], [[1, 0, 0, 0]])
-    np.testing.assert_array_equal(filler["targets"], [[0, 0, 0, 0]])
-    np.testing.assert_array_equal(filler["loss_mask"], [[0, 0, 0, 0]])
-
-
 def test_a_batch_is_its_sequences(random_corpus):
     sequences = Sequences(random_corpus, "train", 16)
-    order = [10, 0, 3, 3, FILLER]
+    order = [10, 0, 3, 3]
     batch = sequences.batch(order)
-    for row, index in enumerate(order[:-1]):
+    for row, index in enumerate(order):
         for name, values in sequences[index].items():
             assert batch[name].dtype == np.int32
             np.testing.assert_array_equal(batch[name][row], values)
@@ -51,7 +44,7 @@ def test_every_token_once_in_order(random_corpus, sequence_len):
     sequences = Sequences(random_corpus, "train", sequence_len)
     rows = [sequences[i] for i in range(len(sequences))]
     tokens = np.concatenate([row["targets"][row["loss_mask"] == 1] for row in rows])
-    np.testing.assert_array_equal(tokens, random_corpus.tokens("train"))
+    np.testing.assert_array_equal(tokens, random_corpus.folders[0].tokens("train"))
     assert all(row["inputs"][0] == 1 for row in rows)
 
 
@@ -72,7 +65,7 @@ def test_pickles_without_its_tokens(random_corpus):
 
 
 def test_token_outside_the_vocabulary(random_corpus):
-    path = random_corpus.tokens_path("train")
+    path = random_corpus.folders[0].tokens_path("train")
     tokens = np.fromfile(path, "<u2")
     tokens[37] = 259
     tokens.tofile(path)
@@ -93,7 +86,37 @@ def test_empty_split(random_corpus):
 
 
 def documents(corpus, split: str) -> list[np.ndarray]:
-    return np.split(corpus.tokens(split), corpus.documents(split)[:-1, 0].astype(int))
+    return np.split(corpus.folders[0].tokens(split), corpus.folders[0].documents(split)[:-1, 0].astype(int))
+
+
+@pytest.mark.parametrize("n_row", [1, 2, 3, 43, 60])
+@pytest.mark.parametrize(("sequence_len", "length"), [(5, 5), (16, 4)])
+def test_streams_of_sequences_are_those_of_training(random_corpus, n_row, sequence_len, length):
+    """Row r of each batch in order, the last filled up with masked rows, whatever rows are asked for."""
+    for split in ("train", "validation"):
+        sequences = Sequences(random_corpus, split, sequence_len)
+        streams = Streams(random_corpus, split, n_row, length, sequence_len)
+        n_piece = sequence_len // length
+        n_batch = -(-len(sequences) // n_row)
+        assert [streams.begins(i) for i in range(len(streams))] == n_batch * [True, *[False] * (n_piece - 1)]
+        for batch in range(n_batch):
+            numbers = range(batch * n_piece, (batch + 1) * n_piece)
+            pieces = [streams.piece(number, range(n_row)) for number in numbers]
+            whole = {name: np.concatenate([piece[name] for piece in pieces], 1) for name in pieces[0]}
+            context = np.concatenate([streams.contexts(number) for number in numbers], 1)
+            first = batch * n_row
+            want = sequences.batch(range(first, min(first + n_row, len(sequences))))
+            n = len(want["targets"])
+            np.testing.assert_array_equal(whole["loss_mask"], context >= 0)
+            for name, values in want.items():
+                assert whole[name].dtype == np.int32
+                if name == "inputs":  # behind the last token nothing is read
+                    values, whole[name] = values * want["loss_mask"], whole[name] * whole["loss_mask"]
+                np.testing.assert_array_equal(whole[name][:n], values)
+                assert not whole[name][n:].any()
+            np.testing.assert_array_equal(
+                streams.piece(numbers[0], [n - 1])["targets"], pieces[0]["targets"][n - 1 : n]
+            )
 
 
 @pytest.mark.parametrize(("n_row", "length"), [(1, 7), (3, 8), (9, 5)])
@@ -125,6 +148,6 @@ def test_streams_are_of_like_lengths(corpus_of):
 
 def test_streams_are_of_the_vocabulary(corpus_of):
     corpus = corpus_of(train=[b"abc"])
-    np.memmap(corpus.tokens_path("train"), "<u2", mode="r+")[2] = 259
+    np.memmap(corpus.folders[0].tokens_path("train"), "<u2", mode="r+")[2] = 259
     with pytest.raises(ValueError, match=r"token 2 of .*train.tokens is id 259"):
         Streams(corpus, "train", 1, 2).piece(1, [0])

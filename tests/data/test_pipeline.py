@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tvq.data import pipeline
-from tvq.data.packing import Example, Sequences
-from tvq.data.pipeline import evaluation_batches, training_batches
+from tvq.data.packing import Example, Sequences, Streams
+from tvq.data.pipeline import evaluation_pieces, training_batches
 from tvq.errors import InputError
 
 NAMES = ["inputs", "targets", "loss_mask"]
@@ -182,7 +182,7 @@ def runs(pid: str) -> bool:
 def test_a_program_with_workers_leaves_nothing(random_corpus, tmp_path, ending):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), str(random_corpus.folder), ending]
+    command = [sys.executable, str(program), str(random_corpus.folders[0].path), ending]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == (-signal.SIGKILL if ending == "kill" else 0), done.stderr
     workers = done.stdout.split()
@@ -197,7 +197,7 @@ def test_a_program_with_workers_leaves_nothing(random_corpus, tmp_path, ending):
 
 
 def damage(sequences: Sequences) -> None:
-    path: Path = sequences.corpus.tokens_path("train")
+    path: Path = sequences.corpus.folders[0].tokens_path("train")
     tokens = np.fromfile(path, "<u2")
     tokens[37] = 300
     tokens.tofile(path)
@@ -209,28 +209,12 @@ def test_error_in_a_thread(sequences):
         take(1, sequences, batch_size=N, seed=0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 43, 60])
-@pytest.mark.parametrize("sequence_len", [5, 16])
-def test_evaluation_covers_each_token_once(random_corpus, batch_size, sequence_len):
-    for split in ("train", "validation"):
-        sequences = Sequences(random_corpus, split, sequence_len)
-        batches = list(evaluation_batches(sequences, batch_size=batch_size))
-        assert len(batches) == -(-len(sequences) // batch_size)
-        assert all(b[name].shape == (batch_size, sequence_len) for b in batches for name in NAMES)
-        assert all(b[name].dtype == np.int32 for b in batches for name in NAMES)
-        seen = np.concatenate([b["targets"][b["loss_mask"] == 1] for b in batches])
-        np.testing.assert_array_equal(seen, random_corpus.tokens(split))
-        assert all(((b["inputs"] >= 0) & (b["inputs"] < 259)).all() for b in batches)
-
-
-@pytest.mark.parametrize("n_host", [2, 4])
-def test_evaluation_hosts_get_equally_many_batches(sequences, n_host):
-    whole = list(evaluation_batches(sequences, batch_size=8))
+@pytest.mark.parametrize("n_host", [1, 2, 4])
+def test_evaluation_hosts_get_the_rows_of_each_piece(random_corpus, n_host):
+    streams = Streams(random_corpus, "train", 8, 2, 4)
+    whole = [streams.piece(number, range(8)) for number in range(len(streams))]
     n_row = 8 // n_host
-    hosts = [
-        list(evaluation_batches(sequences, batch_size=8, rows=slice(h * n_row, (h + 1) * n_row)))
-        for h in range(n_host)
-    ]
+    hosts = [list(evaluation_pieces(streams, range(h * n_row, (h + 1) * n_row))) for h in range(n_host)]
     assert_same(side_by_side(hosts), whole)
 
 
@@ -240,7 +224,7 @@ def test_arguments_out_of_range(sequences):
     with pytest.raises(ValueError, match=r"number 0, not -1"):
         training_batches(sequences, batch_size=4, seed=0, start=-1)
     with pytest.raises(ValueError, match=r"slice\(4, 8, None\) takes none of the 4 rows"):
-        evaluation_batches(sequences, batch_size=4, rows=slice(4, 8))
+        training_batches(sequences, batch_size=4, seed=0, rows=slice(4, 8))
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,12 @@ def test_index_and_counts(tmp_path, end_ids, size):
     n_byte = np.cumsum([len(text) for text in TEXTS])
     n_word = np.cumsum([len(text.split()) for text in TEXTS])
     n_token = n_byte + end_ids * np.arange(1, 6)
-    np.testing.assert_array_equal(corpus.documents("train"), np.stack([n_token, n_byte, n_word], 1))
+    np.testing.assert_array_equal(
+        corpus.folders[0].documents("train"), np.stack([n_token, n_byte, n_word], 1)
+    )
     info = corpus.info("train")
     assert (info.n_token, info.n_byte, info.n_word, info.n_document) == (n_token[-1], n_byte[-1], 7, 5)
-    assert corpus.vocabulary.decode(corpus.tokens("train")) == b"".join(TEXTS)
+    assert corpus.vocabulary.decode(corpus.folders[0].tokens("train")) == b"".join(TEXTS)
 
 
 def test_threads_change_nothing(tmp_path):
@@ -49,7 +51,8 @@ def test_threads_change_nothing(tmp_path):
     pieces = list(cut([rng.randbytes(rng.randrange(200)) for _ in range(50)], 16))
     form = text_form(ByteVocabulary())
     alone = written(epath.Path(tmp_path / "alone"), pieces, form)
-    assert written(epath.Path(tmp_path / "threads"), iter(pieces), form, n_thread=3).splits == alone.splits
+    threads = written(epath.Path(tmp_path / "threads"), iter(pieces), form, n_thread=3)
+    assert threads.folders[0].splits == alone.folders[0].splits
 
 
 @pytest.mark.parametrize("n_thread", [0, 2])

@@ -119,7 +119,7 @@ def test_data_without_text(tvq: Program, refuse: Refuse, tmp_path: Path) -> None
 
 def test_other_tokens_than_the_vocabulary(tvq: Program, refuse: Refuse, tmp_path: Path) -> None:
     data = config.Data(source="text", path=str(tvq.corpus), cache=str(tmp_path / "cache"))
-    folder = open_corpus(data).folder
+    folder = open_corpus(data).folders[0].path
     command = tvq.options(tmp_path / "run", "--config.data.source=tokens", f"--config.data.path={folder}")
 
     tokens = np.fromfile(folder / "train.tokens", "<u2")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,6 @@ from tvq.run.checkpoint import Restored
 MODEL = dataclasses.replace(small.MODEL, p_dropemb=0.5, p_dropsin=0.5, p_dropres=0.5, p_droplyr=0.5)
 T, N_SEQUENCE = 16, 5
 UNREAD = {"sha256": "", "gzip_bytes": None}
-EMPTY = dict.fromkeys(("inputs", "targets", "loss_mask"), np.zeros((1, T), np.int32))
 
 
 @functools.cache
@@ -41,30 +41,43 @@ def split() -> dict[str, np.ndarray]:
     }
 
 
-def batches(mesh: jax.sharding.Mesh, size: int, data: dict | None = None) -> list[dict[str, jax.Array]]:
-    """The last is filled up with masked rows."""
-    data = data or split()
-    found = []
-    for start in range(0, N_SEQUENCE, size):
-        rows = {name: array[start : start + size] for name, array in data.items()}
-        n_row = len(rows["inputs"])
-        rows = {k: np.concatenate([a, np.repeat(EMPTY[k], size - n_row, 0)]) for k, a in rows.items()}
-        found.append(sharding.global_batch(mesh, rows, size))
-    return found
+class Sequences:
+    """Those sequences as `Streams` gives them, `size` side by side; the last batch has masked rows."""
+
+    def __init__(self, data: dict, size: int, length: int) -> None:
+        n_more = -N_SEQUENCE % size
+        self.data = {name: np.concatenate([x, np.zeros((n_more, T), np.int32)]) for name, x in data.items()}
+        self.length, self.rows = length, range(size)
+
+    def __len__(self) -> int:
+        return len(self.data["inputs"]) // len(self.rows) * T // self.length
+
+    def begins(self, number: int) -> bool:
+        return number * self.length % T == 0
+
+    def piece(self, number: int, rows: range) -> dict[str, np.ndarray]:
+        batch, start = divmod(number * self.length, T)
+        numbers = [batch * len(self.rows) + row for row in rows]
+        return {name: x[numbers, start : start + self.length] for name, x in self.data.items()}
+
+    def contexts(self, number: int) -> np.ndarray:
+        return self.piece(number, self.rows)["loss_mask"] - 1
 
 
 @functools.cache
-def compiled(n_device: int, batch_size: int, piece_len: int):
+def compiled(n_device: int):
     mesh = sharding.make(config.Mesh(), jax.devices()[:n_device])
-    first = batches(mesh, batch_size)[0]
-    lowered = evaluate.make(MODEL, mesh, piece_len).lower(small.parameters(MODEL), first)
-    return mesh, lowered.compile()
+    return mesh, *evaluate.reader(MODEL, mesh)
 
 
-def total(n_device: int, batch_size: int, piece_len: int = 8, data: dict | None = None) -> tuple[float, int]:
-    devices, score = compiled(n_device, batch_size, piece_len)
+def total(
+    n_device: int, batch_size: int, piece_len: int = 8, data: dict | None = None, **more: Any
+) -> tuple[float, int]:
+    devices, *reader = compiled(n_device)
     whole = jax.device_put(small.parameters(MODEL), sharding.sharding(devices, sharding.WHOLE))
-    return evaluate.total(score, whole, batches(devices, batch_size, data))
+    sequences = Sequences(data or split(), batch_size, piece_len)
+    found = evaluate.read_all(*reader, whole, sequences, devices, **more)
+    return found.total, int(found.n_token.sum())
 
 
 @functools.cache
@@ -86,7 +99,7 @@ def by_hand() -> tuple[float, int]:
 def test_every_token_counts_once():
     nats, n_token = total(1, 2)
     assert n_token == by_hand()[1] == 4 * T + 7
-    # Sums of 16 float32 losses, added up in float64.
+    # Losses in float32, added up exactly.
     assert nats == pytest.approx(by_hand()[0], rel=1e-6)
 
 
@@ -121,11 +134,10 @@ def test_padding_does_not_matter():
     assert total(1, 2, data=data) != total(1, 2)
 
 
-def test_progress_counts_batches():
-    devices, score = compiled(1, 2, 8)
+def test_progress_counts_pieces():
     seen: list[int] = []
-    evaluate.total(score, small.parameters(MODEL), batches(devices, 2), seen.append)
-    assert seen == [1, 2, 3]
+    total(1, 2, progress=seen.append)
+    assert seen == [1, 2, 3, 4, 5, 6]
 
 
 def info(**counts: int) -> prepared.Split:
@@ -185,7 +197,7 @@ def carried(made: Corpus, shape: config.Mesh, n_row: int, length: int) -> evalua
     mesh = sharding.make(shape, jax.devices()[: shape.devices * shape.sequence])
     whole = jax.device_put(small.parameters(CARRIED), sharding.sharding(mesh, sharding.WHOLE))
     streams = Streams(made, "test", n_row, length)
-    return evaluate.carried(*evaluate.make_carried(CARRIED, mesh), whole, streams, mesh)
+    return evaluate.read_all(*evaluate.reader(evaluate.apart(CARRIED), mesh), whole, streams, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +205,8 @@ def by_place(made: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """Each document alone in one call, one token's loss after the other, by its place in the document."""
     nats, n_token = np.zeros(64), np.zeros(64, np.int64)
     weights = small.parameters(CARRIED)
-    ends = made.documents("test")[:-1, 0].astype(int)
-    for targets in np.split(made.tokens("test").astype(np.int32), ends):
+    ends = made.folders[0].documents("test")[:-1, 0].astype(int)
+    for targets in np.split(made.folders[0].tokens("test").astype(np.int32), ends):
         inputs = np.zeros((1, 40), np.int32)
         inputs[0, : len(targets)] = [1, *targets[:-1]]
         model = dataclasses.replace(CARRIED, p_dropemb=0, p_dropsin=0, p_dropres=0, p_droplyr=0)
@@ -221,7 +233,8 @@ def test_carried_is_each_document_alone(made, by_place, shape, n_row, length):
         span = slice(row["context_from"], row["context_to"] + 1)
         assert row["n_token"] == n_token[span].sum()
         assert row["loss"] == pytest.approx(nats[span].sum() / n_token[span].sum(), rel=1e-5)
-    assert found.nats.sum() == pytest.approx(nats.sum(), rel=1e-6)
+    assert found.total == pytest.approx(nats.sum(), rel=1e-6)
+    assert found.nats.sum() == pytest.approx(found.total, rel=1e-12)
     assert found.n_token.sum() == made.info("test").n_token == sum(LENGTHS) + len(LENGTHS)
 
 
@@ -260,7 +273,6 @@ def test_no_byte():
 
 
 def test_no_token():
-    _, score = compiled(1, 2, 8)
-    assert evaluate.total(score, small.parameters(MODEL), []) == (0.0, 0)
+    assert evaluate.ByContext().total == 0.0
     with pytest.raises(ValueError, match="no token"):
         evaluate.result(0.0, 0, info())

@@ -59,9 +59,9 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 
 def texts_of(corpus: Corpus, split: str) -> list[bytes]:
     """Each document, decoded."""
-    ends = corpus.documents(split)[:, 0].tolist()
+    ends = corpus.folders[0].documents(split)[:, 0].tolist()
     spans = zip([0, *ends], ends, strict=False)
-    return [corpus.vocabulary.decode(corpus.tokens(split)[start:end]) for start, end in spans]
+    return [corpus.vocabulary.decode(corpus.folders[0].tokens(split)[start:end]) for start, end in spans]
 
 
 @pytest.mark.parametrize("name", ["enwik8.zip", "enwik8.gz", "enwik8.zst", "enwik8"])
@@ -71,8 +71,8 @@ def test_enwik8(made, tmp_path, name, monkeypatch):
     half = 5000 + (len(XML) - 5000) // 2
     parts = {"train": XML[:5000], "validation": XML[5000:half], "test": XML[half:]}
     for split, part in parts.items():
-        assert corpus.vocabulary.decode(corpus.tokens(split)) == part
-        assert END not in corpus.tokens(split)
+        assert corpus.vocabulary.decode(corpus.folders[0].tokens(split)) == part
+        assert END not in corpus.folders[0].tokens(split)
         info = corpus.info(split)
         assert (info.n_token, info.n_document, info.n_byte, info.n_word) == (
             len(part), 1, len(part), len(part.split()),
@@ -117,11 +117,14 @@ def test_pg19(made, tmp_path):
         info = corpus.info(split)
         assert (info.n_document, info.n_word) == (n, sum(len(text.split()) for text in raw))
         assert info.n_byte == sum(len(text.encode()) for text in raw)
-        assert (np.sum(corpus.tokens(split) == END), corpus.tokens(split)[-1]) == (n, END)
-    hashes = Path(corpus.folder, "sources.sha256").read_text().splitlines()
+        assert (np.sum(corpus.folders[0].tokens(split) == END), corpus.folders[0].tokens(split)[-1]) == (
+            n,
+            END,
+        )
+    hashes = Path(corpus.folders[0].path, "sources.sha256").read_text().splitlines()
     first = hashlib.sha256((tmp_path / "pg19/train/0.txt").read_bytes()).hexdigest()
     assert f"{first}  train/0.txt" in hashes
-    assert len(hashes) == corpus.source["n_file"] == 10
+    assert len(hashes) == corpus.folders[0].source["n_file"] == 10
 
 
 def test_pg19_with_a_given_model_and_small_pieces(made, tmp_path, monkeypatch):
@@ -130,11 +133,11 @@ def test_pg19_with_a_given_model_and_small_pieces(made, tmp_path, monkeypatch):
     whole = made("pg19", library(tmp_path / "pg19"), model=str(model))
     assert whole.vocabulary == books.vocabulary()
     monkeypatch.setattr(texts.at_spaces, "__defaults__", (50,))
-    assert made("pg19", tmp_path / "pg19", model=str(model)).splits == whole.splits
+    assert made("pg19", tmp_path / "pg19", model=str(model)).folders[0].splits == whole.folders[0].splits
 
 
 def test_another_model_in_the_folder(made, tmp_path):
-    folder = Path(made("pg19", library(tmp_path / "pg19"), pieces=120).folder)
+    folder = Path(made("pg19", library(tmp_path / "pg19"), pieces=120).folders[0].path)
     for model in (books.vocabulary().model, b""):
         (folder / "vocabulary.model").write_bytes(model)
         with pytest.raises(
@@ -151,7 +154,9 @@ def test_pg19_tables(made, tmp_path):
         table = pyarrow.table({"title": ["a"] * len(rows), "text": rows})
         pyarrow.parquet.write_table(table, tmp_path / "tables" / f"{split}-00000-of-00001.parquet")
     by_files = made("pg19", tmp_path / "pg19", vocabulary="bytes")
-    assert made("pg19", tmp_path / "tables", vocabulary="bytes").splits == by_files.splits
+    assert (
+        made("pg19", tmp_path / "tables", vocabulary="bytes").folders[0].splits == by_files.folders[0].splits
+    )
 
 
 def test_pg19_without_its_folders(refused, tmp_path):
@@ -171,7 +176,7 @@ def test_rows_of_a_table(made, tmp_path, name, monkeypatch):
     monkeypatch.setattr(files, "CHUNK", 100)
     rows = [{"body": books.book(i, 3), "n": i} for i in range(300)]
     corpus = made("text", jsonl(tmp_path / name, rows), column="body")
-    found = {split: [text.decode() for text in texts_of(corpus, split)] for split in corpus.splits}
+    found = {split: [text.decode() for text in texts_of(corpus, split)] for split in corpus.folders[0].splits}
     assert sorted(text for part in found.values() for text in part) == sorted(row["body"] for row in rows)
     assert len(found["train"]) > 280
 
@@ -208,10 +213,10 @@ def test_text_folder_and_file(made, tmp_path):
         packed(root, f"{i}.txt" + (".gz" if i % 2 else ""), b"book %d" % i)
     corpus = made("text", root)
     assert texts_of(corpus, "train")[:3] == [b"book 0", b"book 1", b"book 2"], "in natural order"
-    assert sum(info.n_document for info in corpus.splits.values()) == 120
+    assert sum(info.n_document for info in corpus.folders[0].splits.values()) == 120
     corpus = made("text", packed(tmp_path, "one.zst", b"x" * 1000))
-    assert [corpus.info(split).n_byte for split in corpus.splits] == [900, 50, 50]
-    assert corpus.tokens("test")[-1] == END
+    assert [corpus.info(split).n_byte for split in corpus.folders[0].splits] == [900, 50, 50]
+    assert corpus.folders[0].tokens("test")[-1] == END
 
 
 def test_text_that_is_not_utf8(refused, made, tmp_path):
@@ -232,7 +237,7 @@ def test_imagenet64(made, tmp_path, monkeypatch):
     corpus = made("imagenet64", batches(tmp_path / "raw"), n_train=8)
     assert corpus.image_size == 64
     for split, seeds in (("train", range(8)), ("validation", range(8, 11)), ("test", range(100, 103))):
-        tokens = corpus.tokens(split).reshape(-1, 64, 64, 3)
+        tokens = corpus.folders[0].tokens(split).reshape(-1, 64, 64, 3)
         np.testing.assert_array_equal(tokens, np.stack([picture(i) for i in seeds]) + 3.0)
         info = corpus.info(split)
         assert (info.n_document, info.n_byte, info.n_word) == (len(seeds), 12_288 * len(seeds), 0)
@@ -240,17 +245,17 @@ def test_imagenet64(made, tmp_path, monkeypatch):
 
 
 def test_imagenet64_in_other_forms(made, tmp_path):
-    wanted = made("imagenet64", batches(tmp_path / "raw"), n_train=8).splits
+    wanted = made("imagenet64", batches(tmp_path / "raw"), n_train=8).folders[0].splits
     (tmp_path / "pickled").mkdir()
     for name, seeds in (("train_data_batch_1", range(11)), ("val_data", range(100, 103))):
         content = {"data": planes([picture(i) for i in seeds]), "labels": [1, 2]}
         (tmp_path / "pickled" / name).write_bytes(pickle.dumps(content))
-    assert made("imagenet64", tmp_path / "pickled", n_train=8).splits == wanted
+    assert made("imagenet64", tmp_path / "pickled", n_train=8).folders[0].splits == wanted
     for name, seeds in (("train_64x64", range(11)), ("valid_64x64", range(100, 103))):
         (tmp_path / "png" / name).mkdir(parents=True)
         for i in seeds:
             Image.fromarray(picture(i)).save(tmp_path / "png" / name / f"{i}.png")
-    assert made("imagenet64", tmp_path / "png", n_train=8).splits == wanted
+    assert made("imagenet64", tmp_path / "png", n_train=8).folders[0].splits == wanted
 
 
 def test_imagenet64_of_another_size(refused, tmp_path):
@@ -292,10 +297,10 @@ def test_images_of_any_size(made, tmp_path):
     (tmp_path / "raw" / "notes.txt").write_text("not an image")
     corpus = made("images", tmp_path / "raw", size=8)
     assert corpus.image_size == 8
-    assert sum(info.n_document for info in corpus.splits.values()) == 150
-    first = corpus.tokens("train")[: 2 * 192].reshape(2, 8, 8, 3) - 3
+    assert sum(info.n_document for info in corpus.folders[0].splits.values()) == 150
+    first = corpus.folders[0].tokens("train")[: 2 * 192].reshape(2, 8, 8, 3) - 3
     assert (first[1] == (1, 2, 3)).all()
-    assert END not in corpus.tokens("train")
+    assert END not in corpus.folders[0].tokens("train")
 
 
 @pytest.mark.parametrize("content", [b"text", b""])
@@ -373,11 +378,11 @@ MANIFEST = """{
 def test_the_manifest_never_changes(made, tmp_path):
     # Recorded: runs resume only with the same tokens, and what reads a manifest relies on its names.
     corpus = made("enwik8", packed(tmp_path, "enwik8", XML), n_train=5000)
-    manifest = Path(corpus.folder, "manifest.json").read_text()
+    manifest = Path(corpus.folders[0].path, "manifest.json").read_text()
     # The size that gzip gives depends on zlib.
     assert re.sub(r'"gzip_bytes": \d+', '"gzip_bytes": 0', manifest) == MANIFEST
     assert corpus.fingerprint == "e587cdfac777c1c4c38f8e0341b37cbd8f918a8afc9c0abeee86e94a21a4991d"
-    index = np.fromfile(Path(corpus.folder, "train.documents"), "<u8")
+    index = np.fromfile(Path(corpus.folders[0].path, "train.documents"), "<u8")
     assert index.tolist() == [5000, 5000, 699]
 
 

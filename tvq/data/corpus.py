@@ -1,6 +1,7 @@
 """The text of a run as memory-mapped tokens, prepared at first use and reused later."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -23,65 +24,42 @@ from tvq.data.vocabulary import ByteVocabulary, Vocabulary, describe
 from tvq.errors import InputError
 
 Span = tuple[int, int]
+Reader = Callable[[Sequence[Span]], list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Corpus:
+class Folder:
     """An opened prepared folder: plain values, so it pickles in a few hundred bytes plus its vocabulary."""
 
-    folder: epath.Path
+    path: epath.Path
     vocabulary: Vocabulary
     image_size: int
     source: dict[str, Any]
     splits: dict[str, prepared.Split]
 
     @property
-    def parts(self) -> tuple["Corpus", ...]:
-        return (self,)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        return (1.0,)
-
-    @property
     def fingerprint(self) -> str:
         """The same for the same tokens in the same splits, wherever they are stored."""
         return hashlib.sha256("".join(info.sha256 for info in self.splits.values()).encode()).hexdigest()
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Of the text to train on."""
-        return self.splits["train"].n_byte / self.splits["train"].n_token
-
-    def info(self, split: str) -> prepared.Split:
-        """Counts of a split. InputError: it is empty."""
-        info = self.splits[split]
-        if info.is_empty:
-            remedy = (
-                "config.data.path needs more files (a file's name decides its split) or a longer file"
-                if self.source.get("name") == "text"
-                else "prepare it from more text"
-            )
-            raise InputError(f"config.data: the {split} split of {self.folder} is empty; {remedy}")
-        return info
-
     def tokens_path(self, split: str) -> epath.Path:
-        return prepared.tokens_path(self.folder, split)
+        return prepared.tokens_path(self.path, split)
 
     def tokens(self, split: str) -> np.memmap:
-        """uint16 [n_token], newly mapped at each call, of a local folder. InputError: the split is empty."""
-        n_token = self.info(split).n_token
+        """uint16 [n_token], newly mapped at each call, of a local folder whose split is not empty."""
+        n_token = self.splits[split].n_token
         return np.memmap(self.tokens_path(split), prepared.DTYPE, mode="r", shape=(n_token,))
 
     def documents(self, split: str) -> np.ndarray:
         """uint64 [n_document, 3]: the tokens, bytes and words up to the end of each document."""
-        raw = prepared.index_path(self.folder, split).read_bytes()
+        raw = prepared.index_path(self.path, split).read_bytes()
         return np.frombuffer(raw, prepared.INDEX_DTYPE).reshape(-1, 3)
 
-    def reader(self, split: str) -> Callable[[Sequence[Span]], list[np.ndarray]]:
+    def reader(self, split: str) -> Reader:
         """Reads spans `(start, stop)` of the tokens: from a memory map, or only those ranges of a bucket."""
-        self.info(split)
-        if not files.is_bucket(self.folder):
+        if self.splits[split].is_empty:
+            return lambda spans: [np.empty(0, prepared.DTYPE) for _ in spans]
+        if not files.is_bucket(self.path):
             tokens = self.tokens(split)
             return lambda spans: [tokens[start:stop] for start, stop in spans]
         bucket, name = fsspec.core.url_to_fs(os.fspath(self.tokens_path(split)))
@@ -96,42 +74,50 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Several prepared folders with their shares of the training sequences; evaluation reads all of each."""
+class Corpus:
+    """One or more prepared folders with their shares of the training sequences; all are evaluated whole."""
 
-    parts: tuple[Corpus, ...]
-    weights: tuple[float, ...]
+    folders: tuple[Folder, ...]
+    weights: tuple[float, ...] = (1.0,)
 
     @property
-    def folder(self) -> str:
+    def where(self) -> str:
         """For messages."""
-        shares = zip(self.parts, self.weights, strict=True)
-        return ", ".join(f"{part.folder} ({weight:.3g})" for part, weight in shares)
+        if len(self.folders) == 1:
+            return str(self.folders[0].path)
+        shares = zip(self.folders, self.weights, strict=True)
+        return ", ".join(f"{folder.path} ({weight:.3g})" for folder, weight in shares)
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.parts[0].vocabulary
+        return self.folders[0].vocabulary
 
     @property
     def image_size(self) -> int:
-        return self.parts[0].image_size
+        return self.folders[0].image_size
 
     @property
     def fingerprint(self) -> str:
         """The same for the same tokens with the same shares."""
-        shares = [[part.fingerprint, weight] for part, weight in zip(self.parts, self.weights, strict=True)]
+        if len(self.folders) == 1:
+            return self.folders[0].fingerprint
+        shares = [[f.fingerprint, weight] for f, weight in zip(self.folders, self.weights, strict=True)]
         return hashlib.sha256(json.dumps(shares).encode()).hexdigest()
 
     @property
     def bytes_per_token(self) -> float:
         """Of the text to train on."""
-        return sum(w * part.bytes_per_token for part, w in zip(self.parts, self.weights, strict=True))
+        trained = [folder.splits["train"] for folder in self.folders]
+        return sum(w * info.n_byte / info.n_token for info, w in zip(trained, self.weights, strict=True))
 
     def info(self, split: str) -> prepared.Split:
-        """Counts of a split of all folders together. InputError: it is empty in all."""
-        infos = [part.splits[split] for part in self.parts]
+        """Counts of a split, of all folders together. InputError: it is empty."""
+        infos = [folder.splits[split] for folder in self.folders]
         if all(info.is_empty for info in infos):
-            raise InputError(f"config.data.mix: the {split} split of {self.folder} is empty; use another")
+            field, remedy = self._remedy()
+            raise InputError(f"{field}: the {split} split of {self.where} is empty; {remedy}")
+        if len(infos) == 1:
+            return infos[0]
         zipped = [info.gzip_bytes for info in infos if info.gzip_bytes is not None]
         return prepared.Split(
             n_token=sum(info.n_token for info in infos),
@@ -143,11 +129,45 @@ class Mixture:
             n_unknown=sum(info.n_unknown or 0 for info in infos),
         )
 
+    def _remedy(self) -> tuple[str, str]:
+        """Which field, and what fills an empty split."""
+        if len(self.folders) > 1:
+            return "config.data.mix", "use another"
+        if self.folders[0].source.get("name") == "text":
+            more = "config.data.path needs more files (a file's name decides its split) or a longer file"
+            return "config.data", more
+        return "config.data", "prepare it from more text"
 
-AnyCorpus = Corpus | Mixture
+
+class Tokens:
+    """The tokens of a split, read folder by folder. Pickles without them."""
+
+    def __init__(self, corpus: Corpus, split: str) -> None:
+        self.corpus, self.split = corpus, split
+
+    @functools.cached_property
+    def _readers(self) -> list[Reader]:
+        return [folder.reader(self.split) for folder in self.corpus.folders]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+
+    def read(self, number: int, spans: Sequence[Span]) -> list[np.ndarray]:
+        """The tokens of spans of one folder. InputError: one is outside the vocabulary."""
+        folder, parts = self.corpus.folders[number], self._readers[number](spans)
+        size = folder.vocabulary.size
+        for (start, _), tokens in zip(spans, parts, strict=True):
+            if tokens.max() >= size:
+                at = int(np.argmax(tokens >= size))
+                raise InputError(
+                    f"config.data.path: token {start + at} of {folder.tokens_path(self.split)} is id"
+                    f" {tokens[at]}, outside the vocabulary {folder.vocabulary.name!r} of {size} ids;"
+                    " prepare the folder again, with this vocabulary"
+                )
+        return parts
 
 
-def open_mixture(text: str) -> Mixture:
+def open_mixture(text: str) -> Corpus:
     """`FOLDER:WEIGHT,FOLDER:WEIGHT`; weights are scaled to add up to 1.
 
     InputError: it has another form, a folder cannot be opened, or their vocabularies differ.
@@ -165,24 +185,24 @@ def open_mixture(text: str) -> Mixture:
             )
         folders.append(folder)
         weights.append(weight)
-    parts = tuple(
+    opened = tuple(
         _open(_folder("config.data.mix", folder), "config.data.mix", "prepare it again") for folder in folders
     )
-    for part in parts:
-        ours, theirs = describe(part.vocabulary), describe(parts[0].vocabulary)
-        if (ours, part.image_size) != (theirs, parts[0].image_size):
+    for other in opened:
+        ours, theirs = describe(other.vocabulary), describe(opened[0].vocabulary)
+        if (ours, other.image_size) != (theirs, opened[0].image_size):
             raise InputError(
-                f"config.data.mix: {parts[0].folder} and {part.folder} have the vocabularies {theirs} and"
+                f"config.data.mix: {opened[0].path} and {other.path} have the vocabularies {theirs} and"
                 f" {ours}; prepare one of them again, with the other's --model"
             )
-    return Mixture(parts=parts, weights=tuple(weight / sum(weights) for weight in weights))
+    return Corpus(folders=opened, weights=tuple(weight / sum(weights) for weight in weights))
 
 
 def _folder(field: str, name: str) -> epath.Path:
     return epath.Path(paths.expand(field, name))
 
 
-def open_corpus(data: config.Data) -> AnyCorpus:
+def open_corpus(data: config.Data) -> Corpus:
     """Opens and checks what `data` names, by its hashes; a source of text is prepared into the cache first.
 
     InputError: it is missing, unreadable, damaged, of a newer format, or has nothing to train on.
@@ -191,7 +211,7 @@ def open_corpus(data: config.Data) -> AnyCorpus:
         return open_mixture(data.mix)
     if data.source == "tokens":
         remedy = "prepare it again (tvq prepare), or use config.data.source=text for plain text"
-        return _open(_folder("config.data.path", data.path), "config.data.path", remedy)
+        return Corpus(folders=(_open(_folder("config.data.path", data.path), "config.data.path", remedy),))
     listed, is_file = _listed(data)
     vocabulary = ByteVocabulary()
     folder = cache_folder(data) / _key(listed, is_file, vocabulary)
@@ -204,9 +224,9 @@ def open_corpus(data: config.Data) -> AnyCorpus:
             raise InputError(
                 f"config.data.cache: cannot write {folder} ({error.strerror}); choose another folder"
             ) from error
-    corpus = _open(epath.Path(folder), "config.data.cache", "delete this folder, it is then made again")
+    opened = _open(epath.Path(folder), "config.data.cache", "delete this folder, it is then made again")
     left_out = {"left_out": listed.left_out} if listed.left_out else {}
-    return dataclasses.replace(corpus, source=corpus.source | left_out)
+    return Corpus(folders=(dataclasses.replace(opened, source=opened.source | left_out),))
 
 
 def _listed(data: config.Data) -> tuple[walk.Walk, bool]:
@@ -229,13 +249,13 @@ def cache_folder(data: config.Data) -> Path:
     return paths.cache_folder()
 
 
-def _open(folder: epath.Path, field: str, remedy: str) -> Corpus:
+def _open(folder: epath.Path, field: str, remedy: str) -> Folder:
     where = f"{field}: {folder}"
     manifest = prepared.read(folder, where, remedy)
     if manifest.splits["train"].is_empty:
         raise InputError(f"{where} has an empty train split; {remedy}")
-    return Corpus(
-        folder=folder,
+    return Folder(
+        path=folder,
         vocabulary=manifest.vocabulary,
         image_size=manifest.image_size,
         source=manifest.source,

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from tvq.data.packing import FILLER, Example, Sequences
+from tvq.data.packing import Example, Sequences, Streams
 from tvq.errors import InputError
 
 Batches = Generator[Example, None, None]
@@ -28,10 +28,7 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class _Batches:
-    """Random access to batches from `start` on: row j of batch t is sequence `order[t * batch_size + j]`.
-
-    Rows behind the end of `order` are padding.
-    """
+    """Random access to batches from `start` on: row j of batch t is sequence `order[t * batch_size + j]`."""
 
     def __init__(
         self, sequences: Sequences, order: Sequence[int], *, batch_size: int, rows: Rows, start: int = 0
@@ -47,15 +44,13 @@ class _Batches:
             raise InputError(f"{rows} takes none of the {batch_size} rows of a batch")
 
     def __len__(self) -> int:
-        # An endless order has sys.maxsize elements, and a rounded-up count must not exceed that.
-        n_batch = (len(self._order) - 1) // self._batch_size + 1
-        return max(0, n_batch - self._start)
+        # An endless order has sys.maxsize elements.
+        return max(0, len(self._order) // self._batch_size - self._start)
 
     def __getitem__(self, index: int) -> Example:
         """int32 [rows, T] each."""
-        first, end = (self._start + index) * self._batch_size, len(self._order)
-        positions = [first + row for row in self._rows]
-        return self._sequences.batch([self._order[p] if p < end else FILLER for p in positions])
+        first = (self._start + index) * self._batch_size
+        return self._sequences.batch([self._order[first + row] for row in self._rows])
 
 
 def training_batches(
@@ -88,16 +83,25 @@ def _order(sequences: Sequences, seed: int) -> grain.MapDataset:
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, sequences.corpus.weights)
 
 
-def evaluation_batches(sequences: Sequences, *, batch_size: int, rows: Rows = ALL_ROWS) -> Batches:
-    """Every sequence once, in order: int32 [rows, T] each. The last batch is filled up with masked rows.
-
-    All processes get the same number of batches. `close()` ends the threads that read ahead.
-    """
-    order = range(len(sequences))
-    return _read(_Batches(sequences, order, batch_size=batch_size, rows=rows), workers=0)
+def evaluation_pieces(streams: Streams, rows: Sequence[int]) -> Batches:
+    """All pieces of the streams, in order, of some rows: int32 [rows, length] each, read ahead in threads."""
+    return _read(_Pieces(streams, rows), workers=0)
 
 
-def _read(batches: _Batches, workers: int) -> Batches:
+class _Pieces:
+    """Random access to the pieces of some rows."""
+
+    def __init__(self, streams: Streams, rows: Sequence[int]) -> None:
+        self._streams, self._rows = streams, rows
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __getitem__(self, number: int) -> Example:
+        return self._streams.piece(number, self._rows)
+
+
+def _read(batches: _Batches | _Pieces, workers: int) -> Batches:
     threads = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=READ_AHEAD)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(threads)
     if workers:

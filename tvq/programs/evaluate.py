@@ -1,29 +1,28 @@
 """Evaluation: every token of a split exactly once.
 
 Each sequence of T tokens starts from the empty state; or, with carry, each document is read whole, however
-long, in pieces between which the state stays on the devices. Sums are added on the host in float64 and in
-order, so that the result does not depend on batch size or devices.
+long. Either is read in pieces, between which the state stays on the devices: memory does not grow with T.
+Sums over rows are added exactly, on the host, so that the order of rows does not matter.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax import lax
 from jax.sharding import Mesh
 
 from tvq import cluster, config, sharding
 from tvq import model as lm
 from tvq.config import Config, Model
 from tvq.data import prepared, vocabulary
-from tvq.data.corpus import AnyCorpus, open_corpus
-from tvq.data.packing import Sequences, Streams
-from tvq.data.pipeline import evaluation_batches
+from tvq.data.corpus import Corpus, open_corpus
+from tvq.data.packing import Streams
+from tvq.data.pipeline import evaluation_pieces
 from tvq.errors import InputError
 from tvq.run import metrics, records, restore, results
 from tvq.run.checkpoint import Restored
@@ -33,83 +32,12 @@ from tvq.training import loss
 MAX_NATS = 700.0
 
 
-def make(config: Model, mesh: Mesh, piece_len: int, shard_params: bool = False) -> Callable:
-    """The jitted `(weights, batch [B_global,T]) -> (nats [B_global], unmasked tokens [B_global])`.
-
-    It reads `piece_len` tokens at a time, so that memory does not grow with T; the result does not depend on
-    piece_len, a multiple of block_len that divides T.
-    """
-    config = lm.for_platform(config, sharding.platform(mesh))
-    axes = sharding.axes(mesh, config, shard_params)
-    n_token = piece_len // mesh.shape["sequence"]
-
-    def score(weights: lm.Weights, batch: dict, empty: lm.State) -> tuple[jax.Array, jax.Array]:
-        B = batch["inputs"].shape[0]
-        pieces = jax.tree.map(lambda x: x.reshape(B, -1, n_token).swapaxes(0, 1), batch)
-        weights = lm.gather(weights, config, axes)
-
-        def read(state: lm.State, piece: dict) -> tuple:
-            x_BTD, state, *_ = lm.forward(
-                weights, piece["inputs"], piece["loss_mask"], state, config, None, axes
-            )
-            nll_BT = loss.token_nll(weights, x_BTD, piece["targets"], piece["loss_mask"], config)
-            return state, (nll_BT.sum(1), piece["loss_mask"].sum(1))
-
-        _, sums = lax.scan(read, empty, pieces)
-        sums = jax.tree.map(lambda x: x.sum(0), sums)
-        return lax.psum(sums, axes.T) if axes.T else sums
-
-    sharded = jax.shard_map(
-        score,
-        mesh=mesh,
-        in_specs=(
-            lm.specs(config, axes),
-            sharding.spec("BT", axes),
-            lm.state_specs(config, axes),
-        ),
-        out_specs=(sharding.BATCH, sharding.BATCH),
-    )
-
-    def score_whole(weights: lm.Weights, batch: dict) -> tuple[jax.Array, jax.Array]:
-        empty = lm.start(config, batch["inputs"].shape[0])
-        return sharded(weights, sharding.split_over_sequence(mesh, batch, piece_len), empty)
-
-    return jax.jit(score_whole, out_shardings=sharding.sharding(mesh, sharding.WHOLE))
-
-
-def total(
-    score: Callable,
-    weights: lm.Weights,
-    batches: Iterable[dict[str, jax.Array]],
-    progress: Callable[[int], Any] = lambda n_batch: None,
-) -> tuple[float, int]:
-    """Nats and tokens over all batches. `progress` is called with the number of batches done."""
-    nats, n_token, waiting = 0.0, 0, None
-    for n_batch, batch in enumerate(batches):
-        # Read the sums of a batch only once the next is under way.
-        ready, waiting = waiting, score(weights, batch)
-        if ready is not None:
-            nats, n_token = _add(nats, n_token, ready)
-        progress(n_batch + 1)
-    return _add(nats, n_token, waiting) if waiting is not None else (nats, n_token)
-
-
-def _add(nats: float, n_token: int, sums: tuple[jax.Array, jax.Array]) -> tuple[float, int]:
-    nats_B, count_B = (np.asarray(x) for x in sums)
-    for value in nats_B.tolist():
-        nats += value
-    return nats, n_token + int(count_B.sum())
-
-
-def make_carried(config: Model, mesh: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
+def reader(config: Model, mesh: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
     """Two jitted functions: `empty(n_row)`, the state before the first token of every row, and `read`:
 
-    `(weights, piece [B_global,U], state) -> (nats [B_global,U], state)`. Documents are kept apart:
-    each is read as if it were alone, whatever else is in its row. The old state is donated.
+    `(weights, piece [B_global,U], state) -> (nats [B_global,U], state)`. The old state is donated.
     """
-    config = dataclasses.replace(
-        lm.for_platform(config, sharding.platform(mesh)), attend_across_documents=False
-    )
+    config = lm.for_platform(config, sharding.platform(mesh))
     axes = sharding.axes(mesh, config, shard_params)
     state_specs = lm.state_specs(config, axes)
     places = jax.tree.map(lambda spec: sharding.sharding(mesh, spec), state_specs)
@@ -131,15 +59,27 @@ def make_carried(config: Model, mesh: Mesh, shard_params: bool = False) -> tuple
     return empty, jax.jit(sharded, donate_argnums=2, out_shardings=(whole, places))
 
 
+def apart(config: Model) -> Model:
+    """The model, reading each document as if it were alone, whatever else is in its row."""
+    return dataclasses.replace(config, attend_across_documents=False)
+
+
 class ByContext:
     """Nats and tokens by how many tokens of the document come before: 0, 1, 2-3, 4-7, ..."""
 
     def __init__(self) -> None:
         self.nats, self.n_token = np.zeros(64), np.zeros(64, np.int64)
+        self._rows: list[float] = []
+
+    @property
+    def total(self) -> float:
+        """All nats."""
+        return math.fsum(self._rows)
 
     def add(self, nats: np.ndarray, contexts: np.ndarray) -> None:
-        """Of tokens whose context is known; -1 marks padding."""
+        """Of tokens `[B,T]` whose context is known; -1 marks padding."""
         seen = contexts >= 0
+        self._rows += np.where(seen, nats, 0).sum(1, dtype=np.float64).tolist()
         bucket = np.frexp(contexts[seen])[1]
         self.nats += np.bincount(bucket, nats[seen].astype(np.float64), 64)
         self.n_token += np.bincount(bucket, minlength=64)
@@ -158,7 +98,7 @@ class ByContext:
         ]
 
 
-def carried(
+def read_all(
     empty: Callable,
     read: Callable,
     weights: lm.Weights,
@@ -168,15 +108,17 @@ def carried(
 ) -> ByContext:
     """All tokens of the streams by their context. `progress` is called with the number of pieces done."""
     by_context, n_row, waiting = ByContext(), len(streams.rows), None
-    local, state = sharding.local_rows(mesh, n_row), empty(n_row)
-    for number in range(len(streams)):
-        piece = sharding.global_batch(mesh, streams.piece(number, local), n_row)
-        nats_BT, state = read(weights, piece, state)
-        # Read the numbers of a piece only once the next is under way.
-        ready, waiting = waiting, (nats_BT, number)
-        if ready is not None:
-            by_context.add(np.asarray(ready[0]), streams.contexts(ready[1]))
-        progress(number + 1)
+    pieces = evaluation_pieces(streams, sharding.local_rows(mesh, n_row))
+    with contextlib.closing(pieces):
+        for number, piece in enumerate(pieces):
+            if streams.begins(number):
+                state = empty(n_row)
+            nats_BT, state = read(weights, sharding.global_batch(mesh, piece, n_row), state)
+            # Read the numbers of a piece only once the next is under way.
+            ready, waiting = waiting, (nats_BT, number)
+            if ready is not None:
+                by_context.add(np.asarray(ready[0]), streams.contexts(ready[1]))
+            progress(number + 1)
     if waiting is not None:
         by_context.add(np.asarray(waiting[0]), streams.contexts(waiting[1]))
     return by_context
@@ -213,7 +155,7 @@ def piece_len(c: Config) -> int:
     return c.train.segment_len or c.train.update_len
 
 
-def line(name: str, result: dict[str, float], corpus: AnyCorpus) -> str:
+def line(name: str, result: dict[str, float], corpus: Corpus) -> str:
     """The result of a split in one readable line, with gzip's for comparison."""
     info, unit = corpus.info(name), "dimension" if corpus.image_size else "byte"
     text = f"{name} loss {result['loss']:.4f}, {result['bits_per_byte']:.3f} bits per {unit}"
@@ -237,57 +179,45 @@ def show(table: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def check_vocabulary(corpus: AnyCorpus, config: Model) -> None:
+def check_vocabulary(corpus: Corpus, config: Model) -> None:
     """InputError if the data's vocabulary size is not the model's."""
     if corpus.vocabulary.size != config.n_vocab:
         raise InputError(
-            f"config.model.n_vocab is {config.n_vocab} but the data in {corpus.folder} has a vocabulary of"
+            f"config.model.n_vocab is {config.n_vocab} but the data in {corpus.where} has a vocabulary of"
             f" {corpus.vocabulary.size} ids ({corpus.vocabulary.name}); set it to {corpus.vocabulary.size}"
         )
 
 
-def check_same_vocabulary(corpus: AnyCorpus, restored: Restored) -> None:
+def check_same_vocabulary(corpus: Corpus, restored: Restored) -> None:
     """InputError if the model was trained on a different vocabulary of the same size."""
     ours = vocabulary.describe(corpus.vocabulary)
     theirs = {name: restored.data["vocabulary"][name] for name in ours}
     if ours != theirs:
         raise InputError(
-            f"the data in {corpus.folder} has the vocabulary {ours}, checkpoint {restored.step} was trained"
+            f"the data in {corpus.where} has the vocabulary {ours}, checkpoint {restored.step} was trained"
             f" on {theirs}; prepare the data with the checkpoint's"
         )
 
 
-def scorer(c: Config, corpus: AnyCorpus, mesh: Mesh) -> Callable:
+def scorer(c: Config, corpus: Corpus, mesh: Mesh) -> Callable:
     """`(weights, progress) -> (result, table by context)` of `evaluate.split`, as configured.
 
-    The table is empty if context is not carried. `progress` is called with steps done and steps in all.
+    The table is empty if context is not carried. `progress` is called with pieces done and pieces in all.
     """
-    name, n_row = c.evaluate.split, batch_size(c)
-    info, rows = corpus.info(name), sharding.local_rows(mesh, n_row)
-    Progress = Callable[[int, int], Any]
+    name, carry = c.evaluate.split, c.evaluate.carry
+    sequence_len = 0 if carry else c.train.sequence_len
+    streams = Streams(corpus, name, batch_size(c), piece_len(c), sequence_len)
+    empty, read = reader(apart(c.model) if carry else c.model, mesh, c.mesh.shard_params)
 
-    def of_sequences(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
-        n_batch = -(-len(sequences) // n_row)
-        with contextlib.closing(evaluation_batches(sequences, batch_size=n_row, rows=rows)) as batches:
-            placed = (sharding.global_batch(mesh, batch, n_row) for batch in batches)
-            nats, n_token = total(score, weights, placed, lambda done: progress(done, n_batch))
-        assert n_token == sequences.n_token, f"{n_token} of {sequences.n_token} tokens evaluated"
-        return result(nats, n_token, info), []
-
-    def of_documents(weights: lm.Weights, progress: Progress) -> tuple[dict, list]:
+    def score(weights: lm.Weights, progress: Callable[[int, int], Any]) -> tuple[dict, list]:
         n_piece = len(streams)
-        by_context = carried(empty, read, weights, streams, mesh, lambda done: progress(done, n_piece))
+        by_context = read_all(empty, read, weights, streams, mesh, lambda done: progress(done, n_piece))
         n_token = int(by_context.n_token.sum())
         assert n_token == streams.n_token, f"{n_token} of {streams.n_token} tokens evaluated"
-        return result(by_context.nats.sum(), n_token, info), by_context.table()
+        table = by_context.table() if carry else []
+        return result(by_context.total, n_token, corpus.info(name)), table
 
-    if c.evaluate.carry:
-        streams = Streams(corpus, name, n_row, piece_len(c))
-        empty, read = make_carried(c.model, mesh, c.mesh.shard_params)
-        return of_documents
-    sequences = Sequences(corpus, name, c.train.sequence_len)
-    score = make(c.model, mesh, piece_len(c), c.mesh.shard_params)
-    return of_sequences
+    return score
 
 
 def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
@@ -306,7 +236,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         restored = restore.weights(c, workdir, mesh, console.say)
         check_same_vocabulary(corpus, restored)
         weights = restored.state.weights
-        so_far = metrics.Progress("evaluating", "batches")
+        so_far = metrics.Progress("evaluating", "pieces")
         scores, table = scorer(c, corpus, mesh)(
             weights,
             lambda done, of: console.progress(so_far.line(done, of), brief=True),
@@ -318,7 +248,7 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
         console.say(records.to_json(row))
         if processes.is_main:
             data = {
-                "folder": str(corpus.folder),
+                "folder": corpus.where,
                 "fingerprint": corpus.fingerprint,
                 "vocabulary": vocabulary.describe(corpus.vocabulary),
             }

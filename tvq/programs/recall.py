@@ -129,7 +129,7 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     with metrics.Console(silent=not processes.is_main) as console:
         restored = restore.weights(c, workdir, mesh, console.say)
         now = restored.state
-        empty, read = evaluate.make_carried(c.model, mesh, c.mesh.shard_params)
+        empty, read = evaluate.reader(evaluate.apart(c.model), mesh, c.mesh.shard_params)
         state, nats, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
         for start in range(0, length, piece):
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])

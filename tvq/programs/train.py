@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tvq import cluster, config, sharding
 from tvq.config import Config
 from tvq.data import vocabulary
-from tvq.data.corpus import AnyCorpus, open_corpus
+from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.errors import DivergedError, InputError
@@ -45,7 +45,7 @@ class Run:
 
     config: Config
     workdir: epath.Path
-    corpus: AnyCorpus
+    corpus: Corpus
     mesh: Mesh
     processes: cluster.Processes
     watchdog: cluster.Watchdog
@@ -122,7 +122,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     return cluster.EXIT_STOPPED if stopped else 0
 
 
-def open_data(c: Config) -> tuple[AnyCorpus, Sequences]:
+def open_data(c: Config) -> tuple[Corpus, Sequences]:
     """What to train on. InputError: faults that would otherwise show only later, even after hours."""
     corpus = open_corpus(c.data)
     evaluate.check_vocabulary(corpus, c.model)
@@ -140,7 +140,7 @@ def open_data(c: Config) -> tuple[AnyCorpus, Sequences]:
 
 def resume(
     c: Config,
-    corpus: AnyCorpus,
+    corpus: Corpus,
     placed: TrainState,
     tx: Any,
     checkpoints: Checkpoints,
@@ -160,7 +160,7 @@ def resume(
     evaluate.check_same_vocabulary(corpus, restored)
     if restored.data["fingerprint"] not in (None, corpus.fingerprint):  # None: weights from elsewhere
         raise InputError(
-            f"the data in {corpus.folder} is not what checkpoint {restored.step} was trained on;"
+            f"the data in {corpus.where} is not what checkpoint {restored.step} was trained on;"
             " set config.data to that, or use another workdir"
         )
     clock.add(restored.data["seconds"])
@@ -353,7 +353,7 @@ def take_stock(
         if c.evaluate.split in wanted:
             run.watchdog.beat("evaluate", step, c.cluster.compile_timeout)
             with run.clock.spending("evaluate"):
-                so_far = metrics.Progress("evaluating", "batches")
+                so_far = metrics.Progress("evaluating", "pieces")
                 result, _ = score(now.weights, lambda *n: tell("evaluate", so_far.line(*n)))
             run.write({"step": step, "split": c.evaluate.split, **result})
             run.console.say(f"step {step:,}: " + evaluate.line(c.evaluate.split, result, run.corpus))

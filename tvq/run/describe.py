@@ -11,7 +11,7 @@ from tvq import chips, sharding
 from tvq import model as lm
 from tvq.config import Config
 from tvq.data import prepared
-from tvq.data.corpus import AnyCorpus
+from tvq.data.corpus import Corpus
 from tvq.run import metrics
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -26,23 +26,21 @@ AT_FLOOR = 0.2  # of the run with the learning rate at its floor is worth a word
 LEAST_SECONDS = 60.0  # shares of less say little
 
 
-def start(
-    c: Config, mesh: Mesh, corpus: AnyCorpus, workdir: epath.Path, n_param: int, saved: list[int]
-) -> str:
+def start(c: Config, mesh: Mesh, corpus: Corpus, workdir: epath.Path, n_param: int, saved: list[int]) -> str:
     """What runs where, in a few lines. It goes on from the last of the steps `saved`."""
     m, t, info = c.model, c.train, corpus.info("train")
     n_batch = f"{t.global_batch_size} x {t.sequence_len:,} tokens"
     axes = [
         f"{axis}={n} ({sharding.ROLES[axis]})" for axis, n in mesh.shape.items() if n > 1 or axis == "devices"
     ]
-    left_out = [name for part in corpus.parts for name in part.source.get("left_out", ())]
+    left_out = [name for folder in corpus.folders for name in folder.source.get("left_out", ())]
     without = f"; left out, as tvq made it: {', '.join(left_out)}" if left_out else ""
     if unknown := prepared.unknown(info):
         without += f"; {unknown}"
     lines = {
         "model": f"{n_param:,} parameters, {m.dtype}; {lm.describe(m)}",
         "mesh": f"{mesh.size} x {mesh.devices.flat[0].device_kind}: {', '.join(axes)}",
-        "data": f"{corpus.folder}: {info.n_token:,} tokens in {info.n_document:,} documents{without}",
+        "data": f"{corpus.where}: {info.n_token:,} tokens in {info.n_document:,} documents{without}",
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
         "workdir": f"{workdir}: " + (f"resuming from step {saved[-1]:,}" if saved else "a new run"),
     }
