@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tvq.errors import InputError
-from tvq.schema import Config, Profile
+from tvq.schema import ATTENTIONS, Config, Profile
 
 MESH_AXES = ("replica", "devices", "sequence", "tensor")
 
@@ -66,7 +66,7 @@ def _misfits(config: Config, sizes: Mapping[str, int]) -> list[str]:
 
     if config.mesh.shard_params:
         fit(f"config.model.d_model {m.d_model} (shard_params)", m.d_model, "devices")
-    if m.n_head % sizes["tensor"]:
+    if not m.cuts_heads(sizes["tensor"]):
         if m.n_head > 1:
             fit(f"config.model.n_head {m.n_head}", m.n_head, "tensor")
         else:
@@ -178,7 +178,7 @@ def validate(config: Config) -> None:
         )
     one_of("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
     one_of("model.param_dtype", m.param_dtype, ("float32", "float64"))
-    one_of("model.attention", m.attention, ("vq", "full", "flash"))
+    one_of("model.attention", m.attention, tuple(ATTENTIONS))
     if not m.carries_state and (t.update_len != t.sequence_len or t.segment_len):
         errors.append(
             f"config.model.attention={m.attention} carries no state: it needs train.update_len equal to"

@@ -4,6 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
+# The attentions of `tvq.model`, and those of them that carry a state.
+ATTENTIONS = {
+    "vq": "linear time",
+    "full": "exact and quadratic, the baseline of benchmarks",
+    "flash": "the same by cuDNN's kernel on an NVIDIA GPU",
+}
+CARRYING = {"vq"}
 # Ids that every vocabulary has: padding, the end of a document (it begins the next), an unknown piece.
 PAD, END, UNKNOWN = 0, 1, 2
 
@@ -25,11 +32,7 @@ class Model:
     n_code: int = field(512, "codewords of a head", at_least=1)
     block_len: int = field(512, "tokens of one attention block", at_least=1)
     mem_len: int = field(512, "tokens before a block that are attended to exactly", at_least=1)
-    attention: str = field(
-        "vq",
-        "vq: linear time; full: exact and quadratic, the baseline of benchmarks; flash: the same by cuDNN's"
-        " kernel on an NVIDIA GPU",
-    )
+    attention: str = field("vq", "; ".join(f"{name}: {doc}" for name, doc in ATTENTIONS.items()))
     n_parallel: int = field(
         0,
         "blocks of all sequences of a device that vq attention computes at once; 0: chosen for the device",
@@ -64,7 +67,11 @@ class Model:
     @property
     def carries_state(self) -> bool:
         """Whether attention carries a state from call to call, so that it can read in pieces and decode."""
-        return self.attention == "vq"
+        return self.attention in CARRYING
+
+    def cuts_heads(self, n_part: int) -> bool:
+        """Whether units are cut into parts by their heads; otherwise by their values."""
+        return self.n_head % n_part == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

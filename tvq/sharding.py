@@ -120,7 +120,7 @@ def order(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
 def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
     """What the axes of a mesh cut of this model."""
     one = lambda axis: axis if mesh.shape[axis] > 1 else None
-    heads = one("tensor") if model.n_head % mesh.shape["tensor"] == 0 else None
+    heads = one("tensor") if model.cuts_heads(mesh.shape["tensor"]) else None
     return Axes(
         D=one("devices") if shard_params else None,
         H=heads,

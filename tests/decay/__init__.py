@@ -23,6 +23,7 @@ class State(NamedTuple):
 
 
 Decoding = State
+TRAINING_ONLY = ()
 DIMS = {"q": ("N", "D", "K"), "k": ("N", "D", "K"), "v": ("N", "D", "V"), "out": ("N", "V", "D")}
 
 

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -479,11 +480,11 @@ def test_options(tmp_path, monkeypatch, options, wanted):
     assert os.listdir(tmp_path) == []
 
 
-def test_progress(monkeypatch):
-    monkeypatch.setattr(prepare, "EVERY", 0.0)
-    now = iter([0.0, 10.0, 10.0, 20.0])
+def test_progress_is_shown_a_few_times_a_second(monkeypatch):
+    now = iter([100.0, 100.1, 110.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    rate = prepare.Rate()
-    assert rate.due()
-    assert rate.line(50_000_000, 10, 40) == "50.0 MB, 5.0 MB/s, 30 s left"
-    assert rate.line(50_000_000, 40, 40) == "50.0 MB, 2.5 MB/s"
+    said = []
+    show = prepare.showing(SimpleNamespace(progress=lambda line, brief: said.append(line)), "fetching")
+    for done in (10_000, 20_000, 30_000):
+        show(done, 40_000)
+    assert said == ["fetching: 10,000 of 40,000 bytes", "fetching: 30,000 of 40,000 bytes, 0 s left"]

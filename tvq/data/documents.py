@@ -81,12 +81,6 @@ def told_splits(
     )
 
 
-def listed(names: Collection[str]) -> str:
-    """Some of the names, on one line."""
-    some = ", ".join(shown(name) for name in sorted(names)[:3])
-    return some + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
 def by_reason(pairs: Collection[tuple[str, str]]) -> dict[str, list[str]]:
     """`{why: [name]}` of pairs `(name, why)`."""
     reasons = defaultdict(list)

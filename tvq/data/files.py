@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -109,6 +109,12 @@ def shown(name: os.PathLike | str) -> str:
     """A name on one line, even if it has line ends or bytes that are not UTF-8."""
     text = os.fspath(name)
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def listed(names: Collection[str]) -> str:
+    """Some of the names, on one line."""
+    some = ", ".join(shown(name) for name in sorted(names)[:3])
+    return some + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The front of the model: the only part of this folder that the rest of the program imports.
 
-    weights     Weights, init, named, specs, gather, learn, measure
+    weights     Weights, init, named, specs, gather, learn, measure, TRAINING_ONLY
     reading     State, start, state_dims, state_specs, forward, stats_specs, log_probs, auxiliary_loss
     writing     Decoding, begin, step
     randomness  Draws, draw_probe
@@ -14,7 +14,7 @@ Another model is another folder with these names; `docs/extending.md` says what 
 from tvq.model import core, original
 from tvq.model.flops import exchanged_bytes, kept_bytes, train_flops, unit_flops
 from tvq.model.layers import Draws, draw_probe
-from tvq.model.parameters import Declared, Weights, init, named, specs
+from tvq.model.parameters import TRAINING_ONLY, Declared, Weights, init, named, specs
 from tvq.model.parameters import gather_tables as gather
 from tvq.model.snapshot import IN_ROWS, OVERUSED, remember, snapshot, use
 from tvq.model.transformer import (
@@ -36,8 +36,9 @@ from tvq.model.transformer import (
 )
 
 __all__ = [
-    "IN_ROWS", "OVERUSED", "Declared", "Decoding", "Draws", "State", "Weights", "auxiliary_loss", "begin",
-    "core", "describe", "draw_probe", "exchanged_bytes", "for_platform", "forward", "gather", "init",
-    "kept_bytes", "learn", "log_probs", "measure", "named", "original", "remember", "snapshot", "specs",
-    "start", "state_dims", "state_specs", "stats_specs", "step", "train_flops", "unit_flops", "use",
+    "IN_ROWS", "OVERUSED", "TRAINING_ONLY", "Declared", "Decoding", "Draws", "State", "Weights",
+    "auxiliary_loss", "begin", "core", "describe", "draw_probe", "exchanged_bytes", "for_platform",
+    "forward", "gather", "init", "kept_bytes", "learn", "log_probs", "measure", "named", "original",
+    "remember", "snapshot", "specs", "start", "state_dims", "state_specs", "stats_specs", "step",
+    "train_flops", "unit_flops", "use",
 ]  # fmt: skip

@@ -25,6 +25,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tvq import sharding
 from tvq.config import Model
 
+# Arrays that only training reads, and that a checkpoint may lack.
+TRAINING_ONLY = ("codebooks/idle",)
 # Applied to kernels [in, out] and to codebook sums [H,S,K].
 kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 

@@ -1,7 +1,7 @@
 """Weights in and out: files of the original program, and our own."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from flax import serialization, traverse_util
 from tvq import atomic, cluster, config, sharding
 from tvq import model as lm
 from tvq.config import Config
+from tvq.data import files
 from tvq.data.corpus import open_corpus
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
 from tvq.errors import InputError
@@ -109,8 +110,8 @@ def check(
     differing = tensors.differing(kinds, wanted, "in the file")
     if arrays and not arrays.keys() & wanted.keys():
         raise InputError(
-            f"--input={path} holds no array with a name of the model; it has {_some(arrays)}, not"
-            f" {_some(wanted)}"
+            f"--input={path} holds no array with a name of the model; it has {files.listed(arrays)}, not"
+            f" {files.listed(wanted)}"
         )
     shape_of = lambda kind: kind.partition("[")[2]
     is_converted = kinds.keys() == wanted.keys() and all(
@@ -128,15 +129,8 @@ def check(
         converted = {name: x.astype(jnp.dtype(wanted[name].partition("[")[0])) for name, x in arrays.items()}
     broken = [name for name, x in converted.items() if not np.isfinite(x).all()]
     if broken:
-        raise InputError(f"--input={path} holds numbers that are not finite, in {_some(broken)}")
+        raise InputError(f"--input={path} holds numbers that are not finite, in {files.listed(broken)}")
     return converted
-
-
-def _some(names: Iterable[str]) -> str:
-    """`a, b, c and 5 more`."""
-    names = sorted(names)
-    text = ", ".join(names[:3])
-    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 
 
 def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002

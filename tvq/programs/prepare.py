@@ -105,8 +105,9 @@ def prepare(options: Options) -> int:
             pieces = cut(source.pieces(meter), form.vocabulary)
             began = time.monotonic()
             (folder / prepared.SOURCES).write_bytes(hashes)
-            show = progress(console, meter, n_raw)
-            splits = prepared.write(folder, pieces, form, facts, n_thread=n_thread, progress=show)
+            show = showing(console, "preparing")
+            progress = lambda _: show(meter.n_byte, n_raw)
+            splits = prepared.write(folder, pieces, form, facts, n_thread=n_thread, progress=progress)
             prepared.check_train(splits)
         seconds = time.monotonic() - began
         console.progress("", brief=True)
@@ -173,16 +174,10 @@ def fetch(options: Options, raw: epath.Path, console: metrics.Console) -> None:
     """Downloads the input. InputError: it cannot be fetched."""
     if files.is_bucket(raw):
         raise InputError(f"--download needs a local --input, not {raw}")
-    rate = Rate()
-
-    def show(done: int, total: int) -> None:
-        if rate.due():
-            console.progress(f"fetching: {rate.line(done, done, total)}", brief=True)
-
     url = options.url or download.URLS[options.kind]
     console.say(f"fetching {url} to {raw}")
     try:
-        download.FETCH[options.kind](url.rstrip("/"), Path(raw), show)
+        download.FETCH[options.kind](url.rstrip("/"), Path(raw), showing(console, "fetching"))
     except OSError as error:
         raise InputError(f"--input: cannot write {raw} ({error.strerror}); use another place") from error
 
@@ -285,36 +280,16 @@ def locked(folder: epath.Path, stack: contextlib.ExitStack) -> None:
         raise InputError(f"--output: another process is writing {folder}; wait for it, or stop it") from error
 
 
-class Rate:
-    """Lines of progress, not too many."""
+def showing(console: metrics.Console, what: str) -> Callable[[int, int], None]:
+    """Shows how many of the bytes are done, a few times a second."""
+    so_far, last = metrics.Progress(what, "bytes"), 0.0
 
-    def __init__(self) -> None:
-        self._began = self._last = time.monotonic()
-
-    def due(self) -> bool:
-        """Whether it is time for another line."""
+    def show(done: int, of: int) -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - self._last < EVERY:
-            return False
-        self._last = now
-        return True
-
-    def line(self, n_byte: int, done: int, total: int) -> str:
-        """Megabytes and their rate; the time left if `done` of `total` are read."""
-        seconds = time.monotonic() - self._began
-        text = f"{n_byte / 1e6:,.1f} MB, {n_byte / 1e6 / seconds:,.1f} MB/s"
-        if 0 < done < total:
-            text += f", {metrics.duration(seconds * (total - done) / done)} left"
-        return text
-
-
-def progress(console: metrics.Console, meter: Meter, n_raw: int) -> Callable[[int], None]:
-    """Shows the progress of a preparation."""
-    rate = Rate()
-
-    def show(n_byte: int) -> None:
-        if rate.due():
-            console.progress(f"preparing: {rate.line(n_byte, meter.n_byte, n_raw)}", brief=True)
+        if now - last >= EVERY:
+            last = now
+            console.progress(so_far.line(done, of), brief=True)
 
     return show
 
@@ -330,7 +305,7 @@ def summary(output: epath.Path, source: Source, seconds: float) -> str:
     ]
     rows.append(f"split      {manifest.source['split']}")
     for reason, names in documents.by_reason(source.left_out).items():
-        rows.append(f"left out   {len(names):,} {reason}: {documents.listed(names)}")
+        rows.append(f"left out   {len(names):,} {reason}: {files.listed(names)}")
     rows.append(f"vocabulary {manifest.vocabulary.name}, {manifest.vocabulary.size:,} ids")
     rows += [
         f"UNKNOWN    {prepared.unknown(info)} of {split}"

@@ -92,8 +92,14 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def line(self, done: int, of: int) -> str:
-        """`reading: 2,048 of 294,051 tokens, 15 s left`; the first part, which may compile, says nothing."""
-        text, now = f"{self._what}: {done:,} of {of:,} {self._unit}", self._now()
+        """`reading: 2,048 of 294,051 tokens, 15 s left`; the first part, which may compile, says nothing.
+
+        `of` is 0 where it is not known.
+        """
+        text = (
+            f"{self._what}: {done:,} of {of:,} {self._unit}" if of else f"{self._what}: {done:,} {self._unit}"
+        )
+        now = self._now()
         if self._first is None:
             self._first = (done, now) if done else None
             return text

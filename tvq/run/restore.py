@@ -9,6 +9,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from tvq import model as lm
 from tvq.errors import InputError
 from tvq.run import tensors
 from tvq.run.checkpoint import NOT_FINITE, Checkpoints, Restored
@@ -26,7 +27,8 @@ def weights(c: Config, workdir: epath.Path, mesh: Mesh, say: Callable[[str], Non
     if not (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
     wanted = state.place_weights(c, mesh)
-    restored = read_weights(workdir / "checkpoints", wanted, say, state.OPTIONAL)
+    optional = [f"weights.extra.{path.replace('/', '.')}" for path in lm.TRAINING_ONLY]
+    restored = read_weights(workdir / "checkpoints", wanted, say, optional)
     if restored is None:
         raise InputError(f"--workdir={workdir} holds no checkpoint yet")
     zeros = lambda like: jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)

@@ -21,10 +21,6 @@ class TrainState(NamedTuple):
     key: jax.Array  # never changes: random numbers are functions of it and the step
 
 
-# Only training reads it, and only where codes are revived.
-OPTIONAL = frozenset({"weights.extra.codebooks.idle"})
-
-
 class Evaluated(NamedTuple):
     """What evaluation and sampling need: a TrainState without what only training uses."""
 
