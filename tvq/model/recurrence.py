@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from tvq import dims
 from tvq.model.attention import State
@@ -91,7 +92,10 @@ def attend_next(
     o_BHV = product("bhx,bhxv->bhv", weight_BHX.astype(v_BHXV.dtype), v_BHXV)
     if agg_cache:
         # The weights are divided, not the sums, which are most of what is read.
-        o_BHV += product("bhs,bhsv->bhv", weight_BHS / jnp.maximum(count_BHS, 1.0), sum_BHSV)
+        weight_BHS /= jnp.maximum(count_BHS, 1.0)
+        # Where they lie: on a GPU, XLA would otherwise turn the sums of all units, for each unit.
+        sum_BHSV = with_layout_constraint(sum_BHSV, Layout(major_to_minor=(0, 1, 2, 3)))
+        o_BHV += product("bhs,bhsv->bhv", weight_BHS, sum_BHSV)
     return o_BHV.astype(v_BHV.dtype), rings
 
 
