@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tvq import sharding
 from tvq.config import Model
 from tvq.model import attention, layers, parts, recurrence, vq, window
-from tvq.model.parameters import Weights, declared, gather, n_unit, paired, specs, unpaired
+from tvq.model.parameters import Weights, declared, gather, n_unit, narrowed, paired, specs, unpaired
 from tvq.model.unit import gated_unit, gated_unit_next, position_keys
 from tvq.schema import END
 
@@ -224,10 +224,11 @@ def log_probs(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
 
 
 class Decoding(NamedTuple):
-    """What `step` needs and changes. Keys of codes and distances are made once, not at every token."""
+    """What `step` needs and changes. Casts, and keys of codes and distances, are made once."""
 
     position: jax.Array  # int32, tokens seen
     rings: recurrence.Rings
+    units: dict  # parameters
     c_NHSK: jax.Array
     r_NHEK: jax.Array
     start_B: jax.Array | None  # of the document, where documents are kept apart
@@ -248,6 +249,7 @@ def begin(weights: Weights, state: State, config: Model) -> Decoding:
     return Decoding(
         position=state.position,
         rings=recurrence.rings_from_state(units, state.position),
+        units=narrowed(weights.params["units"], config),
         c_NHSK=jax.vmap(vq.codewords)(weights.extra["codebooks"]),
         r_NHEK=jax.lax.map(keys_of, weights.params["units"]),
         start_B=start_B,
@@ -270,7 +272,7 @@ def step(weights: Weights, token_B: jax.Array, state: Decoding, config: Model) -
         y_BTD, rings = gated_unit_next(unit_params, c_HSK, r_HEK, x_BTD, rings, n, state.position, config)
         return (x_BTD + y_BTD, rings), None
 
-    scanned = (weights.params["units"], state.c_NHSK, state.r_NHEK, jnp.arange(n_unit(config)))
+    scanned = (state.units, state.c_NHSK, state.r_NHEK, jnp.arange(n_unit(config)))
     (x_BTD, rings), _ = jax.lax.scan(unit, (x_BTD, rings), scanned)
     state = state._replace(position=state.position + 1, rings=rings, start_B=start_B)
     return log_probs(weights, x_BTD, config)[:, 0], state
