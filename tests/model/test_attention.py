@@ -263,12 +263,16 @@ def test_output_does_not_depend_on_block_len(agg_cache):
             close(attend(*x, block_len=block_len, agg_cache=agg_cache), want, 1e-9)
 
 
+def rings_of(state: attention.State, position: int | jax.Array) -> recurrence.Rings:
+    return recurrence.rings_from_state(jax.tree.map(lambda x: x[None], state), jnp.int32(position))
+
+
 @functools.partial(jax.jit, static_argnames="agg_cache")
-def attend_one_by_one(x: Inputs, ring: recurrence.Ring, position: jax.Array, agg_cache: bool) -> tuple:
+def attend_one_by_one(x: Inputs, ring: recurrence.Rings, position: jax.Array, agg_cache: bool) -> tuple:
     def step(carry, token):
         ring, position = carry
         o, ring = recurrence.attend_next(
-            *token, x.c_HSK, x.u_HK, x.w_HK, x.r_BHEK[0], ring, position, agg_cache=agg_cache
+            *token, x.c_HSK, x.u_HK, x.w_HK, x.r_BHEK[0], ring, 0, position, agg_cache=agg_cache
         )
         return (ring, position + 1), o
 
@@ -283,17 +287,16 @@ def test_one_token_at_a_time(M, agg_cache):
         x = inputs(H=2, T=20, M=M, on_codes=True)
         x = x._replace(r_BHEK=jnp.broadcast_to(x.r_BHEK[:1], x.r_BHEK.shape))
         want, after = attend(*x, block_len=4, agg_cache=agg_cache)
-        first = recurrence.ring_from_state(x.state, jnp.int32(0))
+        first = rings_of(x.state, 0)
         got, _ = attend_one_by_one(x.tokens(0, 16), first, jnp.int32(0), agg_cache)
         close(got, want[:, :, :16], 1e-9)
         # After 4 tokens a memory of 5 is not yet full; the others have been round.
-        middle = recurrence.ring_from_state(
-            attend(*x.tokens(0, 4), block_len=4, agg_cache=agg_cache)[1], jnp.int32(4)
-        )
+        middle = rings_of(attend(*x.tokens(0, 4), block_len=4, agg_cache=agg_cache)[1], 4)
         got, last = attend_one_by_one(x.tokens(4, 20), middle, jnp.int32(4), agg_cache)
         close(got, want[:, :, 4:], 1e-9)
-        want = recurrence.ring_from_state(after, jnp.int32(20))
-        close(last._replace(lost_BHSV=want.lost_BHSV), want, 1e-9)
+        want = rings_of(after, 20)
+        last = stream.settled(last, jnp.int32(20))
+        close(last._replace(lost_NBHSV=want.lost_NBHSV), want, 1e-9)
 
 
 def to_bfloat16(x: Inputs) -> Inputs:
@@ -316,11 +319,13 @@ def test_counts_stay_exact_in_bfloat16():
         state = attend(*x._replace(state=state), block_len=T)[1]
         state = attend(*x._replace(state=state), block_len=T // 3)[1]
     position = jnp.int32(4 * T)
-    _, ring = attend_one_by_one(x, recurrence.ring_from_state(state, position), position, agg_cache=True)
-    for memory, n_token in ((state, 4 * T), (ring, 5 * T)):
-        assert memory.count_BHS.dtype == memory.sum_BHSV.dtype == jnp.float32
-        np.testing.assert_array_equal(memory.count_BHS[..., 0], n_token - M)
-        np.testing.assert_array_equal(memory.sum_BHSV[:, :, 0], n_token - M)
+    _, ring = attend_one_by_one(x, rings_of(state, position), position, agg_cache=True)
+    ring = stream.settled(ring, position + T)
+    memories = ((state.count_BHS, state.sum_BHSV, 4 * T), (ring.count_NBHS[0], ring.sum_NBHSV[0], 5 * T))
+    for count_BHS, sum_BHSV, n_token in memories:
+        assert count_BHS.dtype == sum_BHSV.dtype == jnp.float32
+        np.testing.assert_array_equal(count_BHS[..., 0], n_token - M)
+        np.testing.assert_array_equal(sum_BHSV[:, :, 0], n_token - M)
 
 
 # In turn a float32 sum is rounded with every block.

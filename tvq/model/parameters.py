@@ -191,6 +191,12 @@ def gather(tree: dict, like: dict, axes: sharding.Axes, dtype: str = "") -> dict
     return jax.tree.map(one, tree, like)
 
 
+def narrowed(units: dict, config: Model) -> dict:
+    """The parameters of units, cast where they are only used in the dtype of activations."""
+    one = lambda x, like: x.astype(config.dtype) if like.narrow else x
+    return jax.tree.map(one, units, declared(config).params["units"])
+
+
 def gather_tables(weights: Weights, config: Model, axes: sharding.Axes) -> Weights:
     """All parameters whole, except those of units, which `forward` gathers one unit at a time."""
     like, params = declared(config).params, weights.params

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tvq import sharding
 from tvq.config import Model
 from tvq.model import attention, layers, parts, recurrence, vq, window
-from tvq.model.parameters import Weights, declared, gather, n_unit, paired, specs, unpaired
+from tvq.model.parameters import Weights, declared, gather, n_unit, narrowed, paired, specs, unpaired
 from tvq.model.unit import gated_unit, gated_unit_next, position_keys
 from tvq.schema import END
 
@@ -224,10 +224,11 @@ def log_probs(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
 
 
 class Decoding(NamedTuple):
-    """What `step` needs and changes. Keys of codes and distances are made once, not at every token."""
+    """What `step` needs and changes. Casts, and keys of codes and distances, are made once."""
 
     position: jax.Array  # int32, tokens seen
-    rings: recurrence.Ring  # every array with a leading N
+    rings: recurrence.Rings
+    units: dict  # parameters
     c_NHSK: jax.Array
     r_NHEK: jax.Array
     start_B: jax.Array | None  # of the document, where documents are kept apart
@@ -247,7 +248,8 @@ def begin(weights: Weights, state: State, config: Model) -> Decoding:
     keys_of = lambda unit_params: position_keys(unit_params, distance_1ED, config.n_head)[0]
     return Decoding(
         position=state.position,
-        rings=jax.vmap(recurrence.ring_from_state, in_axes=(0, None))(units, state.position),
+        rings=recurrence.rings_from_state(units, state.position),
+        units=narrowed(weights.params["units"], config),
         c_NHSK=jax.vmap(vq.codewords)(weights.extra["codebooks"]),
         r_NHEK=jax.lax.map(keys_of, weights.params["units"]),
         start_B=start_B,
@@ -260,16 +262,18 @@ def step(weights: Weights, token_B: jax.Array, state: Decoding, config: Model) -
     if start_B is not None:
         start_B = jnp.where(token_B == END, state.position, start_B)
         position_B1 = position_B1 - start_B[:, None]
-        rings = jax.vmap(recurrence.emptied, in_axes=(0, None))(rings, token_B == END)
+        rings = recurrence.emptied(rings, token_B == END)
     x_BTD = embed(weights, token_B[:, None], position_B1, config)
 
-    def unit(x_BTD: jax.Array, scanned: tuple) -> tuple:
-        unit_params, c_HSK, r_HEK, ring = scanned
-        y_BTD, ring = gated_unit_next(unit_params, c_HSK, r_HEK, x_BTD, ring, state.position, config)
-        return x_BTD + y_BTD, ring
+    # Carried, not scanned over: scanning would copy all rings at each token.
+    def unit(carry: tuple, scanned: tuple) -> tuple:
+        x_BTD, rings = carry
+        unit_params, c_HSK, r_HEK, n = scanned
+        y_BTD, rings = gated_unit_next(unit_params, c_HSK, r_HEK, x_BTD, rings, n, state.position, config)
+        return (x_BTD + y_BTD, rings), None
 
-    scanned = (weights.params["units"], state.c_NHSK, state.r_NHEK, rings)
-    x_BTD, rings = jax.lax.scan(unit, x_BTD, scanned)
+    scanned = (state.units, state.c_NHSK, state.r_NHEK, jnp.arange(n_unit(config)))
+    (x_BTD, rings), _ = jax.lax.scan(unit, (x_BTD, rings), scanned)
     state = state._replace(position=state.position + 1, rings=rings, start_B=start_B)
     return log_probs(weights, x_BTD, config)[:, 0], state
 

@@ -181,17 +181,18 @@ def gated_unit_next(
     c_HSK: jax.Array,
     r_HEK: jax.Array,
     x_BTD: jax.Array,
-    ring: recurrence.Ring,
+    rings: recurrence.Rings,
+    n: jax.Array,
     position: jax.Array,
     config: Model,
-) -> tuple[jax.Array, recurrence.Ring]:
-    """`gated_unit` for one more token (T = 1) while decoding, in work and memory independent of context."""
+) -> tuple[jax.Array, recurrence.Rings]:
+    """`gated_unit` number n for one more token (T = 1) while decoding, at a cost independent of context."""
     xt_BTD = norm(x_BTD, params["norm"])
     q_BHTK, k_BHTK = queries_and_keys(params, xt_BTD, config)
     v_BHTV, gate_BTX = values_and_gate(params, xt_BTD, config.n_head)
     z_BHT = vq.nearest(k_BHTK, c_HSK)
     u_HK, w_HK = biases(params, config)
-    o_BHV, ring = recurrence.attend_next(
+    o_BHV, rings = recurrence.attend_next(
         q_BHTK[:, :, 0],
         v_BHTV[:, :, 0],
         z_BHT[:, :, 0],
@@ -199,8 +200,9 @@ def gated_unit_next(
         u_HK,
         w_HK,
         r_HEK,
-        ring,
+        rings,
+        n,
         position,
         agg_cache=config.agg_cache,
     )
-    return dense(merge_heads(o_BHV[:, :, None]) * gate_BTX, params["out"]), ring
+    return dense(merge_heads(o_BHV[:, :, None]) * gate_BTX, params["out"]), rings

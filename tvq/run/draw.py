@@ -76,7 +76,7 @@ def read(weights: lm.Weights, tokens_BT: jax.Array, state: lm.State, model: Mode
     return lm.forward(weights, tokens_BT, jnp.ones_like(tokens_BT), state, model)[1]
 
 
-@partial(jax.jit, static_argnames=("model", "temperature", "p_nucleus"))
+@partial(jax.jit, static_argnames=("model", "temperature", "p_nucleus"), donate_argnames="decoding")
 def write(
     weights: lm.Weights,
     decoding: lm.Decoding,

@@ -218,10 +218,18 @@ def add_decoding(s: Session, weights: lm.Weights, B: int, states: dict[int, lm.S
         with s.trying(**labels) as go:
             if go:
                 prefill = functools.partial(read, weights, more_BT, now)
-                decode = functools.partial(write, weights, decodings[context], first_B, *rows)
+                decode = functools.partial(_write_on, write, weights, decodings, context, first_B, *rows)
                 jax.block_until_ready((prefill(), decode()))
                 s.cases.append(Case({"work": "prefill", **labels}, prefill, B * piece, read_facts))
                 s.cases.append(Case({"work": "decode", **labels}, decode, B * c.bench.n_draw, write_facts))
+
+
+def _write_on(
+    write: Callable, weights: lm.Weights, decodings: dict[int, lm.Decoding], context: int, *rest: Any
+) -> jax.Array:
+    """The tokens that follow those of the call before, whose state was donated."""
+    decodings[context], tokens_BT = write(weights, decodings[context], *rest)
+    return tokens_BT
 
 
 def agree_decoding(
