@@ -12,16 +12,16 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tvq").rglob("*.py"))
 # A part imports only from parts before it.
 ORDER = (
-    "errors", "atomic", "words", "paths", "schema", "rules", "config", "dims", "numerics", "cluster",
-    "sharding", "kernels", "model", "chips", "data",
+    "errors", "atomic", "words", "paths", "schema", "rules", "config", "commands", "dims", "numerics",
+    "cluster", "sharding", "kernels", "model", "chips", "data",
     "training.sums", "training.loss", "training.optimizer", "training.state", "training.accumulate",
     "training.train_step",
     "run.tensors", "run.seal", "run.checkpoint", "run.restore", "run.metrics", "run.curves", "run.records",
     "run.results", "run.health", "run.looks", "run.workdir", "run.trace", "run.draw", "run.image_samples",
     "run.describe",
-    "programs.prepare", "programs.evaluate", "programs.recall", "programs.sample", "programs.train",
-    "programs.bench", "programs.report", "programs.doctor", "programs.plan", "programs.profile",
-    "programs.interop", "__main__",
+    "programs.prepare", "programs.evaluate", "programs.recall", "programs.sample", "programs.loop",
+    "programs.train", "programs.bench", "programs.report", "programs.doctor", "programs.plan",
+    "programs.profile", "programs.interop", "programs.show", "start", "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60
 # Longer, with the reason.

@@ -4,15 +4,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tvq import EXIT_INTERRUPTED
 
 
-@pytest.mark.parametrize("seconds", [0.2, 0.7])
+@pytest.mark.parametrize("seconds", [0.2, 0.7, 1.2])
 def test_an_interrupt_in_the_first_second(seconds: float) -> None:
-    command = [sys.executable, "-m", "tvq", "sample", "--workdir=nowhere"]
+    config = Path(__file__).parents[1] / "configs" / "debug.py"
+    command = [sys.executable, "-m", "tvq", "plan", f"--config={config}", "--topology=nowhere"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     child.send_signal(signal.SIGINT)

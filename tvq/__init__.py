@@ -16,7 +16,7 @@ def end_at_interrupt(number: int, frame: FrameType | None) -> None:
         os._exit(EXIT_INTERRUPTED)
 
 
-# The imports of the command line take seconds. Until it can say itself that it was interrupted (`explained`),
+# The imports of a program take seconds. Until it can say that it was interrupted (`raise_at_interrupt`),
 # Ctrl-C must not end in a traceback of some library. Not for who imports tvq, nor in processes of a run.
 if (
     os.path.basename(sys.argv[0]) in ("tvq", "-m")  # so it is called while `python -m tvq` imports this

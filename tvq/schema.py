@@ -255,3 +255,48 @@ class Config:
     log: Log = Log()
     profile: Profile = Profile()
     cluster: Cluster = Cluster()
+
+
+# What `tvq prepare` reads.
+RAW = {
+    "enwik8": "enwik8.zip, .gz or unpacked",
+    "pg19": "folders train, validation and test of .txt, or tables (jsonl, parquet) of those names",
+    "imagenet64": "batch files (.npz, pickled) or folders of images whose names begin with train and val",
+    "text": "a file, a folder of files, or tables; also .gz, .zst and .zip",
+    "images": "a folder of images",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """The options of `tvq prepare`, which has no config."""
+
+    kind: str = field("text", "what the input is")
+    input: str = field("", "the raw file or folder; with --download, where it goes")
+    output: str = field("", "the folder to make")
+    download: bool = field(False, "fetch the input first, if it is not there (enwik8, pg19)")
+    url: str = field("", "where to fetch it from; empty: its public address")
+    vocabulary: str = field("", "bytes or sentencepiece; empty: sentencepiece for pg19, otherwise bytes")
+    model: str = field("", "a SentencePiece model to use; empty: one is trained on the training split")
+    pieces: int = field(32_000, "pieces of the model to train", at_least=4)
+    sample: int = field(
+        1_000_000_000, "bytes of the training split to train it on, which must fit in memory", at_least=1
+    )
+    column: str = field("text", "column or key of the text in tables")
+    split: str = field(
+        "",
+        "of a folder: names, as its names tell; hash, by a hash of each name; empty: names where they tell",
+    )
+    size: int = field(64, "pixels on a side that images are scaled and cropped to", at_least=1)
+    n_train: int = field(
+        0,
+        "bytes (enwik8, a text file) or images (imagenet64) that train; 0: as published, or 90 % of a file",
+        at_least=0,
+    )
+    threads: int = field(0, "threads that encode; 0: one for each core", at_least=0)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the vocabulary is SentencePiece."""
+        default = "sentencepiece" if self.kind == "pg19" or self.model else "bytes"
+        return (self.vocabulary or default) == "sentencepiece"

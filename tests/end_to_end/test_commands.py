@@ -1,6 +1,7 @@
 """What the commands print and promise."""
 
 import importlib.metadata
+import inspect
 import json
 import os
 import pty
@@ -10,22 +11,26 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, TINY, Program, end, newest, rows
 from tests.fakes.pod import environment
-from tvq import __main__, cluster, config
+from tvq import __main__, cluster, commands, config, schema
 from tvq.cluster.log import CLEAR
+from tvq.commands import COMMANDS
 from tvq.programs import prepare, train
 from tvq.run import metrics
 
 EXAMPLES = [
     (name, example)
-    for name, (_, _, examples) in __main__.COMMANDS.items()
-    for example in textwrap.dedent(examples).replace("\\\n", "").strip().splitlines()
+    for name, command in COMMANDS.items()
+    if command.takes == "devices"
+    for example in textwrap.dedent(command.examples).replace("\\\n", "").strip().splitlines()
 ]
 
 
@@ -35,15 +40,42 @@ def test_the_command_is_installed() -> None:
 
 
 def test_a_start_imports_what_its_command_needs() -> None:
-    program = "import sys; from tvq import __main__; print(__main__.program('report.report'), *sys.modules)"
+    program = (
+        "import sys; from tvq import __main__; from tvq.commands import COMMANDS, program;"
+        " __main__.parser(); print(*sys.modules); print(program(COMMANDS['report'].start), *sys.modules)"
+    )
     shown = subprocess.run(
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
     ).stdout
-    assert shown.startswith("<function report ")
-    assert not {"grain", "orbax", "flax", "optax", "tvq.programs.train"} & set(shown.split())
+    helped, started = shown.splitlines()
+    assert not {"jax", "grain", "orbax", "tvq.programs.train"} & set(helped.split())
+    assert started.startswith("<function start ")
+    assert not {"grain", "orbax", "flax", "optax", "tvq.programs.train"} & set(started.split())
 
 
-@pytest.mark.parametrize("command", __main__.COMMANDS)
+def test_every_command_has_its_program() -> None:
+    for name, command in COMMANDS.items():
+        taken = inspect.signature(__main__.program(command.start)).parameters
+        if command.takes == "devices":
+            assert set(list(taken)[4:]) == {flag.removeprefix("--") for flag in command.own}, name
+        assert not command.recorded_config or __main__.program(command.recorded_config)
+
+
+def test_another_program_is_one_entry(here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That of docs/extending.md."""
+    page = (REPOSITORY / "docs" / "extending.md").read_text()
+    (entry,) = re.findall(r'```python\n("count": .*?)```', page, re.DOTALL)
+    monkeypatch.setitem(COMMANDS, "count", eval(f"{{{entry}}}", vars(commands))["count"])
+    module, asked = types.ModuleType("tvq.programs.count"), []
+    module.count = lambda config, workdir, place, log, *, by: asked.append((workdir, by)) or 0  # type: ignore
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (tmp_path / config.FILE).write_text(config.base().to_json())
+    assert "  --by {layer,kind}" in here("count", "--help")[0]
+    here("count", f"--workdir={tmp_path}", "--by=kind")
+    assert asked == [(epath.Path(tmp_path), "kind")]
+
+
+@pytest.mark.parametrize("command", dict(EXAMPLES))
 def test_help(here: Here, command: str) -> None:
     stdout, _ = here(command, "--help")
     assert f"tvq {command} " in stdout.partition("examples:")[2]
@@ -55,7 +87,7 @@ def test_help(here: Here, command: str) -> None:
 
 def test_help_of_all_commands(here: Here) -> None:
     stdout, _ = here("--help")
-    assert all(what in stdout for _, what, _ in __main__.COMMANDS.values())
+    assert all(command.help in stdout for command in COMMANDS.values())
 
 
 def test_help_of_prepare(here: Here, tmp_path: Path) -> None:
@@ -64,8 +96,8 @@ def test_help_of_prepare(here: Here, tmp_path: Path) -> None:
     for example in examples:
         arguments, more = __main__.parser().parse_known_args(shlex.split(example)[1:])
         assert not more
-        assert __main__.prepare_options(arguments).kind in prepare.KINDS
-    assert len(examples) == len(prepare.KINDS)
+        assert prepare.Options(**__main__.own_options(arguments)).kind in schema.RAW
+    assert len(examples) == len(schema.RAW)
 
 
 def test_commands_for_data(here: Here) -> None:
@@ -76,7 +108,7 @@ def test_commands_for_data(here: Here) -> None:
     for example in examples:
         arguments, more = __main__.parser().parse_known_args(shlex.split(example)[1:])
         if arguments.command == "prepare":
-            __main__.refuse(more, arguments)
+            assert not more
         else:
             arguments.config = str(REPOSITORY / arguments.config)
             __main__.read_config(arguments, more)

@@ -5,7 +5,12 @@ jax starts; `processes` starts jax once and has barriers, agreement and the stop
 a process that is stuck and names the one that holds it up; `log` is the log file of each process.
 """
 
-from tvq.cluster.errors import (
+from tvq.cluster.log import Log, local_folder, log_folder
+from tvq.cluster.meeting import code_version
+from tvq.cluster.place import Place, find, tpu_metadata
+from tvq.cluster.processes import Processes, guard, start
+from tvq.cluster.watchdog import Watchdog
+from tvq.errors import (
     EXIT_DIVERGED,
     EXIT_FAILED,
     EXIT_INPUT,
@@ -14,11 +19,6 @@ from tvq.cluster.errors import (
     ClusterError,
     writing,
 )
-from tvq.cluster.log import Log, local_folder, log_folder
-from tvq.cluster.meeting import code_version
-from tvq.cluster.place import Place, find, tpu_metadata
-from tvq.cluster.processes import Processes, guard, start
-from tvq.cluster.watchdog import Watchdog
 
 __all__ = [
     "EXIT_DIVERGED",

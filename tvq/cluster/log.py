@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 from tvq import words
-from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
+from tvq.errors import ClusterError
 
 CLEAR = "\r\x1b[K"  # goes to the start of the line and clears it
 

@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvq.cluster.errors import ClusterError
 from tvq.cluster.place import Place
-from tvq.errors import InputError
+from tvq.errors import ClusterError, InputError
 
 PACKAGE = Path(__file__).parents[1]
 NEWS_EVERY = 5.0  # seconds between lines while waiting

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tvq import config
-from tvq.cluster.errors import ClusterError
-from tvq.errors import InputError
+from tvq.errors import ClusterError, InputError
 
 TPU_PORT, LAST_PORT = 8482, 65535
 OPTIONS = {

@@ -18,10 +18,9 @@ from jax._src import distributed  # jax's key-value store and barriers have no p
 from jax.experimental import multihost_utils
 
 from tvq import config, numerics, words
-from tvq.cluster.errors import EXIT_FAILED, ClusterError
 from tvq.cluster.meeting import code_version, differences, meet, names, wait_for_others
 from tvq.cluster.place import Place
-from tvq.errors import InputError
+from tvq.errors import EXIT_FAILED, ClusterError, InputError
 
 TPU_LOCK = Path("/tmp/libtpu_lockfile")
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import jax
 
 from tvq import config
-from tvq.cluster.errors import EXIT_STUCK
 from tvq.cluster.log import Log
 from tvq.cluster.meeting import names, wait_for_others
 from tvq.cluster.processes import Processes
+from tvq.errors import EXIT_STUCK
 
 # Seconds that a process stays after its last line: the others, whose connections break, say theirs first.
 LINGER = 2.0

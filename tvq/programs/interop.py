@@ -94,6 +94,16 @@ def is_ours(path: epath.Path) -> bool:
     return path.is_dir() or path.suffix == epath.Path(WEIGHTS).suffix
 
 
+def recorded_config(*, input: str) -> epath.Path:  # noqa: A002
+    """The config that `tvq export` wrote beside the weights. InputError: there is none."""
+    path = epath.Path(input)
+    if is_ours(path) and not path.is_dir():
+        path = path.parent
+    if not (path / config.FILE).exists():
+        raise InputError(f"--input={input} comes without {config.FILE}; give --config")
+    return path / config.FILE
+
+
 def in_file(weights: lm.Weights) -> dict:
     """The tree with the names of a weights file: `params.units.q`, `codebooks.sum`."""
     return {"params": weights.params, **weights.extra}

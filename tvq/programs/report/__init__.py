@@ -16,7 +16,7 @@ from tvq.programs.report.runs import Run
 from tvq.run import metrics
 from tvq.run.records import Sample
 
-__all__ = ["report"]
+__all__ = ["report", "start"]
 FILE = "index.html"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -28,6 +28,11 @@ td:last-child { max-width: 26em; } summary { cursor: pointer; }
 .samples img { width: auto; min-width: 16em; max-width: 100%; image-rendering: pixelated; }
 pre { background: #f6f6f6; padding: .7em; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
+
+
+def start(workdir: str, more: Sequence[str], output: str) -> int:
+    """`tvq report`, with the options of the command line."""
+    return report([workdir, *more], output)
 
 
 def report(workdirs: Sequence[str], output: str) -> int:
