@@ -10,7 +10,7 @@ from etils import epath
 from tvq import config
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
-from tvq.data.documents import Piece
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import ByteVocabulary
 
 

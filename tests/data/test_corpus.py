@@ -15,7 +15,7 @@ from etils import epath
 from tvq import config
 from tvq.data import files, prepared, walk
 from tvq.data.corpus import cache_folder, open_corpus
-from tvq.data.documents import SPLITS
+from tvq.data.splits import SPLITS
 from tvq.data.vocabulary import END, ByteVocabulary
 
 

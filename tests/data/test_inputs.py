@@ -20,8 +20,8 @@ from PIL import Image
 
 from tests.data.raw import picture
 from tvq.data import files, images, prepared, texts
-from tvq.data.documents import SPLITS, Piece
 from tvq.data.files import File, Meter
+from tvq.data.splits import SPLITS, Piece
 from tvq.data.vocabulary import SentencePieceVocabulary, train_sentencepiece
 from tvq.programs import prepare
 

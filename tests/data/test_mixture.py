@@ -14,9 +14,9 @@ from tests.data import books
 from tvq import config
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
-from tvq.data.documents import Piece
 from tvq.data.packing import Sequences, Streams
 from tvq.data.pipeline import evaluation_pieces, training_batches
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary
 
 T = 4

@@ -10,8 +10,8 @@ from etils import epath
 from tvq import config
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
-from tvq.data.documents import Piece
 from tvq.data.prepared import Form, text_form
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import ByteVocabulary
 
 TEXTS = [b"one two\n three ", b"", b"\n\n", b"four", b" \xff five\tsix\r\n"]

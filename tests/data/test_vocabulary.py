@@ -5,8 +5,8 @@ import pytest
 
 from tests.data import books
 from tvq.data import optional, vocabulary
-from tvq.data.documents import Piece
 from tvq.data.prepared import encode_text
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import END, PAD, UNKNOWN, ByteVocabulary, SentencePieceVocabulary
 
 BOTH = [ByteVocabulary(), books.vocabulary()]

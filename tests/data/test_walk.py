@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from tvq import config
-from tvq.data import documents, files, texts, walk
+from tvq.data import files, splits, texts, walk
 
 
 def put(root: Path, names: list[str]) -> None:
@@ -39,7 +39,7 @@ def test_strange_names(tmp_path, name):
     put(tmp_path / "in", [name, "a.txt"])
     found = walk.walk(epath.Path(tmp_path / "in")).files
     assert {file.name for file in found} == {name, "a.txt"}
-    assert documents.hashed_split(name) in documents.SPLITS
+    assert splits.hashed_split(name) in splits.SPLITS
     lines, n_byte = files.hashes(found, 1)
     assert n_byte == len(os.fsencode(name)) + 5
     (tmp_path / "sums").write_bytes(lines)

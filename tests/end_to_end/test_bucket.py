@@ -14,9 +14,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tvq import cluster, config
 from tvq.data import prepared
 from tvq.data.corpus import open_corpus
-from tvq.data.documents import SPLITS, Piece
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
+from tvq.data.splits import SPLITS, Piece
 from tvq.data.vocabulary import ByteVocabulary
 from tvq.errors import InputError
 from tvq.programs import prepare

@@ -15,8 +15,8 @@ from tests.model import small
 from tvq import config, sharding
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
-from tvq.data.documents import Piece
 from tvq.data.packing import Streams
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import ByteVocabulary, to_json, train_sentencepiece
 from tvq.model import transformer
 from tvq.programs import evaluate

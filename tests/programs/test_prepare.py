@@ -25,7 +25,7 @@ from tests.data.raw import XML, batches, library, packed, picture, planes
 from tvq import config
 from tvq.data import files, images, texts
 from tvq.data.corpus import Corpus, open_corpus
-from tvq.data.documents import Piece
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import END, SentencePieceVocabulary
 from tvq.programs import prepare
 

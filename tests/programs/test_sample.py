@@ -60,8 +60,17 @@ def test_a_sample_of_a_run(image_size):
             assert sheet.size == (2 * image_size + image_samples.GAP, image_size)
     else:
         asked = ["a" * 9]
-        alone = sample.answers(weights, BYTES, c, draw.empty(model), asked, said.append)
-        assert found[0] == sample.show(alone) + "\n"
+        alone, streamed = (
+            [
+                "".join(pieces)
+                for pieces in sample.texts(
+                    weights, BYTES, c, draw.empty(model), asked, said.append, stream=stream
+                )
+            ]
+            for stream in (False, True)
+        )
+        assert alone == streamed
+        assert found[0] == "".join(sample.shown(alone, 2))
         assert alone[0] != alone[1]
 
 

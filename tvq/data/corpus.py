@@ -18,8 +18,8 @@ from etils import epath
 
 from tvq import config, paths
 from tvq.data import files, prepared, texts, walk
-from tvq.data.documents import HASHED
 from tvq.data.files import Meter
+from tvq.data.splits import HASHED
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, describe
 from tvq.errors import InputError
 

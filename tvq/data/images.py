@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from tvq.data import documents, files, optional, walk
-from tvq.data.documents import HASHED, NAMED, Piece, hashed_split, named_split
+from tvq.data import files, optional, walk
 from tvq.data.files import File, Meter, shown
+from tvq.data.splits import HASHED, NAMED, SIDE, Piece, hashed_split, named_split, told_splits
 from tvq.errors import InputError
 
 IMAGENET64_TRAIN = 1_200_000
@@ -90,10 +90,10 @@ class Images:
         if not kept:
             raise InputError(f"{shown(root)} holds no images (.png, .jpg and whatever else Pillow reads)")
         names = [file.name for file in kept]
-        self._splits = documents.told_splits(names, choice, dict.fromkeys(names, "image"))
+        self._splits = told_splits(names, choice, dict.fromkeys(names, "image"))
         self.files = [file for file in kept if not self._splits or file.name in self._splits]
         self.left_out = [(file.name, NO_IMAGE) for file in listed.files if file not in kept]
-        self.left_out += [(file.name, documents.SIDE) for file in kept if file not in self.files]
+        self.left_out += [(file.name, SIDE) for file in kept if file not in self.files]
         self.left_out += [(name, walk.OWN) for name in listed.left_out]
         self.rule = NAMED if self._splits else HASHED
 

@@ -21,8 +21,8 @@ import numpy as np
 from etils import epath
 
 from tvq import paths
-from tvq.data.documents import SPLITS, Piece
 from tvq.data.files import is_bucket, shown
+from tvq.data.splits import SPLITS, Piece
 from tvq.data.vocabulary import END, UNKNOWN, VOCABULARIES, ByteVocabulary, Vocabulary, describe
 from tvq.errors import InputError
 

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Iterator
 
 from etils import epath
 
-from tvq.data import documents, files, optional, prepared, walk
-from tvq.data.documents import HASHED, NAMED, SPLITS, Piece, hashed_split
+from tvq.data import files, optional, prepared, walk
 from tvq.data.files import JSON_LINES, File, Meter, shown
+from tvq.data.splits import HASHED, NAMED, SIDE, SPLITS, Piece, hashed_split, named_split, told_splits
 from tvq.errors import InputError
 
 ENWIK8_BYTES = 100_000_000
@@ -42,7 +42,7 @@ class Texts:
         """
         self._column, self._splits = column, splits
         self.files = [file for file in files if not splits or file.name in splits]
-        self.left_out = [(file.name, documents.SIDE) for file in files if splits and file.name not in splits]
+        self.left_out = [(file.name, SIDE) for file in files if splits and file.name not in splits]
         self.rule = NAMED if splits else HASHED
 
     def pieces(self, meter: Meter) -> Iterator[Piece]:
@@ -152,7 +152,7 @@ def pg19(root: epath.Path, column: str) -> Texts:
     """Folders or tables of the three splits. InputError: one is missing."""
     listed = walk.walk(root).files
     # Lists of the files may be beside their folders.
-    splits = {file.name: documents.named_split(file.name) for file in listed}
+    splits = {file.name: named_split(file.name) for file in listed}
     splits = {name: split for name, split in splits.items() if split and ("/" in name or is_table(name))}
     if set(splits.values()) != set(SPLITS):
         raise InputError(f"{shown(root)} needs folders or tables whose names begin with train, val and test")
@@ -180,7 +180,7 @@ def text(
             f"--n_train={n_train} counts bytes of one file, but {shown(path)} is a folder or a table"
         )
     listed = walk.walk(path)
-    source = Texts(listed.files, column, documents.told_splits([file.name for file in listed.files], choice))
+    source = Texts(listed.files, column, told_splits([file.name for file in listed.files], choice))
     source.left_out += [(name, walk.OWN) for name in listed.left_out]
     return source
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from etils import epath
 
-from tvq.data import documents, download, files, images, prepared, texts, walk
-from tvq.data.documents import Piece
+from tvq.data import download, files, images, prepared, texts, walk
 from tvq.data.files import Meter
 from tvq.data.prepared import Form
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import (
     VOCABULARIES,
     ByteVocabulary,
@@ -268,7 +268,8 @@ def summary(output: epath.Path, source: Source, seconds: float) -> str:
         for split, info in manifest.splits.items()
     ]
     rows.append(f"split      {manifest.source['split']}")
-    for reason, names in documents.by_reason(source.left_out).items():
+    for reason in dict.fromkeys(why for _, why in source.left_out):
+        names = [name for name, why in source.left_out if why == reason]
         rows.append(f"left out   {len(names):,} {reason}: {files.listed(names)}")
     rows.append(f"vocabulary {manifest.vocabulary.name}, {manifest.vocabulary.size:,} ids")
     rows += [

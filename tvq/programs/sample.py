@@ -66,7 +66,8 @@ def sampler(c: Config, vocabulary: Vocabulary, image_size: int, mesh: jax.shardi
             drawn = image_samples.drawn(weights, c, image_size, nothing, options, tell)
             return image_samples.png(image_samples.sheet(drawn))
         before = draw.empty(c.model)
-        return show(answers(weights, vocabulary, c, before, [c.sample.prompt], tell)) + "\n"
+        made = texts(weights, vocabulary, c, before, [c.sample.prompt], tell)
+        return "".join(shown(made, c.sample.n_sample))
 
     return draw_sample
 
@@ -102,46 +103,36 @@ def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
         ) from error
 
 
-def answers(
+def texts(
     weights: lm.Weights,
     vocabulary: Vocabulary,
     c: Config,
     before: Prefix,
     prompts: list[str],
     tell: Tell,
-) -> list[str]:
-    """`n_sample` texts for each prompt, including the prompt; each the same as if drawn alone."""
-    drawn = draw.answers(
-        weights,
-        before,
-        [encoded(vocabulary, prompt) for prompt in prompts],
-        c.sample.n_sample,
-        jax.random.key(c.sample.seed),
-        batch_size=c.sample.batch_size,
-        tell=tell,
-        **drawing(c),
-    )
-    # Decoded with the prompt: its end may decide how the first piece is written.
-    return [vocabulary.decode(ids_T).decode(errors="replace") for ids_T in drawn]
+    *,
+    stream: bool = False,
+) -> Iterator[Iterable[str]]:
+    """`n_sample` texts for each prompt, including the prompt, in pieces; each the same as if drawn alone.
 
-
-def streams(
-    weights: lm.Weights,
-    vocabulary: Vocabulary,
-    c: Config,
-    before: Prefix,
-    prompts: list[str],
-    tell: Tell,
-) -> Iterator[Iterator[str]]:
-    """The same texts, each in pieces as they are drawn."""
+    They are drawn side by side; with `stream` one after the other, and each piece comes once it is drawn.
+    """
+    given = [encoded(vocabulary, prompt) for prompt in prompts]
     options, key = drawing(c), jax.random.key(c.sample.seed)
-    for prompt in prompts:
-        ids = encoded(vocabulary, prompt)
-        prefix = draw.read_on(weights, before, ids, options["model"], tell)
+    if not stream:
+        n_sample, batch_size = c.sample.n_sample, c.sample.batch_size
+        drawn = draw.answers(
+            weights, before, given, n_sample, key, batch_size=batch_size, tell=tell, **options
+        )
+        # Decoded with the prompt: its end may decide how the first piece is written.
+        yield from ([vocabulary.decode(ids_T).decode(errors="replace")] for ids_T in drawn)
+        return
+    for ids_T in given:
+        prefix = draw.read_on(weights, before, ids_T, options["model"], tell)
         tell("")
         for number in range(c.sample.n_sample):
-            drawn = draw.continuation(weights, prefix, number, key, **options)
-            yield detokenize.stream(vocabulary, itertools.chain([ids], drawn))
+            more = draw.continuation(weights, prefix, number, key, **options)
+            yield detokenize.stream(vocabulary, itertools.chain([ids_T], more))
 
 
 def read_prompts(path: epath.Path) -> list[str]:
@@ -181,18 +172,9 @@ def read_document(path: epath.Path, vocabulary: Vocabulary) -> np.ndarray:
         ) from error
 
 
-def show(drawn: list[str]) -> str:
-    """Texts for the terminal."""
-    return "\n".join(header(i, len(drawn)) + text for i, text in enumerate(drawn))
-
-
 def line(sample: records.Sample, folder: epath.Path) -> str:
     """A sample of a run for the terminal."""
     return f"sample in {folder}" + (f"\n{sample.rstrip()}" if isinstance(sample, str) else "")
-
-
-def header(i: int, n: int) -> str:
-    return f"--- sample {i + 1} of {n} ---\n" if n > 1 else ""
 
 
 def write_files(drawn: list[str], folder: epath.Path) -> str:
@@ -208,7 +190,7 @@ def keep(drawn: list[str], folder: epath.Path, log: cluster.Log) -> int:
         told = write_files(drawn, folder)
     except OSError as error:
         log.say(f"tvq: --output={folder}: cannot write there ({error.strerror}); here are the texts")
-        return deliver([show(drawn) + "\n"], log) or cluster.EXIT_FAILED
+        return deliver(shown([[text] for text in drawn], len(drawn)), log) or cluster.EXIT_FAILED
     return deliver([told + "\n"], log)
 
 
@@ -280,9 +262,10 @@ def deliver(pieces: Iterable[str], log: cluster.Log) -> int:
     return 0
 
 
-def streamed(texts: Iterable[Iterator[str]], n: int) -> Iterator[str]:
+def shown(texts: Iterable[Iterable[str]], n: int) -> Iterator[str]:
+    """The pieces of `n` texts for the terminal."""
     for i, pieces in enumerate(texts):
-        yield header(i, n)
+        yield f"--- sample {i + 1} of {n} ---\n" if n > 1 else ""
         yield from pieces
         yield "\n"
 
@@ -328,11 +311,13 @@ def sample(
     with metrics.Console() as console:
         tell = telling(console)
         before = prefix(weights, vocabulary, c, log.say, tell, document, save_state, from_state)
+        drawn = texts(weights, vocabulary, c, before, asked, tell, stream=stream)
         if stream:
-            texts = streams(weights, vocabulary, c, before, asked, tell)
-            return deliver(streamed(texts, len(asked) * c.sample.n_sample), log)
-        drawn = answers(weights, vocabulary, c, before, asked, tell)
-    return keep(drawn, epath.Path(output), log) if output else deliver([show(drawn) + "\n"], log)
+            return deliver(shown(drawn, len(asked) * c.sample.n_sample), log)
+        whole = ["".join(pieces) for pieces in drawn]
+    if output:
+        return keep(whole, epath.Path(output), log)
+    return deliver(shown([[text] for text in whole], len(whole)), log)
 
 
 def telling(console: metrics.Console) -> Tell:

@@ -11,7 +11,7 @@ from tvq import atomic
 from tvq import model as lm
 from tvq.config import Config
 from tvq.data import images, optional
-from tvq.data.documents import Piece
+from tvq.data.splits import Piece
 from tvq.data.vocabulary import N_SPECIAL, ByteVocabulary
 from tvq.errors import InputError
 from tvq.run import draw

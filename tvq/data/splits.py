@@ -6,7 +6,6 @@ With the hash, a file's split stays the same when other files come and go.
 import hashlib
 import os
 import re
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -79,11 +78,3 @@ def told_splits(
         f"{len(told)} names tell a split, such as {known}, and {other}; name all by their splits, or use"
         " --split=hash (a split of your own by a hash of each name) or --split=names (leave the others out)"
     )
-
-
-def by_reason(pairs: Collection[tuple[str, str]]) -> dict[str, list[str]]:
-    """`{why: [name]}` of pairs `(name, why)`."""
-    reasons = defaultdict(list)
-    for name, why in pairs:
-        reasons[why].append(name)
-    return dict(reasons)

@@ -1,20 +1,20 @@
 import pytest
 
-from tvq.data import documents
+from tvq.data import splits
 
 
 def test_the_split_of_a_name_never_changes():
     # Recorded: another hash would move text from training to test.
     names = ["os.py", "json/decoder.py", "a4.txt", "a122.txt", "a14.txt", "a189.txt"]
     wanted = ["train", "train", "validation", "validation", "test", "test"]
-    assert [documents.hashed_split(name) for name in names] == wanted
+    assert [splits.hashed_split(name) for name in names] == wanted
 
 
 def test_split_shares():
-    splits = [documents.hashed_split(f"{i}.txt") for i in range(20_000)]
-    assert splits.count("train") / 20_000 == pytest.approx(0.98, abs=0.004)
-    assert splits.count("validation") / 20_000 == pytest.approx(0.01, abs=0.003)
-    assert splits.count("test") / 20_000 == pytest.approx(0.01, abs=0.003)
+    told = [splits.hashed_split(f"{i}.txt") for i in range(20_000)]
+    assert told.count("train") / 20_000 == pytest.approx(0.98, abs=0.004)
+    assert told.count("validation") / 20_000 == pytest.approx(0.01, abs=0.003)
+    assert told.count("test") / 20_000 == pytest.approx(0.01, abs=0.003)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_split_shares():
 )
 def test_names_that_tell_a_split(split, names):
     for name in names.split():
-        assert documents.named_split(name) == split, name
+        assert splits.named_split(name) == split, name
 
 
 TRIPLE = ["train-0.jsonl", "validation-0.jsonl", "test-0.jsonl"]
@@ -56,7 +56,7 @@ TRIPLE = ["train-0.jsonl", "validation-0.jsonl", "test-0.jsonl"]
     ],
 )
 def test_published_splits(names, choice, wanted):
-    assert list(documents.told_splits(names, choice).values()) == wanted
+    assert list(splits.told_splits(names, choice).values()) == wanted
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_published_splits(names, choice, wanted):
 )
 def test_what_cannot_be_told_is_refused(names, choice, wanted):
     with pytest.raises(ValueError, match=wanted):
-        documents.told_splits(names, choice)
+        splits.told_splits(names, choice)
