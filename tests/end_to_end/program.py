@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,11 +21,13 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.fakes.cached import share_programs
-from tests.fakes.pod import QUICK_TO_COMPILE, environment
+from tests.fakes.forks import Fork, environment
+from tests.fakes.pod import QUICK_TO_COMPILE
 from tvq import __main__, config, sharding
+from tvq.programs import evaluate
 from tvq.run import health
 from tvq.run.checkpoint import Checkpoints, Restored
-from tvq.training import optimizer, state
+from tvq.training import optimizer, state, train_step
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.py")
@@ -46,6 +49,30 @@ SETTINGS = (
 )
 
 
+def decided_by(*names: str) -> Callable[[Callable], Callable]:
+    """Keeps what a function of (config, ...) makes, for equal sections `names` and equal other arguments."""
+
+    def keeping(make: Callable) -> Callable:
+        made: dict[Any, Any] = {}
+
+        def make_once(c: config.Config, *others: Any) -> Any:
+            key = (*(getattr(c, name) for name in names), *others)
+            if key not in made:
+                made[key] = make(c, *others)
+            return made[key]
+
+        return make_once
+
+    return keeping
+
+
+# Runs of one model in this process trace its functions once: jax knows a function by its identity.
+MAKE_STEP = decided_by("model", "optimizer", "train", "mesh")(train_step.make)
+MAKE_SCORE = functools.cache(evaluate.make)
+MAKE_CARRIED = functools.cache(evaluate.make_carried)
+MAKE_OPTIMIZER = functools.cache(optimizer.make)
+
+
 @contextlib.contextmanager
 def as_if_started(n_device: int, programs: Path) -> Iterator[None]:
     """This process as a new command sees it: `n_device` devices, compiled `programs`, nothing else."""
@@ -59,6 +86,10 @@ def as_if_started(n_device: int, programs: Path) -> Iterator[None]:
         mock.patch.dict(os.environ, variables, clear=True),
         mock.patch.object(jax, "devices", return_value=devices),
         mock.patch.object(jax, "local_devices", return_value=devices),
+        mock.patch.object(train_step, "make", MAKE_STEP),
+        mock.patch.object(evaluate, "make", MAKE_SCORE),
+        mock.patch.object(evaluate, "make_carried", MAKE_CARRIED),
+        mock.patch.object(optimizer, "make", MAKE_OPTIMIZER),
     ):
         jax.config.update("jax_compilation_cache_dir", os.fspath(programs))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -94,29 +125,42 @@ class Program:
         *arguments: str,
         module: str = "tests.fakes.cached",
         stdout: int = subprocess.PIPE,
+        is_fork: bool = True,
         **variables: str,
-    ) -> Iterator[subprocess.Popen[str]]:
-        """A process in a group of its own, as a terminal makes one; killed at the end of the block."""
-        with subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=environment(
-                JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-                XLA_FLAGS=QUICK_TO_COMPILE,
-                PYTHONWARNINGS="error",
-                **{"JAX_NUM_CPU_DEVICES": "1"} | variables,
-            ),
-            cwd=REPOSITORY,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+    ) -> Iterator[subprocess.Popen[str] | Fork]:
+        """A process in a group of its own, as a terminal makes one; killed at the end of the block.
+
+        If not `is_fork`, a Python of its own: one that starts workers, or that a user starts.
+        """
+        variables = environment(
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            XLA_FLAGS=QUICK_TO_COMPILE,
+            PYTHONWARNINGS="error",
+            **{"JAX_NUM_CPU_DEVICES": "1"} | variables,
+        )
+        process: subprocess.Popen[str] | Fork
+        if is_fork:
+            process = Fork(module, arguments, variables, stdout, subprocess.PIPE, start_new_session=True)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env=variables,
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
 
     def run(self, *arguments: str, exit_code: int = 0) -> tuple[str, str]:
         """`(stdout, stderr)` of a command that ends with `exit_code`, in this process: no start, no imports.
@@ -147,11 +191,11 @@ class Program:
         jax writes a program in place, which others must not see: its programs are kept apart too.
         """
         programs = {"JAX_COMPILATION_CACHE_DIR": os.fspath(self.folder / "cache" / "apart")}
-        with self.start(*arguments, module="tvq", **programs) as process:
+        with self.start(*arguments, module="tvq", is_fork=False, **programs) as process:
             return end(process, exit_code)
 
 
-def end(process: subprocess.Popen[str], exit_code: int) -> tuple[str, str]:
+def end(process: subprocess.Popen[str] | Fork, exit_code: int) -> tuple[str, str]:
     """`(stdout, stderr)` of a process that must end with `exit_code`."""
     stdout, stderr = process.communicate(timeout=250)
     assert process.returncode == exit_code, f"exit {process.returncode}\n{stdout}\n{stderr}"

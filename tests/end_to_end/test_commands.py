@@ -306,9 +306,8 @@ def render(output: str) -> list[str]:
 @pytest.mark.slow
 def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
     ours, theirs = pty.openpty()
-    with tvq.start(
-        "train", *tvq.options(run), stdout=theirs, TERM="xterm", PYTHONIOENCODING="ascii"
-    ) as process:
+    terminal = {"TERM": "xterm", "PYTHONIOENCODING": "ascii"}
+    with tvq.start("train", *tvq.options(run), stdout=theirs, is_fork=False, **terminal) as process:
         os.close(theirs)
         chunks = []
         while chunk := read(ours):

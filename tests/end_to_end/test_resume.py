@@ -14,6 +14,7 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import Program, assert_same_run, end, newest, rows, tree
+from tests.fakes.forks import Fork
 from tvq.run import metrics, records
 
 pytestmark = pytest.mark.slow
@@ -21,10 +22,11 @@ COMMITTED = ("6", "12", "18", "20")
 
 
 @contextlib.contextmanager
-def held(tvq: Program, point: str, workdir: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+def held(tvq: Program, point: str, workdir: Path, *more: str) -> Iterator[subprocess.Popen[str] | Fork]:
     """The run in `workdir`, once it stands at `point`."""
     command = (point, "train", *tvq.options(workdir, *more))
-    with tvq.start(*command, module="tests.end_to_end.held") as process:
+    has_workers = any(option.startswith("--config.data.workers") for option in more)
+    with tvq.start(*command, module="tests.end_to_end.held", is_fork=not has_workers) as process:
         assert process.stdout is not None
         assert "held\n" in process.stdout, f"it ended without passing {point}: {process.communicate()}"
         yield process
@@ -187,7 +189,7 @@ def test_killed_with_worker_processes(tvq: Program, unbroken: Path, tmp_path: Pa
         stdout, stderr = end(process, 75)
     assert "stopped and saved at step 16" in stdout  # and not evaluated
     assert "Traceback" not in stderr
-    with tvq.start("train", *tvq.options(tmp_path, workers)) as process:
+    with tvq.start("train", *tvq.options(tmp_path, workers), is_fork=False) as process:
         end(process, 0)
     assert_same_run(tmp_path, unbroken)
 

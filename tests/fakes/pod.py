@@ -2,7 +2,6 @@
 
 import functools
 import mmap
-import os
 import random
 import signal
 import socket
@@ -13,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jaxlib
+
+from tests.fakes.forks import Fork, environment
 
 
 @functools.cache
@@ -69,30 +70,6 @@ def free_port() -> int:
         return port
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without anything that tells of a scheduler or of devices."""
-    foreign = (
-        "SLURM",
-        "OMPI",
-        "TPU",
-        "MEGASCALE",
-        "KUBERNETES",
-        "JOB_COMPLETION",
-        "TVQ_",
-        "XLA_FLAGS",
-        "JAX_",
-    )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-    return (
-        clean
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "2",
-        }
-        | variables
-    )
-
-
 class Pod:
     """`n` processes of one run, by default of tests.fakes.worker; what they print is in `folder`.
 
@@ -113,7 +90,7 @@ class Pod:
         **variables: str,
     ):
         self.folder, self.port = folder, port or free_port()
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, subprocess.Popen[bytes] | Fork] = {}
         if module == "tests.fakes.worker":
             options = (f"--workdir={folder}", *options)
         for i in range(n):
@@ -126,8 +103,13 @@ class Pod:
             if "ABSENT" in found:
                 continue
             with (folder / f"output_{i}.txt").open("ab") as output:
+                arguments = (*options, *(own or {}).get(i, ()))
+                if on is None:
+                    fd = output.fileno()
+                    self.processes[i] = Fork(module, arguments, environment(**found), fd, fd)
+                    continue
                 self.processes[i] = subprocess.Popen(
-                    [*(on or {}).get(i, ()), sys.executable, "-m", module, *options, *(own or {}).get(i, ())],
+                    [*on[i], sys.executable, "-m", module, *arguments],
                     env=environment(**found),
                     stdout=output,
                     stderr=output,

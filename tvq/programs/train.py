@@ -117,8 +117,8 @@ def resume(
     restored = checkpoints.restore(placed, say)
     if restored is None:
         shardings = jax.tree.map(lambda x: x.sharding, placed)
-        init = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=shardings)
-        return init(), 0
+        init = jax.jit(state.init, static_argnums=(0, 1, 2), out_shardings=shardings)
+        return init(c.model, tx, c.train.seed), 0
     evaluate.check_same_vocabulary(corpus, restored)
     if restored.data["fingerprint"] not in (None, corpus.fingerprint):  # None: weights from elsewhere
         raise InputError(
