@@ -65,7 +65,7 @@ def test_memory_is_that_of_one_device():
     )
     assert memory["parameters"] == sum(4 * x.size for x in jax.tree.leaves(params))
     assert memory["optimizer state"] == pytest.approx(2 * memory["parameters"], rel=0.01)
-    assert memory["batch"] == 4 * 4 * 512  # four arrays of one sequence
+    assert memory["batch"] == 3 * 4 * 512  # three arrays of one sequence
     assert min(memory.values()) > 0
 
 
