@@ -100,7 +100,7 @@ def revive(codebook: dict, averaged: dict, stats: dict, n_update: int) -> dict:
     longest idle code takes the first key of the probe, and so on; a masked token seeds none. A seeded code
     starts as all codes do, with the count of one key.
 
-    n_update is at least the updates of one sequence (`config.validate`), so no code changes its meaning
+    n_update is at least the updates of one sequence (`rules.validate`), so no code changes its meaning
     while memory and cache hold values under it: such a code has been chosen more recently.
     """
     probe = stats["probe"]
