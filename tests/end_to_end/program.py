@@ -68,8 +68,7 @@ def decided_by(*names: str) -> Callable[[Callable], Callable]:
 
 # Runs of one model in this process trace its functions once: jax knows a function by its identity.
 MAKE_STEP = decided_by("model", "optimizer", "train", "mesh")(train_step.make)
-MAKE_SCORE = functools.cache(evaluate.make)
-MAKE_CARRIED = functools.cache(evaluate.make_carried)
+MAKE_READER = functools.cache(evaluate.reader)
 MAKE_OPTIMIZER = functools.cache(optimizer.make)
 
 
@@ -87,8 +86,7 @@ def as_if_started(n_device: int, programs: Path) -> Iterator[None]:
         mock.patch.object(jax, "devices", return_value=devices),
         mock.patch.object(jax, "local_devices", return_value=devices),
         mock.patch.object(train_step, "make", MAKE_STEP),
-        mock.patch.object(evaluate, "make", MAKE_SCORE),
-        mock.patch.object(evaluate, "make_carried", MAKE_CARRIED),
+        mock.patch.object(evaluate, "reader", MAKE_READER),
         mock.patch.object(optimizer, "make", MAKE_OPTIMIZER),
     ):
         jax.config.update("jax_compilation_cache_dir", os.fspath(programs))
