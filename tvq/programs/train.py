@@ -70,16 +70,7 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
             c, workdir, corpus, mesh, processes, watchdog, console, checkpoints, clock, rows, home, looks, []
         )
         console.say(describe.start(c, mesh, corpus, workdir, state.n_param(now), checkpoints.steps()))
-        tasks = loop.tasks(run)
-        missed = loop.missed(run, tasks, step)
-        code = 0
-        if step < c.train.steps or missed:
-            try:
-                code = loop.run_to_end(run, tasks, now, step, compile_step(run, now, tx), sequences, missed)
-            except DivergedError as error:
-                raise DivergedError(f"{error}; {remedies(run)}") from error
-        else:
-            console.say(f"step {step} of config.train.steps {c.train.steps} is done; raise it to continue")
+        code = train_on(run, now, step, tx, sequences)
     processes.finish()
     return code
 
@@ -127,6 +118,19 @@ def resume(
         )
     clock.add(restored.data["seconds"])
     return restored.state, restored.step
+
+
+def train_on(run: Run, now: TrainState, step: int, tx: Any, sequences: Sequences) -> int:
+    """What is left to do of the run; returns the exit code."""
+    steps, tasks = run.config.train.steps, loop.tasks(run)
+    missed = loop.missed(run, tasks, step)
+    if step >= steps and not missed:
+        run.console.say(f"step {step} of config.train.steps {steps} is done; raise it to continue")
+        return 0
+    try:
+        return loop.run_to_end(run, tasks, now, step, compile_step(run, now, tx), sequences, missed)
+    except DivergedError as error:
+        raise DivergedError(f"{error}; {remedies(run)}") from error
 
 
 def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
