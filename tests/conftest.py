@@ -1,5 +1,7 @@
 """One runtime for all tests: eight CPU devices, and an implicit rank promotion is an error."""
 
+import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -42,3 +44,5 @@ def bounded_memory() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library that has no such function
+        ctypes.CDLL(None).malloc_trim(0)

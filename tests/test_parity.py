@@ -472,10 +472,15 @@ def test_recipe_shapes(name: str) -> None:
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(ours) + unused == recipe["n_param_total"]
     assert count(ours.extra) == recipe["n_param_codebook"]
-    small = {path: np.empty(shape, np.uint8) for path, shape in recipe["shapes"].items()}
     assert original.kinds(model) == {p: f"float32{shape}" for p, shape in recipe["shapes"].items()}
+    # Of the units, which are all alike, the first few: all of them take a gigabyte.
+    few = dataclasses.replace(model, n_layer=2)
+    bytes_of = {path: np.empty(recipe["shapes"][path], np.uint8) for path in original.kinds(few)}
     shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
-    assert shapes(original.weights(small, model)) == shapes(ours)
+    wanted = jax.eval_shape(lambda: parameters.init(few, jax.random.key(0)))
+    assert shapes(original.weights(bytes_of, few)) == shapes(wanted)
+    units = lambda tree: [x.shape[1:] for x in jax.tree.leaves(tree.params["units"])]
+    assert units(wanted) == units(ours)
 
 
 @pytest.mark.parametrize("case", ["e_tie0", "e_tie1_peabs"])

@@ -124,7 +124,7 @@ def test_one_sequence_fills_any_batch(corpus_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(sequences, workers):
     arguments = {"batch_size": 5, "seed": 2, "start": 3, "rows": slice(1, 4)}
     assert_same(take(20, sequences, workers=workers, **arguments), take(20, sequences, **arguments))
@@ -160,7 +160,6 @@ if __name__ == "__main__":
             os.kill(worker.pid, signal.SIGTERM)
         for _ in range(9):
             next(batches)
-    if ending in ("signal", "close"):
         batches.close()
         while "/psm_" in Path("/proc/self/maps").read_text():  # Grain frees shared memory in a thread
             time.sleep(0.01)
@@ -178,7 +177,7 @@ def runs(pid: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["close", "signal", "forget", "kill"])
+@pytest.mark.parametrize("ending", ["signal", "forget", "kill"])
 def test_a_program_with_workers_leaves_nothing(random_corpus, tmp_path, ending):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -191,7 +190,7 @@ def test_a_program_with_workers_leaves_nothing(random_corpus, tmp_path, ending):
     while any(map(runs, workers)):
         assert time.monotonic() < deadline, "a worker outlives the program"
         time.sleep(0.05)
-    if ending in ("close", "signal"):
+    if ending == "signal":
         # Python's resource tracker complains about shared memory that outlives a program.
         assert done.stderr == ""
 

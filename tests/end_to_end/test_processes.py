@@ -101,12 +101,12 @@ def evaluated(workdir: Path, n: int, devices: int) -> list[str]:
 def test_runs_go_on_with_other_numbers_of_processes_and_devices(
     tvq: Program, unbroken: Path, tmp_path: Path
 ) -> None:
-    """From one process to two and back. That four sum as one does is tested in tests/cluster."""
+    """From one device to two processes, and to one again. That four sum as one does: tests/cluster."""
     workdir = tmp_path / "run"
     shutil.copytree(unbroken, workdir)
     for step in ("18", "20"):
         shutil.rmtree(workdir / "checkpoints" / step)
-    assert "resuming from step 12" in train(tvq, workdir, 2, 1, "--config.train.steps=16")
+    assert "resuming from step 12" in train(tvq, workdir, 2, 2, "--config.train.steps=16")
     stdout, _ = tvq.train(workdir, "--cpu_devices=4")
     assert "resuming from step 16" in stdout
     assert_close(workdir, unbroken, 1e-5)

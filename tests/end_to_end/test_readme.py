@@ -53,6 +53,8 @@ def test_commands(tvq: Program, page: Path) -> None:
             arguments.remove("--config=configs/debug.py")
         if arguments[0] == "train" and not any(word.endswith("/debug") for word in arguments):
             arguments += ["--config.sample.every=0", "--config.evaluate.every=0"]  # the first run has both
+        if arguments[0] == "bench" and "--rounds=1" not in arguments:
+            arguments.append("--rounds=1")
         if arguments[0] in apart:
             apart.remove(arguments[0])
             out, _ = tvq.run_apart(*arguments)

@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     c.data.source = "text"
     c.model.n_layer, c.model.d_model, c.model.d_k, c.model.d_v = 1, 16, 8, 16
     c.model.n_code, c.model.block_len, c.model.mem_len = 8, 8, 8
-    c.model.p_dropemb = c.model.p_dropsin = c.model.p_dropres = c.model.p_droplyr = 0.1
+    c.model.p_dropemb = c.model.p_droplyr = 0.1  # one drawn anew each update, one each step
     c.model.revive_codes = 2
     c.optimizer.lr_max, c.optimizer.n_warmup_step, c.optimizer.n_max_step = 1e-2, 4, 20
     c.train.steps, c.train.global_batch_size = 20, 8
