@@ -5,6 +5,7 @@ starts empty. Loss and gradient are computed in `shard_map`, each device on its 
 explicitly; the optimizer works outside it, on whole arrays.
 """
 
+import contextlib
 import math
 
 import jax
@@ -128,7 +129,9 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
         grads, stats, metrics, read = sharded_gradient(
             state.weights, sharding.split_over_sequence(mesh, piece, segment_len), read, draws
         )
-        with jax.named_scope("optimizer"):
+        # An optimizer may then say how its arrays lie; a fixed order of sums leaves them where they are.
+        here = contextlib.nullcontext() if fixed_order else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        with jax.named_scope("optimizer"), here:
             updates, opt_state = tx.update(grads, state.opt_state, state.weights.params)
             params = optax.apply_updates(state.weights.params, updates)
         metrics |= lm.measure(state.weights)
