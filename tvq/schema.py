@@ -117,6 +117,13 @@ class Optimizer:
     )
     decay_shape: str = field("linear", f"of wsd, one of {', '.join(DECAY_SHAPES)}")
     grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip", at_least=0)
+    skip_sigma: float = field(
+        0.0,
+        "leave out an update whose loss or gradient norm is so many standard deviations above the mean of the"
+        " skip_window before it; 0: never",
+        at_least=0,
+    )
+    skip_window: int = field(128, "updates that skip_sigma looks back on", at_least=2, below=2**20)
     wd_lam: float = field(2e-4, "weight decay: the share that each update takes away", at_least=0)
     wd_times_rate: bool = field(
         False, "multiply wd_lam by the rate of the update; off: a share whatever the rate, as in the paper"
@@ -150,6 +157,11 @@ class Train:
     )
     accumulate: int = field(
         1, "parts of its sequences that a device reads one after the other, to hold one at a time", at_least=1
+    )
+    z_loss: float = field(
+        0.0,
+        "weight of the mean square of log Z, the normaliser of the output's softmax, in the loss",
+        at_least=0,
     )
     seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0, below=2**32)
     reproducible: bool = field(

@@ -15,6 +15,7 @@ from tests.model import small
 from tests.model.small import close
 from tests.training import test_train_step as steps
 from tvq import config, sharding
+from tvq.model import parameters
 from tvq.run.checkpoint import Checkpoints
 from tvq.schema import OPTIMIZERS
 from tvq.training import optimizer, state, train_step
@@ -37,54 +38,86 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def updated(name: str, model: config.Model, shape: str) -> state.TrainState:
-    """The state after two updates with made-up gradients."""
+def weights(model: config.Model) -> parameters.Weights:
+    with jax.enable_x64(True):
+        return jax.device_get(jax.jit(lambda: parameters.init(model, jax.random.key(0)))())
+
+
+@functools.cache
+def program(name: str, model: config.Model, shape: str) -> tuple[state.TrainState, Any]:
+    """A first state on the mesh, and an update by made-up gradients."""
     c = config.Config(
         model=model, optimizer=dataclasses.replace(CONFIG, name=name), mesh=config.Mesh(**SHAPES[shape])
     )
     n_device = np.prod([getattr(c.mesh, axis) for axis in sharding.AXES])
     mesh = sharding.make(c.mesh, jax.devices()[:n_device])
+    tx = optimizer.make(c.optimizer, model)
+    shardings = jax.tree.map(lambda x: x.sharding, state.place(c, tx, mesh))
+    given = jax.device_put(weights(model), shardings.weights)
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(given.params)
+    now = state.TrainState(jnp.int32(0), given, opt_state, jax.random.key(0))
+
+    def update(now: state.TrainState) -> state.TrainState:
+        number = jnp.float64(now.step + 1)
+        params = now.weights.params
+        grads = jax.tree.map(lambda x: jnp.sin(number * jnp.arange(x.size)).reshape(x.shape), params)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            updates, opt_state = tx.update(grads, now.opt_state, params)
+        after = now.weights._replace(params=optax.apply_updates(params, updates))
+        return state.TrainState(now.step + 1, after, opt_state, now.key)
+
+    return jax.device_put(now, shardings), jax.jit(update, out_shardings=shardings)
+
+
+@functools.cache
+def updated(name: str, model: config.Model, shape: str) -> state.TrainState:
+    """The state after two updates."""
+    now, update = program(name, model, shape)
+    return jax.device_get(update(update(now))._replace(key=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model", "shape"),
+    [
+        *((name, MODEL, shape) for name in OPTIMIZERS for shape in ("shard_params", "all")),
+        ("muon", MODEL, "devices"),
+        ("muon", ONE_HEAD, "all"),
+    ],
+)
+def test_every_mesh_updates_as_one_device_does(name, model, shape):
     with jax.enable_x64(True):
-        tx = optimizer.make(c.optimizer, model)
-        shardings = jax.tree.map(lambda x: x.sharding, state.place(c, tx, mesh))
-        now = jax.device_put(jax.jit(lambda: state.init(model, tx, 0))(), shardings)
-
-        def update(now: state.TrainState, seed: int) -> state.TrainState:
-            leaves, structure = jax.tree.flatten(now.weights.params)
-            keys = jax.random.split(jax.random.key(seed), len(leaves))
-            draws = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                updates, opt_state = tx.update(
-                    jax.tree.unflatten(structure, draws), now.opt_state, now.weights.params
-                )
-            params = optax.apply_updates(now.weights.params, updates)
-            return now._replace(weights=now.weights._replace(params=params), opt_state=opt_state)
-
-        update = jax.jit(update, out_shardings=shardings)
-        now = update(update(now, 1), 2)
-        if c.mesh.shard_params:
-            cut = [
-                not x.sharding.is_fully_replicated for x in jax.tree.leaves(now.opt_state) if 128 in x.shape
-            ]
-            assert sum(cut) >= (6 if name == "adafactor" else 7), "kernels and tables"
-        return jax.device_get(now._replace(key=0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", list(SHAPES)[1:])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_mesh_updates_as_one_device_does(name, shape):
-    model = ONE_HEAD if shape == "all" else MODEL
-    close(updated(name, model, shape), updated(name, model, "one"), 1e-9)
+        close(updated(name, model, shape), updated(name, model, "one"), 1e-9)
+        moments = jax.tree.leaves(program(name, model, shape)[0].opt_state)
+    if SHAPES[shape].get("shard_params"):
+        cut = [not x.sharding.is_fully_replicated for x in moments if 128 in x.shape]
+        assert sum(cut) >= (6 if name == "adafactor" else 7), "kernels and tables"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_resumes_bitwise(name, tmp_path):
+def test_it_resumes_bitwise(name, tmp_path):
     """From a checkpoint, on parameters that are cut."""
+    with jax.enable_x64(True):
+        first, update = program(name, MODEL, "all")
+        now = update(first)
+        with Checkpoints(tmp_path, keep=1, keep_every=0) as checkpoints:
+            checkpoints.save(1, now, {}, {})
+            restored = checkpoints.restore(first, print)
+        assert_same(update(restored.state), update(now))
+
+
+def assert_same(got: state.TrainState, want: state.TrainState) -> None:
+    pairs = zip(*(jax.tree.leaves_with_path(x._replace(key=0)) for x in (got, want)), strict=True)
+    for (path, a), (_, b) in pairs:
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.slow
+def test_a_run_with_muon_that_skips_resumes_bitwise(tmp_path):
     c = dataclasses.replace(
         steps.RUN,
-        optimizer=dataclasses.replace(steps.RUN.optimizer, name=name),
+        optimizer=dataclasses.replace(steps.RUN.optimizer, name="muon", skip_sigma=0.5, skip_window=2),
         mesh=config.Mesh(devices=2, shard_params=True),
     )
     mesh = sharding.make(c.mesh, jax.devices()[:2])
@@ -97,9 +130,8 @@ def test_a_run_resumes_bitwise(name, tmp_path):
     with Checkpoints(tmp_path, keep=1, keep_every=0) as checkpoints:
         checkpoints.save(2, now, {}, {})
         restored = checkpoints.restore(placed, print)
-    want, got = (jax.device_get(step(one, batches[1])[0]._replace(key=0)) for one in (now, restored.state))
-    for (path, a), (_, b) in zip(*map(jax.tree.leaves_with_path, (got, want)), strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    want, got = (step(one, batches[1])[0] for one in (now, restored.state))
+    assert_same(got, want)
 
 
 def test_a_name_is_a_module():

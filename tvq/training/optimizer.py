@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tvq import model as lm
 from tvq import sharding
 from tvq.config import Config, Model, Optimizer
-from tvq.training import transforms
+from tvq.training import skip, transforms
 from tvq.training.schedules import schedule
 
 
@@ -29,6 +29,8 @@ def make(config: Optimizer, model: Model) -> optax.GradientTransformation:
     chain["schedule"] = optax.scale_by_schedule(schedule(config))
     if config.wd_lam > 0 and not config.wd_times_rate:
         chain["decay"] = optax.add_decayed_weights(-config.wd_lam, mask=where)
+    if config.skip_sigma > 0:
+        chain[skip.STATE] = skip.window(config)
     return transforms.named(**chain)
 
 
