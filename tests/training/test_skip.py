@@ -13,7 +13,7 @@ from tests.training import test_train_step as steps
 from tvq.training import loss, optimizer, skip, state, train_step
 from tvq.training.skip import Recent
 
-WINDOW = 4
+WINDOW, N_DEVICE = 4, 2
 
 
 def recent(losses: list[float], norms: list[float], n_update: int = WINDOW) -> Recent:
@@ -48,26 +48,25 @@ SKIPPING = dataclasses.replace(
 
 
 @functools.cache
-def compiled(n_device: int) -> tuple[state.TrainState, jax.stages.Compiled]:
+def compiled() -> tuple[state.TrainState, jax.stages.Compiled]:
     tx = optimizer.make(SKIPPING.optimizer, SKIPPING.model)
-    return steps.first_state(SKIPPING, tx, n_device), steps.compile_step(SKIPPING, tx, n_device)
+    return steps.first_state(SKIPPING, tx, N_DEVICE), steps.compile_step(SKIPPING, tx, N_DEVICE)
 
 
-def after_a_call(n_device: int, usual: float) -> tuple[state.TrainState, state.TrainState, dict]:
+def after_a_call(usual: float) -> tuple[state.TrainState, state.TrainState, dict]:
     """The state before and after a call where the losses and norms before were `usual`, on the host."""
-    first, step = compiled(n_device)
+    first, step = compiled()
     full = recent([usual] * WINDOW, [usual] * WINDOW)._replace(n_skipped=jnp.int32(0))
     full = jax.device_put(full, jax.tree.map(lambda x: x.sharding, first.opt_state[skip.STATE]))
     now = jax.tree.map(jnp.copy, first._replace(opt_state=first.opt_state | {skip.STATE: full}))
     before = jax.device_get(now._replace(key=0))
-    now, metrics = step(now, steps.batch(0, n_device))
+    now, metrics = step(now, steps.batch(0, N_DEVICE))
     return before, jax.device_get(now._replace(key=0)), jax.device_get(metrics)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_device", [1, 2])
-def test_a_skipped_update_changes_nothing_but_counts(n_device):
-    before, after, metrics = after_a_call(n_device, usual=0.01)
+def test_a_skipped_update_changes_nothing_but_counts():
+    before, after, metrics = after_a_call(usual=0.01)
     for (path, a), (_, b) in zip(
         *(jax.tree.leaves_with_path((x.weights, x.opt_state["adamw"])) for x in (after, before)), strict=True
     ):
@@ -78,8 +77,10 @@ def test_a_skipped_update_changes_nothing_but_counts(n_device):
 
 @pytest.mark.slow
 def test_an_update_that_is_not_skipped_is_as_without():
-    _, after, metrics = after_a_call(1, usual=1e3)
-    want, _ = steps.compiled(1)(steps.first_state(steps.RUN, steps.ADAMW, 1), steps.batch(0, 1))
+    _, after, metrics = after_a_call(usual=1e3)
+    want, _ = steps.compiled(N_DEVICE)(
+        steps.first_state(steps.RUN, steps.ADAMW, N_DEVICE), steps.batch(0, N_DEVICE)
+    )
     small.close(after.weights, jax.device_get(want.weights), 1e-6)
     assert metrics["updates_skipped"] == 0
 
