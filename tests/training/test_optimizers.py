@@ -183,6 +183,20 @@ def test_muon_makes_each_matrix_of_each_head_orthogonal():
     close(rest(muons), rest(others), 1e-6)
 
 
+def test_the_heads_of_a_kernel_are_matrices_of_their_own():
+    """What one head's gradient is does not show in the other's update."""
+    units = small.parameters(small.MODEL).params["units"]
+    kernels = {"units": {name: units[name] for name in ("q", "v", "out")}}
+    other = {name: x.at[..., : x.shape[-1] // 2].add(1.0) for name, x in kernels["units"].items()}
+    other["out"] = kernels["units"]["out"].at[:, :8].add(1.0)
+    make = jax.jit(lambda tree: muon.orthogonal(tree, small.MODEL)["units"])
+    want, got = make(kernels), make({"units": other})
+    for name in ("q", "v"):
+        close(got[name][..., 8:], want[name][..., 8:], 1e-6)
+    close(got["out"][:, 8:], want["out"][:, 8:], 1e-6)
+    assert np.abs(got["q"] - want["q"])[..., :8].max() > 0.1
+
+
 def test_muon_says_what_it_gathers():
     c = config.Config(model=small.MODEL, optimizer=config.Optimizer(name="muon"))
     size = 4 * 2 * 16 * 6 * 16 / 2**20  # two units of six kernels
