@@ -180,11 +180,28 @@ RULES = [
     ),
     (
         {"optimizer__name": "adam"},
-        "config.optimizer.name must be one of adamw, lion, adafactor, not 'adam'; did you mean adamw?",
+        "config.optimizer.name must be one of adafactor, adamw, ademamix, lion, muon, not 'adam';"
+        " did you mean adamw?",
     ),
     (
-        {"optimizer__schedule": "constant"},
-        "config.optimizer.schedule must be one of cosine, linear, inv_sqrt, not 'constant'",
+        {"optimizer__schedule": "inverse_sqrt"},
+        "config.optimizer.schedule must be one of cosine, linear, inv_sqrt, constant, wsd, not"
+        " 'inverse_sqrt'; did you mean inv_sqrt?",
+    ),
+    (
+        {"optimizer__decay_shape": "cos"},
+        "config.optimizer.decay_shape must be one of linear, cosine, sqrt, not 'cos'; did you mean cosine?",
+    ),
+    ({"optimizer__floor": 1.5}, "config.optimizer.floor must be in [0, 1], not 1.5"),
+    (
+        {
+            "optimizer__schedule": "wsd",
+            "optimizer__n_warmup_step": 5,
+            "optimizer__n_max_step": 20,
+            "optimizer__n_decay_step": 16,
+        },
+        "config.optimizer.n_warmup_step 5 and n_decay_step 16 are more than n_max_step 20;"
+        " use n_decay_step 15 or less",
     ),
     (
         {"model__dtype": "bf16"},

@@ -14,7 +14,8 @@ FILES = sorted((ROOT / "tvq").rglob("*.py"))
 ORDER = (
     "errors", "atomic", "words", "paths", "schema", "rules", "config", "commands", "dims", "numerics",
     "cluster", "sharding", "kernels", "model", "chips", "data",
-    "training.sums", "training.loss", "training.optimizer", "training.state", "training.accumulate",
+    "training.sums", "training.loss", "training.schedules", "training.skip", "training.transforms",
+    "training.optimizers", "training.optimizer", "training.state", "training.accumulate",
     "training.train_step",
     "run.tensors", "run.seal", "run.checkpoint", "run.restore", "run.metrics", "run.curves", "run.records",
     "run.results", "run.health", "run.looks", "run.workdir", "run.trace", "run.draw", "run.image_samples",

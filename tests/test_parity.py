@@ -24,7 +24,7 @@ from tvq.model.parameters import Weights
 from tvq.model.unit import gated_unit
 from tvq.programs import evaluate
 from tvq.run import draw
-from tvq.training import optimizer, train_step
+from tvq.training import optimizer, train_step, transforms
 from tvq.training.state import TrainState
 
 GOLDEN = Path(os.environ.get("TVQ_GOLDEN", Path(__file__).parent / "golden"))
@@ -488,7 +488,7 @@ def test_initial_values(case: str) -> None:
     stats = json.loads((GOLDEN / "init_stats.json").read_text())[case]
     model = model_config({"pe_lam": 100_000} | stats["config"])
     ours = parameters.init(model, jax.random.key(0))
-    joined = optimizer.joined(ours.params["units"], optimizer.joints(model, "units"))
+    joined = transforms.joined(ours.params["units"], transforms.joints(model, "units"))
     ours = ours._replace(params=ours.params | {"units": joined})
     for what in ("mean", "std"):
         flat = {path: np.float32(leaf[what]) for path, leaf in stats["leaves"].items()}

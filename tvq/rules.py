@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tvq.errors import InputError
-from tvq.schema import ATTENTIONS, Config, Profile
+from tvq.schema import ATTENTIONS, DECAY_SHAPES, OPTIMIZERS, SCHEDULES, Config, Profile
 
 MESH_AXES = ("replica", "devices", "sequence", "tensor")
 
@@ -204,8 +204,16 @@ def validate(config: Config) -> None:
             " config.model.attend_across_documents=true, or full"
         )
     one_of("model.remat", m.remat, ("all", "names", "nothing"))
-    one_of("optimizer.name", o.name, ("adamw", "lion", "adafactor"))
-    one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "inv_sqrt"))
+    one_of("optimizer.name", o.name, OPTIMIZERS)
+    one_of("optimizer.schedule", o.schedule, SCHEDULES)
+    one_of("optimizer.decay_shape", o.decay_shape, DECAY_SHAPES)
+    if o.floor > 1:
+        errors.append(f"config.optimizer.floor must be in [0, 1], not {o.floor}")
+    if o.schedule == "wsd" and o.n_warmup_step < o.n_max_step < o.n_warmup_step + o.n_decay_step:
+        errors.append(
+            f"config.optimizer.n_warmup_step {o.n_warmup_step} and n_decay_step {o.n_decay_step} are more"
+            f" than n_max_step {o.n_max_step}; use n_decay_step {o.n_max_step - o.n_warmup_step} or less"
+        )
     one_of("data.source", config.data.source, ("stdlib", "text", "tokens"))
     one_of("evaluate.split", config.evaluate.split, ("train", "validation", "test"))
     if config.data.mix and (config.data.source, config.data.path) != ("tokens", ""):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import pkgutil
+from pathlib import Path
 from typing import Any
 
 # The attentions of `tvq.model`, and those of them that carry a state.
@@ -11,6 +13,16 @@ ATTENTIONS = {
     "flash": "the same by cuDNN's kernel on an NVIDIA GPU",
 }
 CARRYING = {"vq"}
+# Each is a module, whose name this is.
+OPTIMIZERS = tuple(
+    sorted(
+        module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "training/optimizers")])
+    )
+)
+# wsd: warm-up, stable, decay.
+SCHEDULES = ("cosine", "linear", "inv_sqrt", "constant", "wsd")
+ENDING = ("cosine", "linear", "wsd")  # at a floor
+DECAY_SHAPES = ("linear", "cosine", "sqrt")
 # Ids that every vocabulary has: padding, the end of a document (it begins the next), an unknown piece.
 PAD, END, UNKNOWN = 0, 1, 2
 
@@ -89,15 +101,38 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    name: str = field("adamw", "adamw, lion or adafactor")
+    name: str = field("adamw", f"one of {', '.join(OPTIMIZERS)}")
     lr_max: float = field(4e-4, "learning rate at the end of warm-up", at_least=0)
-    schedule: str = field("cosine", "cosine, linear or inv_sqrt, after linear warm-up")
+    lr_rest: float = field(
+        0.0, "the same of all that is not a kernel of a unit: tables, vectors, output; 0: lr_max", at_least=0
+    )
+    schedule: str = field("cosine", f"after linear warm-up, one of {', '.join(SCHEDULES)}")
     n_warmup_step: int = field(10_000, "updates of warm-up", at_least=0, below=2**31)
     n_max_step: int = field(
-        125_000, "update at which the schedule reaches its floor of a tenth", at_least=1, below=2**31
+        125_000, "update at which cosine, linear and wsd reach their floor", at_least=1, below=2**31
     )
+    floor: float = field(0.1, "share of the learning rate that is left there; may be 0", at_least=0)
+    n_decay_step: int = field(
+        0, "updates of the decay at the end of wsd; 0: a fifth of n_max_step", at_least=0, below=2**31
+    )
+    decay_shape: str = field("linear", f"of wsd, one of {', '.join(DECAY_SHAPES)}")
     grad_clip: float = field(0.1, "largest global norm of the gradient; 0 does not clip", at_least=0)
-    wd_lam: float = field(2e-4, "weight decay per update, independent of the learning rate", at_least=0)
+    skip_sigma: float = field(
+        0.0,
+        "leave out an update whose loss or gradient norm is so many standard deviations above the mean of the"
+        " skip_window before it; 0: never",
+        at_least=0,
+    )
+    skip_window: int = field(128, "updates that skip_sigma looks back on", at_least=2, below=2**20)
+    wd_lam: float = field(2e-4, "weight decay: the share that each update takes away", at_least=0)
+    wd_times_rate: bool = field(
+        False, "multiply wd_lam by the rate of the update; off: a share whatever the rate, as in the paper"
+    )
+
+    @property
+    def n_decay(self) -> int:
+        """The updates of the decay of wsd."""
+        return self.n_decay_step or min(max(self.n_max_step // 5, 1), self.n_max_step - self.n_warmup_step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +157,11 @@ class Train:
     )
     accumulate: int = field(
         1, "parts of its sequences that a device reads one after the other, to hold one at a time", at_least=1
+    )
+    z_loss: float = field(
+        0.0,
+        "weight of the mean square of log Z, the normaliser of the output's softmax, in the loss",
+        at_least=0,
     )
     seed: int = field(0, "decides initial parameters, data order and dropout", at_least=0, below=2**32)
     reproducible: bool = field(

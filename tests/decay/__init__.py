@@ -114,8 +114,12 @@ def forward(
     return x_BTD, State(state.position + inputs_BT.shape[1], sum_NBKV), {"probe": {}}, {}
 
 
+def logits(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
+    return x_BTD @ weights.params["embed"]["table"].T
+
+
 def log_probs(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
-    return jax.nn.log_softmax(x_BTD @ weights.params["embed"]["table"].T)
+    return jax.nn.log_softmax(logits(weights, x_BTD, config))
 
 
 def begin(weights: Weights, state: State, config: Model) -> Decoding:

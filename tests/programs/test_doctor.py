@@ -231,6 +231,17 @@ def test_codes_are_not_counted_by_what_is_no_number(perplexity):
             1000,
             None,
         ),
+        *(
+            ({"n_warmup_step": 50, "n_max_step": 100, "schedule": name}, 1000, words)
+            for name, words in {
+                "constant": None,
+                "linear": ("is 0.1 of",),
+                "wsd": ("it ends at update 100 of 1,000",),
+            }.items()
+        ),
+        ({"n_warmup_step": 50, "n_max_step": 990, "floor": 0.0}, 1000, ("for 1 % of", "nothing is learnt")),
+        ({"n_warmup_step": 50, "n_max_step": 1000, "floor": 0.0}, 1000, None),
+        ({"n_warmup_step": 400, "schedule": "constant"}, 400, ("is not over at the end of the run",)),
         ({"n_warmup_step": 1000}, 400, ("is not over at the end of the run, at 400", "comes to 0.4 of")),
     ],
 )

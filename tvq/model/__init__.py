@@ -1,7 +1,7 @@
 """The front of the model: the only part of this folder that the rest of the program imports.
 
     weights     Weights, init, named, specs, gather, learn, measure, TRAINING_ONLY
-    reading     State, start, state_dims, state_specs, forward, stats_specs, log_probs, auxiliary_loss
+    reading     State, start, state_dims, state_specs, forward, stats_specs, log_probs, logits, auxiliary_loss
     writing     Decoding, begin, step
     randomness  Draws, draw_probe
     health      use, remember, snapshot
@@ -27,6 +27,7 @@ from tvq.model.transformer import (
     forward,
     learn,
     log_probs,
+    logits,
     measure,
     start,
     state_dims,
@@ -38,7 +39,7 @@ from tvq.model.transformer import (
 __all__ = [
     "IN_ROWS", "OVERUSED", "TRAINING_ONLY", "Declared", "Decoding", "Draws", "State", "Weights",
     "auxiliary_loss", "begin", "core", "describe", "draw_probe", "exchanged_bytes", "for_platform",
-    "forward", "gather", "init", "kept_bytes", "learn", "log_probs", "measure", "named", "original",
-    "remember", "snapshot", "specs", "start", "state_dims", "state_specs", "stats_specs", "step",
+    "forward", "gather", "init", "kept_bytes", "learn", "log_probs", "logits", "measure", "named",
+    "original", "remember", "snapshot", "specs", "start", "state_dims", "state_specs", "stats_specs", "step",
     "train_flops", "unit_flops", "use",
 ]  # fmt: skip

@@ -209,8 +209,8 @@ def rematerialised(unit: Callable, remat: str) -> Callable:
     return jax.checkpoint(unit, prevent_cse=False, policy=policies[remat])
 
 
-def log_probs(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
-    """Log-probabilities `[B,T,C]` in float32 at least."""
+def logits(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
+    """Logits `[B,T,C]` in float32 at least."""
     params = weights.params
     if config.e_preln:
         x_BTD = layers.norm(x_BTD, params["out_norm"])
@@ -219,8 +219,12 @@ def log_probs(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
         kernel_DC, bias_C = params["embed"]["table"].T, params["embed"]["bias"]
     else:
         kernel_DC, bias_C = params["out"]["kernel"], params["out"]["bias"]
-    logits_BTC = layers.dense(x_BTD, kernel_DC) + bias_C[None, None]
-    return jax.nn.log_softmax(logits_BTC * config.e_scale)
+    return (layers.dense(x_BTD, kernel_DC) + bias_C[None, None]) * config.e_scale
+
+
+def log_probs(weights: Weights, x_BTD: jax.Array, config: Model) -> jax.Array:
+    """Log-probabilities `[B,T,C]` in float32 at least."""
+    return jax.nn.log_softmax(logits(weights, x_BTD, config))
 
 
 class Decoding(NamedTuple):

@@ -13,6 +13,8 @@ from tvq.config import Config
 from tvq.data import prepared
 from tvq.data.corpus import Corpus
 from tvq.run import metrics
+from tvq.schema import ENDING
+from tvq.training import optimizer
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 # Shares of the wall time that are worth a word, and the word.
@@ -46,6 +48,8 @@ def start(c: Config, mesh: Mesh, corpus: Corpus, workdir: epath.Path, n_param: i
     }
     for what, remedy in of_schedule(c):
         lines["schedule"] = f"{what}: {remedy}"
+    if text := optimizer.describe(c, mesh):
+        lines[c.optimizer.name] = text
     if t.reproducible:
         lines["repeats"] = (
             "bitwise on equal meshes, and on others by docs/mesh.md; on GPUs without their fastest kernels:"
@@ -66,13 +70,13 @@ def of_schedule(c: Config) -> list[tuple[str, str]]:
                 "lower config.optimizer.n_warmup_step, or raise config.train.steps",
             )
         ]
-    at_floor = steps - o.n_max_step
-    if o.schedule != "inv_sqrt" and at_floor > AT_FLOOR * steps:
+    at_floor = max(steps - o.n_max_step, 0)
+    if o.schedule in ENDING and at_floor > (AT_FLOOR * steps if o.floor else 0):
         share = f"{at_floor / steps:.0%}".replace("%", " %")
         return [
             (
                 f"it ends at update {o.n_max_step:,} of {steps:,}: for {share} of the run the learning rate"
-                f" is a tenth of {highest}",
+                f" is {o.floor:g} of {highest}" + ("" if o.floor else ", and nothing is learnt"),
                 f"in a new run, set config.optimizer.n_max_step={steps}",
             )
         ]

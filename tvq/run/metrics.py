@@ -63,6 +63,8 @@ def progress_line(row: Row, steps: int, seconds_left: float | None, n_vocab: int
         parts.append(f"loss {row['loss']:.4g} is worse than guessing: lower config.optimizer.lr_max")
     else:
         parts += [f"loss {row['loss']:.4f}", f"{row[f'bits_per_{unit}']:.3f} bits per {unit}"]
+    if row.get("updates_skipped"):
+        parts.append(f"skipped updates: {row['updates_skipped']:,.0f}")
     if row["tokens_per_second"] is not None:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row.get("model_flops_use") is not None:

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey
 
 from tvq import model as lm
 from tvq import sharding
 from tvq.config import Config, Model
-from tvq.training import optimizer
+from tvq.training import transforms
 
 
 class TrainState(NamedTuple):
@@ -55,19 +55,18 @@ def place_weights(config: Config, mesh: Mesh) -> Evaluated:
 
 def specs(like: Any, config: Model, axes: sharding.Axes) -> Any:
     """How each array of a state, or of weights, lies on the mesh: moments like their parameters."""
-    declared = optimizer.dims(config)
+    declared = transforms.dims(config)
 
     def spec(path: tuple, x: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
         # The path of a moment holds its parameter's names, with fields and indices of the optimizer between.
         names = [entry.key for entry in path if isinstance(entry, DictKey)]
         ends = ("/".join([path[0].name, *names][i:]) for i in range(len(names) + 1))
         dims = next((declared[end] for end in ends if end in declared), ())
-        fields = {entry.name for entry in path if isinstance(entry, GetAttrKey)}
-        if fields & {"v_row", "v_col"}:  # Adafactor keeps means of rows and columns,
-            wide = dims and x.shape[-1] == config.d_model
+        if len(dims) == x.ndim:
+            dims = tuple("X" if size == 1 else dim for size, dim in zip(x.shape, dims, strict=True))
+        else:  # means over rows or columns, or a placeholder
+            wide = dims and x.ndim and x.shape[-1] == config.d_model
             dims = ("X",) * (x.ndim - 1) + ("D",) if wide else ()
-        elif len(dims) != x.ndim:  # and nothing for the array itself
-            dims = ()
         return sharding.spec(dims, axes)
 
     return jax.tree.map_with_path(spec, like)

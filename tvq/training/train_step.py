@@ -5,6 +5,7 @@ starts empty. Loss and gradient are computed in `shard_map`, each device on its 
 explicitly; the optimizer works outside it, on whole arrays.
 """
 
+import contextlib
 import math
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from tvq import model as lm
 from tvq import sharding
 from tvq.config import Config, Model
-from tvq.training import accumulate, loss, optimizer, state, sums
+from tvq.training import accumulate, loss, optimizer, skip, state, sums
 from tvq.training.state import TrainState
 
 
@@ -29,6 +30,7 @@ def loss_fn(
     config: Model,
     segment_len: int = 0,
     axes: sharding.Axes = sharding.UNCUT,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, tuple]:
     """The loss of one update on `batch` arrays `[B,U]`, and (next state, statistics, metrics).
 
@@ -42,7 +44,11 @@ def loss_fn(
         x_BTD, state, stats, metrics = lm.forward(
             weights, batch["inputs"], mask_BT, state, config, draws, axes
         )
-        nll_BT = loss.token_nll(weights, x_BTD, batch["targets"], mask_BT, config)
+        if z_loss:
+            nll_BT, z_BT = loss.token_nll_and_z(weights, x_BTD, batch["targets"], mask_BT, config)
+            metrics["loss_z_per_token"] = z_BT.mean()
+        else:
+            nll_BT = loss.token_nll(weights, x_BTD, batch["targets"], mask_BT, config)
         metrics |= {
             # Masked positions count in the denominator; the mean of the mask lets one undo that.
             "loss_lm_per_token_unscaled": nll_BT.mean(),
@@ -58,6 +64,8 @@ def loss_fn(
         stats = jax.tree.map(lambda x: x.sum(0), stats)
         metrics = jax.tree.map(lambda x: x.mean(0), metrics)
     total = metrics["loss_lm_per_token_unscaled"] + lm.auxiliary_loss(metrics, config)
+    if z_loss:
+        total += z_loss * metrics["loss_z_per_token"]
     return total, (state, stats, metrics)
 
 
@@ -88,7 +96,7 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
             part = draws._replace(sequence_B=sequence_B)
             length = segment_len // mesh.shape["sequence"]
             (_, (state, stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, weights.extra, batch, state, part, model, length, axes
+                params, weights.extra, batch, state, part, model, length, axes, config.train.z_loss
             )
             return (grads, stats, metrics), lax.stop_gradient(state)
 
@@ -128,7 +136,9 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
         grads, stats, metrics, read = sharded_gradient(
             state.weights, sharding.split_over_sequence(mesh, piece, segment_len), read, draws
         )
-        with jax.named_scope("optimizer"):
+        # An optimizer may then say how its arrays lie; a fixed order of sums leaves them where they are.
+        here = contextlib.nullcontext() if fixed_order else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        with jax.named_scope("optimizer"), here:
             updates, opt_state = tx.update(grads, state.opt_state, state.weights.params)
             params = optax.apply_updates(state.weights.params, updates)
         metrics |= lm.measure(state.weights)
@@ -138,6 +148,9 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
             "learning_rate": config.optimizer.lr_max * schedule(state.step),
         }
         weights = lm.learn(state.weights._replace(params=params), stats, model)
+        if config.optimizer.skip_sigma:
+            before = state.weights, state.opt_state
+            weights, opt_state = skip.held_back(config.optimizer, before, (weights, opt_state), metrics)
         state = TrainState(step=state.step + 1, weights=weights, opt_state=opt_state, key=state.key)
         return (state, read), (metrics, stats["probe"])
 
@@ -146,7 +159,10 @@ def make(config: Config, mesh: Mesh, tx: optax.GradientTransformation) -> jax.st
         (state, _), (metrics, probe) = lax.scan(
             update, (state, empty), pieces(batch, config.train.update_len)
         )
-        return state, jax.tree.map(jnp.mean, metrics) | {"probe": jax.tree.map(lambda x: x[-1], probe)}
+        metrics = jax.tree.map(jnp.mean, metrics) | {"probe": jax.tree.map(lambda x: x[-1], probe)}
+        if config.optimizer.skip_sigma:
+            metrics["updates_skipped"] = state.opt_state[skip.STATE].n_skipped
+        return state, metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, placed)
     out = (shardings, sharding.sharding(mesh, sharding.WHOLE))
