@@ -20,9 +20,10 @@ ORDER = (
     "run.tensors", "run.seal", "run.checkpoint", "run.restore", "run.metrics", "run.curves", "run.records",
     "run.results", "run.health", "run.looks", "run.workdir", "run.trace", "run.draw", "run.image_samples",
     "run.describe",
-    "programs.prepare", "programs.evaluate", "programs.recall", "programs.sample", "programs.loop",
-    "programs.train", "programs.bench", "programs.report", "programs.doctor", "programs.plan",
-    "programs.profile", "programs.interop", "programs.show", "start", "__main__",
+    "programs.prepare", "programs.evaluate", "programs.recall", "programs.sample", "programs.branch",
+    "programs.loop", "programs.train", "programs.bench", "programs.report", "programs.doctor",
+    "programs.plan", "programs.profile", "programs.interop", "programs.average", "programs.show", "start",
+    "__main__",
 )  # fmt: skip
 MAX_FILE, MAX_FUNCTION = 400, 60
 # Longer, with the reason.

@@ -113,6 +113,8 @@ def start(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         run = program(command.start)
         raise_at_interrupt()
         return run(**own)
+    if command.at_step:
+        arguments.workdir, own["at"] = paths.run_and_step(arguments.workdir)
     built = read_config(arguments, overrides)
     if command.takes == "config":
         source = arguments.config or arguments.workdir

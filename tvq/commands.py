@@ -35,6 +35,11 @@ CPU = {
     }
 }
 RUN = WORKDIR | RUN_CONFIG | CPU
+CHECKPOINT = (
+    {"--workdir": folder("folder of the run; DIR@STEP: that checkpoint, not the newest", required=True)}
+    | RUN_CONFIG
+    | CPU
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,7 @@ class Command:
     # --config is given. Without one it is that of the run in the workdir.
     recorded_config: str = ""
     prints_result: bool = True  # so that it fails where standard output does; else there are only messages
+    at_step: bool = False  # whether --workdir may be RUN@STEP; the program gets the step, or None, as `at`
     keeps_programs: bool = True  # compiled ones, for the next start
 
 
@@ -94,9 +100,20 @@ COMMANDS: dict[str, Command] = {
         tvq train --config=configs/debug.py --workdir=runs/mesh --cpu_devices=8 --config.mesh.devices=8
         tvq train --config=configs/debug.py --workdir=runs/books \\
             --config.data.source=text --config.data.path=books/
+        tvq train --config=configs/debug.py --workdir=runs/branch --from=runs/debug@300
         """,
         start="tvq.programs.train.train",
         common=WORKDIR | CONFIG | CPU,
+        own={
+            "--from": {
+                "metavar": "RUN[@STEP]",
+                "help": "start from this checkpoint of another run, with its optimizer state and step",
+            },
+            "--from_weights": {
+                "metavar": "RUN[@STEP]",
+                "help": "start from its weights and codebooks alone, at step 0",
+            },
+        },
         prints_result=False,  # the record has all results
     ),
     "eval": Command(
@@ -104,9 +121,11 @@ COMMANDS: dict[str, Command] = {
         examples="""
         tvq eval --workdir=runs/debug
         tvq eval --workdir=runs/debug --split=test --batch_size=4
+        tvq eval --workdir=runs/debug@300
         """,
         start="tvq.programs.evaluate.evaluate",
-        common=RUN,
+        common=CHECKPOINT,
+        at_step=True,
         section="evaluate",
     ),
     "recall": Command(
@@ -116,7 +135,8 @@ COMMANDS: dict[str, Command] = {
         tvq recall --workdir=runs/debug --length=65536 --n_sequence=1
         """,
         start="tvq.programs.recall.recall",
-        common=RUN,
+        common=CHECKPOINT,
+        at_step=True,
         section="recall",
     ),
     "sample": Command(
@@ -131,7 +151,8 @@ COMMANDS: dict[str, Command] = {
         tvq sample --workdir=runs/debug --from_state=book.state --prompt="Who is "
         """,
         start="tvq.programs.sample.sample",
-        common=RUN,
+        common=CHECKPOINT,
+        at_step=True,
         own={
             "--prompts": path(
                 "file of prompts, one per line or in the field `prompt` of a .jsonl; images to complete"
@@ -165,8 +186,23 @@ COMMANDS: dict[str, Command] = {
         tvq export --workdir=runs/debug --output=weights
         """,
         start="tvq.programs.interop.send_out",
-        common=RUN,
+        common=CHECKPOINT,
+        at_step=True,
         own={"--output": path("folder for the weights", required=True)},
+    ),
+    "average": Command(
+        help="average the weights of checkpoints of a run",
+        examples="""
+        tvq average --workdir=runs/debug --last=3 --output=mean
+        tvq average --workdir=runs/debug --steps=300,400 --output=mean
+        """,
+        start="tvq.programs.average.average",
+        common=RUN,
+        own={
+            "--output": path("folder for the weights, as tvq export writes them", required=True),
+            "--steps": {"metavar": "STEP,...", "help": "the checkpoints of these steps"},
+            "--last": {"metavar": "N", "help": "the last N checkpoints that are kept"},
+        },
     ),
     "bench": Command(
         help="measure speed and memory of programs checked to agree",

@@ -238,12 +238,12 @@ def build(config: ConfigDict | dict) -> Config:
     return built
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: dict, new: dict, place: str = "in the run") -> list[str]:
     """One line for each field whose value differs and decides the numbers of a run."""
     old_flat, new_flat = flatten(old), flatten(new)
     names = [name for name in old_flat | new_flat if name not in CHANGEABLE]
     return [
-        f"config.{name}: {old_flat.get(name, 'absent')!r} in the run, {new_flat.get(name, 'absent')!r} now"
+        f"config.{name}: {old_flat.get(name, 'absent')!r} {place}, {new_flat.get(name, 'absent')!r} now"
         for name in names
         if _place(name, old_flat.get(name)) != _place(name, new_flat.get(name))
     ]

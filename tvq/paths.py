@@ -13,7 +13,7 @@ from tvq.errors import InputError
 
 # The options of all commands that are paths.
 OPTIONS = {"config", "document", "from_state", "input", "model", "more", "output", "prompts", "save_state"}
-OPTIONS |= {"workdir"}
+OPTIONS |= {"workdir", "from", "from_weights"}
 
 
 def expand(option: str, path: str) -> str:
@@ -37,6 +37,14 @@ def expand_options(options: dict[str, Any]) -> None:
             options[name] = [expand(name, path) for path in value]
         elif value:
             options[name] = expand(f"--{name}", value)
+
+
+def run_and_step(text: str) -> tuple[str, int | None]:
+    """`RUN@STEP` as its two parts. None: there is no step, or a folder with this whole name."""
+    run, _, step = text.rpartition("@")
+    if not run or not (step.isascii() and step.isdecimal()) or epath.Path(text).exists():
+        return text, None
+    return run, int(step)
 
 
 def size(path: epath.Path) -> int:

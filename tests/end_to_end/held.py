@@ -16,7 +16,7 @@ from etils import epath
 
 from tests.fakes.cached import share_programs
 from tvq import __main__
-from tvq.programs import train
+from tvq.programs import branch
 from tvq.run import metrics, records
 
 
@@ -40,7 +40,7 @@ def hold_at_start(_: str) -> None:
         print("held", flush=True)
         threading.Event().wait()
 
-    train.resume = hold  # type: ignore[assignment]
+    branch.resume = hold  # type: ignore[assignment]
 
 
 def hold_at_row(step: str) -> None:

@@ -25,7 +25,6 @@ from tvq.data.packing import Streams
 from tvq.data.pipeline import evaluation_pieces
 from tvq.errors import InputError
 from tvq.run import metrics, records, restore, results
-from tvq.run.checkpoint import Restored
 from tvq.training import loss
 
 # Beyond this many nats a word perplexity overflows, and means nothing: the text has no spaces between words.
@@ -188,14 +187,14 @@ def check_vocabulary(corpus: Corpus, config: Model) -> None:
         )
 
 
-def check_same_vocabulary(corpus: Corpus, restored: Restored) -> None:
+def check_same_vocabulary(corpus: Corpus, step: int, data: dict) -> None:
     """InputError if the model was trained on a different vocabulary of the same size."""
     ours = vocabulary.describe(corpus.vocabulary)
-    theirs = {name: restored.data["vocabulary"][name] for name in ours}
+    theirs = {name: data["vocabulary"][name] for name in ours}
     if ours != theirs:
         raise InputError(
-            f"the data in {corpus.where} has the vocabulary {ours}, checkpoint {restored.step} was trained"
-            f" on {theirs}; prepare the data with the checkpoint's"
+            f"the data in {corpus.where} has the vocabulary {ours}, checkpoint {step} was trained on"
+            f" {theirs}; prepare the data with the checkpoint's"
         )
 
 
@@ -220,10 +219,13 @@ def scorer(c: Config, corpus: Corpus, mesh: Mesh) -> Callable:
     return score
 
 
-def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
-    """Scores `evaluate.split` with the newest checkpoint; prints a line and, for programs, a row of JSON.
+def evaluate(
+    c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, at: int | None = None
+) -> int:
+    """Scores `evaluate.split` with the newest checkpoint, or with that of a step.
 
-    The row is also written to `workdir/evaluations/`, with all that is needed to repeat it.
+    Prints a line and, for programs, a row of JSON, which is also written to `workdir/evaluations/`, with all
+    that is needed to repeat it.
     """
     corpus = open_corpus(c.data)
     check_vocabulary(corpus, c.model)
@@ -233,8 +235,8 @@ def evaluate(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     sharding.check(mesh, c)
     sharding.check_batch(mesh, "evaluate.batch_size", batch_size(c))
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = restore.weights(c, workdir, mesh, console.say)
-        check_same_vocabulary(corpus, restored)
+        restored = restore.weights(c, workdir, mesh, console.say, at)
+        check_same_vocabulary(corpus, restored.step, restored.data)
         weights = restored.state.weights
         so_far = metrics.Progress("evaluating", "pieces")
         scores, table = scorer(c, corpus, mesh)(

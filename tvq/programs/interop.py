@@ -19,7 +19,7 @@ from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
 from tvq.errors import InputError
 from tvq.programs import evaluate
 from tvq.run import metrics, restore, tensors
-from tvq.run.checkpoint import Checkpoints
+from tvq.run.checkpoint import Checkpoints, Restored
 from tvq.run.workdir import check_workdir, record
 from tvq.training import optimizer, state
 
@@ -155,8 +155,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     whole = sharding.sharding(sharding.make(config.Mesh(), jax.devices()[:1]), sharding.WHOLE)
 
     def begin(weights: lm.Weights) -> state.TrainState:
-        fresh = state.init(c.model, tx, c.train.seed)  # only its key is kept
-        return fresh._replace(weights=weights, opt_state=tx.init(weights.params))
+        return state.init(c.model, tx, c.train.seed, weights)
 
     now = jax.jit(begin, out_shardings=whole)(weights)
     data: dict[str, Any] = {"fingerprint": None, "seconds": {}}
@@ -179,24 +178,40 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
     return 0
 
 
-def send_out(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, output: str) -> int:
-    """Writes the newest checkpoint's parameters and codebooks, by name, and the config of the run."""
+def send_out(
+    c: Config,
+    workdir: epath.Path,
+    place: cluster.Place,
+    log: cluster.Log,
+    *,
+    output: str,
+    at: int | None = None,
+) -> int:
+    """Writes parameters and codebooks of the newest checkpoint, or of a step's, and the config of the run."""
     place.check_alone("export")
+    check_output(output)
+    restored = restore.weights(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), log.say, at)
+    metrics.Console().say(write(c, output, restored, {}, f"step {restored.step:,}"))
+    return 0
+
+
+def check_output(output: str) -> None:
+    """InputError if the folder for weights holds something already."""
     folder = epath.Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output={output} is not an empty folder; use another")
-    restored = restore.weights(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), log.say)
-    now = restored.state
+
+
+def write(c: Config, output: str, restored: Restored, more: dict[str, str], what: str) -> str:
+    """Writes the weights of `what`, with `more` facts about them, and the config; returns a line about it."""
+    folder, now = epath.Path(output), restored.state
     arrays = tensors.named(in_file(now.weights))
     kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}
-    facts = {"step": str(restored.step), **kept}
+    facts = {"step": str(restored.step), **kept, **more}
     with cluster.writing("--output", folder):
         n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
         atomic.write(folder / config.FILE, json.dumps(config.to_dict(c), indent=1) + "\n")
-    metrics.Console().say(
-        f"{state.n_param(now):,} parameters of step {restored.step:,} are in {folder}: {n_byte / 1e6:,.1f} MB"
-    )
-    return 0
+    return f"{state.n_param(now):,} parameters of {what} are in {folder}: {n_byte / 1e6:,.1f} MB"
 
 
 def vocabulary_of(c: Config) -> Vocabulary:

@@ -113,7 +113,9 @@ def show(table: list[dict[str, Any]], chance: float) -> str:
     return "\n".join([*lines, f"{'chance':>20}  {'':8}  {chance:7.4f}"])
 
 
-def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+def recall(
+    c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, at: int | None = None
+) -> int:
     """Probes the newest checkpoint; prints a table and, for programs, a row of JSON, kept in the workdir."""
     if not c.model.carries_state:
         raise InputError(
@@ -127,7 +129,7 @@ def recall(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
     sharding.check_batch(mesh, "recall.n_sequence", n_row)
     rows = sharding.local_rows(mesh, n_row)
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = restore.weights(c, workdir, mesh, console.say)
+        restored = restore.weights(c, workdir, mesh, console.say, at)
         now = restored.state
         empty, read = evaluate.reader(evaluate.apart(c.model), mesh, c.mesh.shard_params)
         state, nats, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")

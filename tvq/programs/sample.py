@@ -282,8 +282,9 @@ def sample(
     document: str | None,
     save_state: str | None,
     from_state: str | None,
+    at: int | None = None,
 ) -> int:
-    """Continues prompts with the newest checkpoint."""
+    """Continues prompts with the newest checkpoint, or with that of a step."""
     place.check_alone("sample")
     if stream and output:
         raise InputError("--stream writes to the terminal and --output to files; use one of them")
@@ -293,7 +294,7 @@ def sample(
     if save_state:
         inputs = {"--document": document, "--prompts": prompts, "--from_state": from_state}
         check_save_state(epath.Path(save_state), inputs)
-    restored = restore.weights(c, workdir, sharding.make(Mesh(), jax.devices()[:1]), log.say)
+    restored = restore.weights(c, workdir, sharding.make(Mesh(), jax.devices()[:1]), log.say, at)
     vocabulary = from_json(restored.data["vocabulary"])
     weights = restored.state.weights
     if restored.data["image_size"]:

@@ -14,7 +14,7 @@ from tvq.config import Config
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.errors import DivergedError, InputError
-from tvq.programs import evaluate, loop, sample
+from tvq.programs import branch, evaluate, loop, sample
 from tvq.programs.loop import Run
 from tvq.run import describe, metrics, records, trace
 from tvq.run.checkpoint import Checkpoints
@@ -24,9 +24,12 @@ from tvq.training import optimizer, state, train_step
 from tvq.training.state import TrainState
 
 
-def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+def train(
+    c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, **source: str | None
+) -> int:
     """Trains until `train.steps`, resuming from the newest checkpoint in `workdir`; returns the exit code.
 
+    A new run may start from a checkpoint of another, its `source`: the options `from` and `from_weights`.
     InputError: the input is wrong; nothing has been written then. DivergedError: the loss is not a number;
     the last good checkpoint is kept.
     """
@@ -35,15 +38,14 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
     corpus, sequences = open_data(c)
     check_workdir(workdir, c)
     processes = cluster.start(place, c.cluster, config.common(c), log.say)
-    mesh = sharding.make(c.mesh, jax.devices(), c)
-    sharding.check(mesh, c)
-    sharding.check_batch(mesh, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
-    sharding.check_batch(mesh, "evaluate.batch_size", evaluate.batch_size(c))
+    mesh = make_mesh(c)
     tx = optimizer.make(c.optimizer, c.model)
     placed = state.place(c, tx, mesh)
     sample.check(c, corpus.image_size, placed)
+    start = branch.find(c, workdir, branch.source(**source), placed, corpus)
     if processes.is_main:
         record(workdir, c, log)  # first: a start that is killed from here on leaves a run
+        branch.record(workdir, c, start)
 
     with contextlib.ExitStack() as stack:
         console = metrics.Console(silent=not processes.is_main)
@@ -54,25 +56,42 @@ def train(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log
         )
         n_token = c.train.global_batch_size * c.train.update_len
         clock = metrics.Clock(n_token, describe.roof(c, mesh), began)
-        now, step = resume(c, corpus, placed, tx, checkpoints, clock, console.say)
+        now, step = branch.resume(c, corpus, placed, tx, checkpoints, clock, start, console.say)
         # Process 0 wrote the config before the restore: one that does not see it has another folder.
         shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
-        rows = home = None
-        if processes.is_main:
-            home = stack.enter_context(Home(workdir, c, console.say))
-            rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), console.say)
-            stack.callback(rows.close)
-            clock.repeat(rows.dropped)
+        home, rows = open_record(c, workdir, step, stack, console.say) if processes.is_main else (None, None)
+        clock.repeat(rows.dropped if rows is not None else [])
         stack.enter_context(console)  # last: its live line ends before the records close, which may print
         looks = Looks(mesh, now.weights, c.model.c_gamma, workdir, step, console.say)
         run = Run(
             c, workdir, corpus, mesh, processes, watchdog, console, checkpoints, clock, rows, home, looks, []
         )
         console.say(describe.start(c, mesh, corpus, workdir, state.n_param(now), checkpoints.steps()))
+        if start is not None:
+            loop.save(run, now, step)  # at once: from here on the parent is not needed
         code = train_on(run, now, step, tx, sequences)
     processes.finish()
     return code
+
+
+def open_record(
+    c: Config, workdir: epath.Path, step: int, stack: contextlib.ExitStack, say: Callable[[str], None]
+) -> tuple[Home, records.Records]:
+    """What the main process keeps the record with, to be closed by `stack`."""
+    home = stack.enter_context(Home(workdir, c, say))
+    rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), say)
+    stack.callback(rows.close)
+    return home, rows
+
+
+def make_mesh(c: Config) -> jax.sharding.Mesh:
+    """The mesh of a run. InputError: it does not fit the devices, or the batches do not fit it."""
+    mesh = sharding.make(c.mesh, jax.devices(), c)
+    sharding.check(mesh, c)
+    sharding.check_batch(mesh, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
+    sharding.check_batch(mesh, "evaluate.batch_size", evaluate.batch_size(c))
+    return mesh
 
 
 def open_data(c: Config) -> tuple[Corpus, Sequences]:
@@ -89,35 +108,6 @@ def open_data(c: Config) -> tuple[Corpus, Sequences]:
             )
         corpus.info(c.evaluate.split)  # fails on an empty split
     return corpus, sequences
-
-
-def resume(
-    c: Config,
-    corpus: Corpus,
-    placed: TrainState,
-    tx: Any,
-    checkpoints: Checkpoints,
-    clock: metrics.Clock,
-    say: Callable[[str], None],
-) -> tuple[TrainState, int]:
-    """State and step of the newest whole checkpoint, or of a new run if there is none; the clock continues.
-
-    `placed` says how it lies on the mesh. The place in the data needs no restoring: batch t is a function of
-    (seed, t).
-    """
-    restored = checkpoints.restore(placed, say)
-    if restored is None:
-        shardings = jax.tree.map(lambda x: x.sharding, placed)
-        init = jax.jit(state.init, static_argnums=(0, 1, 2), out_shardings=shardings)
-        return init(c.model, tx, c.train.seed), 0
-    evaluate.check_same_vocabulary(corpus, restored)
-    if restored.data["fingerprint"] not in (None, corpus.fingerprint):  # None: weights from elsewhere
-        raise InputError(
-            f"the data in {corpus.where} is not what checkpoint {restored.step} was trained on;"
-            " set config.data to that, or use another workdir"
-        )
-    clock.add(restored.data["seconds"])
-    return restored.state, restored.step
 
 
 def train_on(run: Run, now: TrainState, step: int, tx: Any, sequences: Sequences) -> int:

@@ -56,12 +56,20 @@ class Checkpoints:
     Every process of a run makes one and calls the same methods in the same order.
     """
 
-    def __init__(self, directory: epath.PathLike, *, keep: int, keep_every: int, read_only: bool = False):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep: int,
+        keep_every: int,
+        read_only: bool = False,
+        at: int | None = None,
+    ):
         """Takes the checkpoints in `directory`, a local path or a bucket's.
 
         The last `keep` are kept, and for good the first at or after each multiple of `keep_every` (0: none).
         A writer makes the directory and removes what a killed save left there. `read_only` does neither, so
-        that it may look while a run writes; its `save` is an error.
+        that it may look while a run writes; its `save` is an error. `at`: that step is the only one there.
         """
         logging.getLogger("absl").addFilter(_worth_saying)
         handlers = DefaultCheckpointHandlerRegistry()
@@ -73,7 +81,7 @@ class Checkpoints:
         handlers.add("meta", ocp.args.JsonRestore, values)
         path = epath.Path(directory)
         self._directory = path if path.is_absolute() else path.absolute()  # absolute() spoils gs://
-        self._read_only = read_only
+        self._read_only, self._at = read_only, at
         self._damaged: list[int] = []
         self._manager = _Manager(
             self._directory,
@@ -111,7 +119,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps saved, oldest first, with the one on its way; damaged ones count until they are found."""
-        return [step for step in self._manager.all_steps() if step not in self._damaged]
+        steps = [step for step in self._manager.all_steps() if step not in self._damaged]
+        return steps if self._at is None else [step for step in steps if step == self._at]
 
     def save(self, step: int, state: Any, data: dict, config: dict) -> None:
         """Saves `state`, a tree of global arrays, with `data` and `config`, which must be JSON.
@@ -197,6 +206,11 @@ class Checkpoints:
             ),
         ).state
         return Restored(step, _like(abstract, arrays), meta["data"])
+
+    def newest_meta(self) -> tuple[int, dict] | None:
+        """Step and metadata of the newest whole checkpoint, None where there is none; no array is read."""
+        step, _ = self._newest(lambda line: None)
+        return None if step is None else (step, self._read_meta(step))
 
     def _read_meta(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta

@@ -24,6 +24,7 @@ __all__ = ["JsonlWriter", "Records", "Sample", "SampleWriter", "check", "samples
 
 Say = Callable[[str], None]
 FILE, SAMPLES = "metrics.jsonl", "samples"
+BEFORE = "before.jsonl"  # the rows of the runs that a branch continues, up to where it starts
 NEWLINE = b"\n"
 
 

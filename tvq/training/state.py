@@ -27,10 +27,12 @@ class Evaluated(NamedTuple):
     weights: lm.Weights
 
 
-def init(config: Model, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first update."""
+def init(
+    config: Model, tx: optax.GradientTransformation, seed: int, weights: lm.Weights | None = None
+) -> TrainState:
+    """The state before the first update, of new weights unless some are given."""
     params_key, key = jax.random.split(jax.random.key(seed))
-    weights = lm.init(config, params_key)
+    weights = lm.init(config, params_key) if weights is None else weights
     return TrainState(jnp.zeros((), jnp.int32), weights, tx.init(weights.params), key)
 
 

@@ -11,7 +11,7 @@ from tvq import config
 from tvq.errors import InputError
 from tvq.run import health
 from tvq.run.metrics import Row
-from tvq.run.records import FILE, SAMPLES, Sample, samples
+from tvq.run.records import BEFORE, FILE, SAMPLES, Sample, samples
 
 MAX_SNAPSHOTS = 120  # of the codebooks, evenly over the run: more cannot be told apart in a picture
 MAX_SAMPLES = 8
@@ -80,6 +80,11 @@ def _read(workdir: epath.Path, name: str) -> Run:
     if not rows:
         reason = f": {broken[0]}" if broken else "; let it train a while"
         raise InputError(f"{workdir / FILE} has no row yet{reason}")
+    if (workdir / BEFORE).exists():  # of the runs that it started from
+        before, wrong = read_rows(workdir / BEFORE)
+        known = {(row["step"], row["split"]) for row in rows}
+        rows = [row for row in before if (row["step"], row["split"]) not in known] + rows
+        broken += wrong
     flat, taken, drawn = {}, health.steps(workdir / health.FOLDER), samples(workdir / SAMPLES)
     try:
         flat = config.flatten(config.recorded(workdir / config.FILE).to_dict())
