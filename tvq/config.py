@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from tvq.errors import InputError
-from tvq.rules import traced_updates, validate
+from tvq.rules import stop_strings, traced_updates, validate
 from tvq.schema import (
     Bench,
     Checkpoint,
@@ -51,6 +51,7 @@ __all__ = [
     "Recall",
     "Sample",
     "Train",
+    "stop_strings",
     "traced_updates",
     "validate",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,22 @@ def traced_updates(config: Profile) -> range:
             f" not {config.steps!r}"
         )
     return updates
+
+
+def stop_strings(text: str) -> list[str]:
+    """The strings in sample.stop: a text, or those of a JSON list. InputError: it begins as a list only."""
+    if not text.startswith("["):
+        return [text] if text else []
+    try:
+        strings = json.loads(text)
+    except (ValueError, RecursionError):
+        strings = None
+    if not isinstance(strings, list) or not all(isinstance(x, str) and x for x in strings):
+        raise InputError(
+            f"config.sample.stop must be a text, or a JSON list of texts that are not empty, not {text!r}; a"
+            f" text that begins with [ is written in a list: {json.dumps([text])}"
+        )
+    return strings
 
 
 def out_of_range(config: Config) -> list[str]:
@@ -167,6 +184,12 @@ def validate(config: Config) -> None:
     m, t, o = config.model, config.train, config.optimizer
     if not 0 <= config.sample.nucleus <= 1:
         errors.append(f"config.sample.nucleus must be in [0, 1], not {config.sample.nucleus}")
+    if config.sample.min_p > 1:
+        errors.append(f"config.sample.min_p must be in [0, 1], not {config.sample.min_p}")
+    try:
+        stop_strings(config.sample.stop)
+    except InputError as error:
+        errors.append(str(error))
     if m.d_model % 2:
         errors.append(f"config.model.d_model must be even (sine and cosine halves), not {m.d_model}")
     for name, value in (("pe_lam", m.pe_lam), ("e_scale", m.e_scale)):

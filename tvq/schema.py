@@ -204,6 +204,17 @@ class Sample:
     past_end: bool = field(False, "when the model ends a text, keep drawing into the next; off: stop there")
     temperature: float = field(1.0, "divides the logits; 0 always takes the likeliest token", at_least=0)
     nucleus: float = field(0.9, "draw from the likeliest tokens that hold this much probability")
+    min_p: float = field(
+        0.0, "draw no token less likely than this share of the likeliest; 0: any", at_least=0
+    )
+    repetition_penalty: float = field(
+        1.0,
+        "multiplies the log-probability of each token in the prompt or drawn (not of a document); 1: none",
+        at_least=1,
+    )
+    stop: str = field(
+        "", 'end a text before this string, once drawn; several as a JSON list: ["a", "b"]; empty: none'
+    )
     seed: int = field(0, "decides the draws", at_least=0, below=2**32)
 
 

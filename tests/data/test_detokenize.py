@@ -91,3 +91,33 @@ def test_the_cost_does_not_grow_with_the_text(name, monkeypatch):
         decoded.clear()
         list(detokenize.stream(vocabulary, [ids[i : i + 16] for i in range(0, 4000, 16)]))
         assert sum(decoded) < 30 * len(ids)
+
+
+def cut_by_hand(text: str, start: int, stops: list[str]) -> str:
+    """The text before the first place, from `start` on, where any of the stop strings stands."""
+    for i in range(start, len(text)):
+        if any(text[i : i + len(stop)] == stop for stop in stops):
+            return text[:i]
+    return text
+
+
+def test_a_text_ends_before_a_stop_string():
+    """At once and in pieces of any size; nothing is shown that the stop string takes back."""
+    rng, n_cut = np.random.default_rng(0), 0
+    for _ in range(500):
+        text = "".join(rng.choice(["a", "b", "\n"], rng.integers(0, 30)))
+        start = int(rng.integers(0, len(text) + 1))
+        stops = ["".join(rng.choice(["a", "b", "\n"], rng.integers(1, 5))) for _ in range(rng.integers(0, 4))]
+        want = cut_by_hand(text, start, stops)
+        assert detokenize.before_stop(text, start, stops) == want
+        n_cut += want != text
+        for size in (1, 3, 16):
+            pieces = [text[i : i + size] for i in range(0, len(text), size)]
+            assert "".join(detokenize.until_stop(pieces, start, stops)) == want, (text, start, stops, size)
+    assert 100 < n_cut < 400
+
+
+def test_what_cannot_begin_a_stop_string_is_shown_at_once():
+    pieces = list(detokenize.until_stop(["ab", "x", "\n", "\n", "c", "\nd"], 1, ["\n\n\n", "bx\n\nd"]))
+    assert pieces[0] == "a"
+    assert "".join(pieces) == "abx\n\nc\nd"

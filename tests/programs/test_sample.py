@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import sys
 
@@ -86,6 +87,41 @@ def test_a_sample_of_a_run_stops_where_the_text_ends(monkeypatch):
         mesh = sharding.make(config.Mesh(), jax.devices()[:1])
         sample.sampler(c, BYTES, image_size, mesh)({}, print)
     assert asked == [END, None, None]
+
+
+def test_texts_end_before_a_stop_string(monkeypatch):
+    """The same side by side and streamed; the prompt may hold one, and less is drawn."""
+    model = dataclasses.replace(small.MODEL, n_vocab=259)
+    weights, before, prompts = small.parameters(model), draw.empty(model), ["abc", "b"]
+    c = config.Config(model=model, sample=config.Sample(n_sample=2, length=100, nucleus=1.0, past_end=True))
+    read = lambda c, **how: [
+        "".join(pieces) for pieces in sample.texts(weights, BYTES, c, before, prompts, print, **how)
+    ]
+    on = read(c)
+    begun = [prompt for prompt in prompts for _ in range(2)]
+    stop = on[0][30]  # a character of the first
+    stops = [stop, "b" + on[3][1]]
+    monkeypatch.setattr(draw, "CHUNK", 4)
+    c = dataclasses.replace(c, sample=dataclasses.replace(c.sample, stop=json.dumps(stops)))
+    got = read(c)
+    want = [
+        text[: min([i for s in stops if (i := text.find(s, len(first))) >= 0], default=None)]
+        for text, first in zip(on, begun, strict=True)
+    ]
+    assert got == want != on
+    assert got[3].startswith(begun[3])
+    assert read(c, stream=True) == got
+
+
+@pytest.mark.parametrize("stop", ['["a"', "[1]", '[""]', "[]x", "{}["])
+def test_stop_strings(stop):
+    if stop == "{}[":
+        assert config.stop_strings(stop) == [stop]
+        assert config.stop_strings('["a\\n", "["]') == ["a\n", "["]
+        assert config.stop_strings("") == []
+        return
+    with pytest.raises(InputError, match=r"config.sample.stop must be a text, or a JSON list .* in a list: "):
+        config.stop_strings(stop)
 
 
 def placed(c):

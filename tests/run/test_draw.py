@@ -13,6 +13,7 @@ from etils import epath
 
 from tests.model import small
 from tvq.config import Model
+from tvq.data.vocabulary import END
 from tvq.model import transformer
 from tvq.run import draw, tensors
 from tvq.run.draw import Prefix
@@ -58,7 +59,7 @@ def log_probs(n_sequence: int, n_vocab: int = 5) -> jax.Array:
     return jnp.broadcast_to(row[None], (n_sequence, n_vocab))
 
 
-choose = jax.jit(draw.choose, static_argnums=(4, 5))
+choose = jax.jit(draw.choose, static_argnums=(4, 5, 6))
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -93,6 +94,34 @@ def test_tokens_come_as_often_as_they_should(temperature, p):
     assert np.all(np.abs(got - want) <= 5 * np.sqrt(want * (1 - want) / n))
 
 
+@pytest.mark.parametrize(("min_p", "temperature", "p"), [(0.5, 1.0, 1.0), (0.7, 2.0, 1.0), (0.3, 1.0, 0.8)])
+def test_nothing_far_less_likely_than_the_likeliest_is_drawn(min_p, temperature, p):
+    """The tokens of at least min_p times the largest probability that are in the nucleus too."""
+    n = 4000
+    drawn = choose(log_probs(n), jax.random.key(0), jnp.int32(0), jnp.arange(n), temperature, p, min_p)
+    logits = np.asarray(log_probs(1)[0]) / temperature
+    probability = np.exp(logits) / np.exp(logits).sum()
+    kept = (probability >= min_p * probability.max()) & (nucleus_by_hand(logits, p) > -1e9)
+    want = np.where(kept, probability, 0) / probability[kept].sum()
+    assert 1 < kept.sum() < 5
+    got = np.bincount(drawn, minlength=5) / n
+    assert np.all(np.abs(got - want) <= 5 * np.sqrt(want * (1 - want) / n))
+
+
+def test_min_p_of_one_is_greedy():
+    got = choose(log_probs(4), jax.random.key(0), jnp.int32(0), jnp.arange(4), 1.0, 1.0, 1.0)
+    np.testing.assert_array_equal(got, np.full(4, np.argmax(log_probs(1)[0])))
+
+
+def test_repetition_is_penalised():
+    """The log-probability of what was said is multiplied; the end of a text is never penalised."""
+    log_probs_BC = np.log(np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], np.float32))
+    said_BC = np.array([[1, 1, 0, 1], [0, 1, 1, 0]], bool)
+    got = draw.penalised(jnp.asarray(log_probs_BC), jnp.asarray(said_BC), 1.5)
+    want = log_probs_BC * np.where(said_BC & (np.arange(4) != 1), np.float32(1.5), np.float32(1))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_a_draw_is_a_function_of_key_position_and_sequence():
     drawn = lambda sequences, seed, position: np.asarray(
         choose(log_probs(64, 50), jax.random.key(seed), jnp.int32(position), sequences, 1.0, 1.0)
@@ -106,14 +135,16 @@ def test_a_draw_is_a_function_of_key_position_and_sequence():
 
 
 @functools.cache
-def greedy_by_hand(prompt: tuple[int, ...], length: int) -> list[int]:
+def greedy_by_hand(prompt: tuple[int, ...], length: int, penalty: float = 1.0) -> list[int]:
     """The whole text read again for every token, padded: what follows changes nothing."""
     text = list(prompt)
     n_padded = 7 * L
     for _ in range(length):
         padded = jnp.asarray([text + [0] * (n_padded - len(text))], jnp.int32)
         found, _ = small.log_probs(small.parameters(MODEL), padded, transformer.start(MODEL, 1), MODEL)
-        text.append(int(np.argmax(found[0, len(text) - 1])))
+        row = np.asarray(found[0, len(text) - 1])
+        factor = [penalty if i in text and i != END else 1.0 for i in range(len(row))]
+        text.append(int(np.argmax(row * np.asarray(factor, row.dtype))))
     return text[len(prompt) :]
 
 
@@ -163,6 +194,33 @@ def test_greedy_text_is_that_of_the_full_forward():
     found = continuations([read_prompt(prompt) for prompt in prompts()], [0] * len(LENGTHS))
     for tokens, prompt in zip(found, prompts(), strict=True):
         assert tokens == greedy_by_hand(tuple(prompt.tolist()), 8)
+
+
+def test_penalised_text_is_that_of_the_full_forward():
+    """What the prompt holds counts, in blocks that were read and in the rest, and what was drawn before."""
+    asked = prompts()[:3]
+    drawn = continuations([read_prompt(p) for p in asked], [0] * 3, penalty=3.0, prompts=asked, length=12)
+    assert drawn == [greedy_by_hand(tuple(prompt.tolist()), 12, 3.0) for prompt in asked]
+    assert drawn != [greedy_by_hand(tuple(prompt.tolist()), 12) for prompt in asked]
+
+
+def test_nothing_is_drawn_after_all_are_over(monkeypatch):
+    """A text that is over is drawn on beside others; none of them is changed."""
+    asked = prompts()[:2]
+    prefixes = [read_prompt(prompt) for prompt in asked]
+    on = continuations(prefixes, [0, 1], temperature=2.0, length=64, prompts=asked)
+    seen: list[tuple[list[int], int]] = []
+
+    def is_over(prompt_T: np.ndarray, drawn_T: np.ndarray) -> bool:
+        seen.append((prompt_T.tolist(), len(drawn_T)))
+        row = [prompt.tolist() for prompt in asked].index(prompt_T.tolist())
+        assert drawn_T.tolist() == on[row][: len(drawn_T)]
+        return len(drawn_T) >= 20
+
+    got = continuations(prefixes, [0, 1], temperature=2.0, length=64, prompts=asked, is_over=is_over)
+    assert [row[:20] for row in got] == [row[:20] for row in on]
+    assert got != on
+    assert max(n for _, n in seen) < 20 + draw.CHUNK
 
 
 def test_a_long_prompt_is_read_in_pieces(monkeypatch):

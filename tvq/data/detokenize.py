@@ -25,6 +25,30 @@ def stream(vocabulary: Vocabulary, pieces: Iterable[np.ndarray]) -> Iterator[str
         yield decoder.decode(b"", final=True)
 
 
+def before_stop(text: str, start: int, stops: list[str]) -> str:
+    """The text before the first stop string that begins at `start` or later."""
+    places = [text.find(stop, start) for stop in stops]
+    return text[: min((place for place in places if place >= 0), default=len(text))]
+
+
+def until_stop(pieces: Iterable[str], start: int, stops: list[str]) -> Iterator[str]:
+    """The same of a text that comes in pieces; what may be the beginning of a stop string is held back."""
+    text, shown = "", 0
+    begins = lambda n: any(text.endswith(stop[:n]) for stop in stops if n < len(stop))
+    for piece in pieces:
+        text += piece
+        whole = before_stop(text, start, stops)
+        if whole != text:
+            yield whole[shown:]
+            return
+        n_held = range(min(max(map(len, stops), default=0), len(text) - start), 0, -1)
+        certain = len(text) - next(filter(begins, n_held), 0)
+        if certain > shown:
+            yield text[shown:certain]
+            shown = certain
+    yield text[shown:]
+
+
 class _Reader:
     """Decodes SentencePiece ids. The text of an id depends on its neighbours in only two ways.
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from tvq import atomic, cluster, sharding
 from tvq import model as lm
-from tvq.config import Config, Mesh
+from tvq.config import Config, Mesh, stop_strings
 from tvq.data import detokenize, optional
 from tvq.data.vocabulary import END, Vocabulary, from_json
 from tvq.errors import InputError
@@ -86,6 +86,8 @@ def drawing(c: Config) -> dict[str, Any]:
         "length": c.sample.length,
         "temperature": c.sample.temperature,
         "p_nucleus": c.sample.nucleus,
+        "min_p": c.sample.min_p,
+        "penalty": c.sample.repetition_penalty,
         "end": None if c.sample.past_end else END,
     }
 
@@ -101,6 +103,21 @@ def encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
         raise InputError(
             f"a prompt is not UTF-8, which a model of {vocabulary.name} needs: {prompt[:60]!r}"
         ) from error
+
+
+def decoded(vocabulary: Vocabulary, ids_T: np.ndarray) -> str:
+    return vocabulary.decode(ids_T).decode(errors="replace")
+
+
+def over(vocabulary: Vocabulary, c: Config) -> draw.IsOver | None:
+    """Whether a stop string has been drawn; None if there is none to look for."""
+    stops = stop_strings(c.sample.stop)
+
+    def is_over(prompt_T: np.ndarray, drawn_T: np.ndarray) -> bool:
+        text = decoded(vocabulary, np.concatenate([prompt_T, drawn_T]))
+        return detokenize.before_stop(text, len(decoded(vocabulary, prompt_T)), stops) != text
+
+    return is_over if stops else None
 
 
 def texts(
@@ -119,26 +136,43 @@ def texts(
     """
     given = [encoded(vocabulary, prompt) for prompt in prompts]
     options, key = drawing(c), jax.random.key(c.sample.seed)
+    stops, is_over = stop_strings(c.sample.stop), over(vocabulary, c)
     if not stream:
         n_sample, batch_size = c.sample.n_sample, c.sample.batch_size
         drawn = draw.answers(
-            weights, before, given, n_sample, key, batch_size=batch_size, tell=tell, **options
+            weights,
+            before,
+            given,
+            n_sample,
+            key,
+            batch_size=batch_size,
+            tell=tell,
+            is_over=is_over,
+            **options,
         )
-        # Decoded with the prompt: its end may decide how the first piece is written.
-        yield from ([vocabulary.decode(ids_T).decode(errors="replace")] for ids_T in drawn)
+        for i, whole_T in enumerate(drawn):
+            # Decoded with the prompt: its end may decide how the first piece is written.
+            start = len(decoded(vocabulary, given[i // n_sample]))
+            yield [detokenize.before_stop(decoded(vocabulary, whole_T), start, stops)]
         return
     for ids_T in given:
         prefix = draw.read_on(weights, before, ids_T, options["model"], tell)
         tell("")
         for number in range(c.sample.n_sample):
-            more = draw.continuation(weights, prefix, number, key, **options)
-            yield detokenize.stream(vocabulary, itertools.chain([ids_T], more))
+            more = draw.continuation(
+                weights, prefix, number, key, prompts=[ids_T], is_over=is_over, **options
+            )
+            text = detokenize.stream(vocabulary, itertools.chain([ids_T], more))
+            yield detokenize.until_stop(text, len(decoded(vocabulary, ids_T)), stops)
 
 
 def read_prompts(path: epath.Path) -> list[str]:
-    """The prompts in a file: one a line, in `.jsonl` the field `prompt` of a line. InputError: none."""
+    """The prompts in a file, or for `-` in standard input: one a line, in `.jsonl` its field `prompt`.
+
+    InputError: there is none.
+    """
     try:
-        text = path.read_text()
+        text = sys.stdin.read() if str(path) == "-" else path.read_text()
     except OSError as error:
         raise InputError(f"--prompts={path}: cannot read it ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -298,7 +332,7 @@ def sample(
     vocabulary = from_json(restored.data["vocabulary"])
     weights = restored.state.weights
     if restored.data["image_size"]:
-        if stream or document or save_state or from_state or c.sample.prompt:
+        if stream or document or save_state or from_state or c.sample.prompt or c.sample.stop:
             raise InputError("this model draws images: it takes --prompts of images and --output, not text")
         folder = epath.Path(output) if output else unused(workdir / "samples" / f"step_{restored.step}")
         check_output(folder)

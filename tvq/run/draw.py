@@ -1,6 +1,7 @@
 """Drawing: a prompt is read in parallel, then continued at constant memory and cost a token."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ CHUNK = 16
 DRAWN = -1
 # Hears in words how far it is.
 Tell = Callable[[str], Any]
+# Whether a text is over, told the ids of its prompt and those drawn so far.
+IsOver = Callable[[np.ndarray, np.ndarray], bool]
 
 
 class Prefix(NamedTuple):
@@ -57,17 +60,29 @@ def choose(
     sequence_B: jax.Array,
     temperature: float,
     p_nucleus: float,
+    min_p: float = 0.0,
 ) -> jax.Array:
-    """A token `[B]` int32 for each sequence; the draw is a function of key, position and sequence."""
+    """A token `[B]` int32 for each sequence; the draw is a function of key, position and sequence.
+
+    It is drawn from the nucleus, less the tokens whose probability is below min_p times the largest.
+    """
     limits = jnp.finfo(log_probs_BC.dtype)
     if temperature < float(limits.tiny):  # on some devices it would be zero
         return jnp.argmax(log_probs_BC, -1).astype(jnp.int32)
     # The likeliest token is at zero, so that no quotient of its own overflows, however cold.
     shifted_BC = log_probs_BC - jnp.max(log_probs_BC, -1, keepdims=True)
-    logits_BC = nucleus(shifted_BC / min(temperature, float(limits.max)), p_nucleus)
+    logits_BC = shifted_BC / min(temperature, float(limits.max))
+    is_likely_BC = logits_BC >= math.log(min_p) if min_p > 0 else True
+    logits_BC = jnp.where(is_likely_BC, nucleus(logits_BC, p_nucleus), REMOVED)
     key = jax.random.fold_in(key, position)
     keys_B = jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(sequence_B)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BC).astype(jnp.int32)
+
+
+def penalised(log_probs_BC: jax.Array, said_BC: jax.Array, penalty: float) -> jax.Array:
+    """The log-probability of each token that was `said` times the penalty; the end of a text never is."""
+    said_BC = said_BC & (jnp.arange(said_BC.shape[-1]) != END)[None]
+    return jnp.where(said_BC, penalty * log_probs_BC, log_probs_BC)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -76,7 +91,11 @@ def read(weights: lm.Weights, tokens_BT: jax.Array, state: lm.State, model: Mode
     return lm.forward(weights, tokens_BT, jnp.ones_like(tokens_BT), state, model)[1]
 
 
-@partial(jax.jit, static_argnames=("model", "temperature", "p_nucleus"), donate_argnames="decoding")
+@partial(
+    jax.jit,
+    static_argnames=("model", "temperature", "p_nucleus", "min_p", "penalty"),
+    donate_argnames="decoding",
+)
 def write(
     weights: lm.Weights,
     decoding: lm.Decoding,
@@ -87,22 +106,30 @@ def write(
     model: Model,
     temperature: float,
     p_nucleus: float,
-) -> tuple[lm.Decoding, jax.Array]:
+    min_p: float = 0.0,
+    said_BC: jax.Array | None = None,
+    penalty: float = 1.0,
+) -> tuple[lm.Decoding, jax.Array, jax.Array | None]:
     """The T tokens that follow `token_B`, `[B,T]` int32: those given, drawn where DRAWN stands.
 
-    One loop on the device. Sequences of another length are then read and continued side by side.
+    One loop on the device. Sequences of another length are then read and continued side by side. Tokens that
+    were `said` are penalised, and those that are drawn are said from then on; None: none is.
     """
 
     def follow(carry: tuple, given_B: jax.Array) -> tuple:
-        decoding, token_B = carry
+        decoding, token_B, said_BC = carry
         position = decoding.position
         log_probs_BC, decoding = lm.step(weights, token_B, decoding, model)
-        token_B = choose(log_probs_BC, key, position, sequence_B, temperature, p_nucleus)
+        if said_BC is not None:
+            log_probs_BC = penalised(log_probs_BC, said_BC, penalty)
+        token_B = choose(log_probs_BC, key, position, sequence_B, temperature, p_nucleus, min_p)
         token_B = jnp.where(given_B == DRAWN, token_B, given_B)
-        return (decoding, token_B), token_B
+        if said_BC is not None:
+            said_BC |= jax.nn.one_hot(token_B, said_BC.shape[-1], dtype=bool)
+        return (decoding, token_B, said_BC), token_B
 
-    (decoding, _), tokens_TB = jax.lax.scan(follow, (decoding, token_B), given_BT.T)
-    return decoding, tokens_TB.T
+    (decoding, _, said_BC), tokens_TB = jax.lax.scan(follow, (decoding, token_B, said_BC), given_BT.T)
+    return decoding, tokens_TB.T, said_BC
 
 
 @partial(jax.jit, static_argnames="model")
@@ -157,12 +184,17 @@ def chunks(
     length: int,
     temperature: float,
     p_nucleus: float,
+    min_p: float = 0.0,
+    penalty: float = 1.0,
     end: int | None = None,
+    prompts: Sequence[np.ndarray] = (),
+    is_over: IsOver | None = None,
 ) -> Iterator[np.ndarray]:
     """What follows the first unread token of each prefix, `[B,CHUNK]` at a time, until all drew `length`.
 
-    The prefixes' states are equally long; `sequences` are the numbers that draw. Once every sequence has
-    drawn `end` the rest is filled with it: the number of chunks does not depend on what is drawn.
+    The prefixes' states are equally long; `sequences` are the numbers that draw. The tokens of the `prompts`
+    are penalised too. Once every sequence has drawn `end` or is over, the rest is filled with ends: the
+    number of chunks does not depend on what is drawn.
     """
     decoding = begin(weights, beside([prefix.state for prefix in prefixes], model), model)
     n_token = max(len(prefix.rest_T) for prefix in prefixes) - 1 + length
@@ -172,18 +204,34 @@ def chunks(
     token_B = jnp.asarray([prefix.rest_T[0] for prefix in prefixes])
     sequence_B = jnp.asarray(sequences)
     has_ended_B = np.zeros(len(prefixes), bool)
+    said_BC = None if penalty == 1 else jnp.asarray(said(prompts, len(prefixes), model))
+    before: list[np.ndarray] = []
     for start in range(0, given_BT.shape[1], CHUNK):
         given = given_BT[:, start : start + CHUNK]
         if has_ended_B.all():
-            yield np.full_like(given, end)
+            yield np.full_like(given, END)
             continue
-        decoding, tokens_BT = write(
-            weights, decoding, token_B, jnp.asarray(given), sequence_B, key, model, temperature, p_nucleus
-        )
+        decoding, tokens_BT, said_BC = write(
+            weights, decoding, token_B, jnp.asarray(given), sequence_B, key, model, temperature, p_nucleus,
+            min_p, said_BC, penalty,
+        )  # fmt: skip
         token_B, drawn_BT = tokens_BT[:, -1], np.asarray(tokens_BT)
         if end is not None:
             has_ended_B |= ((drawn_BT == end) & (given == DRAWN)).any(1)
+        if is_over is not None:
+            before.append(drawn_BT)
+            for i, row in enumerate(np.concatenate(before, 1)):
+                first = len(prefixes[i].rest_T) - 1
+                has_ended_B[i] |= is_over(prompts[i], row[first : first + length])
         yield drawn_BT
+
+
+def said(prompts: Sequence[np.ndarray], n_row: int, model: Model) -> np.ndarray:
+    """Which tokens occur in each prompt, `[B,C]`; none where there are no prompts."""
+    said_BC = np.zeros((n_row, model.n_vocab), bool)
+    for row, prompt_T in zip(said_BC, prompts, strict=False):
+        row[prompt_T] = True
+    return said_BC
 
 
 def until(tokens_T: np.ndarray, end: int | None) -> np.ndarray:
@@ -213,6 +261,7 @@ def answers(
         key,
         model=model,
         tell=tell,
+        prompts=[prompts[i] for i, _ in asked],
         **options,
     )
     return [np.concatenate([prompts[i], row_T]) for (i, _), row_T in zip(asked, found, strict=True)]
@@ -227,6 +276,7 @@ def continuations(
     batch_size: int,
     length: int,
     end: int | None = None,
+    prompts: Sequence[np.ndarray] = (),
     tell: Tell = lambda line: None,
     **options: Any,
 ) -> list[np.ndarray]:
@@ -245,6 +295,7 @@ def continuations(
     for number, batch in enumerate(batches):
         rows = batch + batch[-1:] * (B - len(batch))
         of_rows = [prefixes[i] for i in rows], [sequences[i] for i in rows]
+        options["prompts"] = [prompts[i] for i in rows] if prompts else ()
         drawn: list[np.ndarray] = []
         for more_BT in chunks(weights, *of_rows, key, length=length, end=end, **options):
             drawn.append(more_BT)

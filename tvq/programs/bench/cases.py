@@ -228,7 +228,7 @@ def _write_on(
     write: Callable, weights: lm.Weights, decodings: dict[int, lm.Decoding], context: int, *rest: Any
 ) -> jax.Array:
     """The tokens that follow those of the call before, whose state was donated."""
-    decodings[context], tokens_BT = write(weights, decodings[context], *rest)
+    decodings[context], tokens_BT, _ = write(weights, decodings[context], *rest)
     return tokens_BT
 
 
