@@ -55,9 +55,8 @@ def test_a_start_imports_what_its_command_needs() -> None:
 
 def test_every_command_has_its_program() -> None:
     for name, command in COMMANDS.items():
-        own = {flag.removeprefix("--"): None for flag in command.own} | (
-            {"at": None} if command.at_step else {}
-        )
+        own = {flag.removeprefix("--"): None for flag in command.own}
+        own |= {"at": None} if command.at_step else {}
         given = {"options": 0, "config": 3, "devices": 4}[command.takes]
         signature = inspect.signature(__main__.program(command.start))
         assert signature.bind_partial(*[None] * given, **own), f"{name}: TypeError if it does not take these"
