@@ -268,7 +268,7 @@ def test_other_ends_without_a_traceback(
     exit_code: int,
     message: str,
 ) -> None:
-    def fail(*_: Any) -> int:
+    def fail(*_: Any, **__: Any) -> int:
         raise error
 
     monkeypatch.setattr(train, "train", fail)
@@ -279,7 +279,7 @@ def test_other_ends_without_a_traceback(
 def test_a_mistake_of_ours_keeps_its_traceback(
     tvq: Program, here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train, "train", lambda *_: json.loads("{"))
+    monkeypatch.setattr(train, "train", lambda *_, **__: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         here("train", *tvq.options(tmp_path))
 

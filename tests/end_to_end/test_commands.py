@@ -337,7 +337,7 @@ def test_a_terminal_shows_one_live_line(tvq: Program, run: Path) -> None:
 def test_quiet_is_plain_lines(
     tvq: Program, here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def program(*_: object) -> int:
+    def program(*_: object, **__: object) -> int:
         with metrics.Console() as console:
             console.progress("batch 1 of 1", brief=True)
             console.progress("step 1")

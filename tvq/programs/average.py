@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tvq import cluster, config, sharding
+from tvq import cluster, schema, sharding
 from tvq.config import Config
 from tvq.errors import InputError
 from tvq.programs import interop
@@ -16,7 +16,7 @@ from tvq.run.checkpoint import Restored
 
 
 def average(
-    c: Config,
+    config: Config,
     run: epath.Path,
     place: cluster.Place,
     log: cluster.Log,
@@ -29,10 +29,10 @@ def average(
     place.check_alone("average")
     chosen = choose(workdir.steps(run), steps, last)
     interop.check_output(output)
-    mesh, console = sharding.make(config.Mesh(), jax.devices()[:1]), metrics.Console()
-    whole = mean(restore.weights(c, run, mesh, log.say, step) for step in chosen)
+    mesh, console = sharding.make(schema.Mesh(), jax.devices()[:1]), metrics.Console()
+    whole = mean(restore.weights(config, run, mesh, log.say, step) for step in chosen)
     named = ", ".join(map(str, chosen))
-    console.say(interop.write(c, output, whole, {"averaged": named}, f"the mean of steps {named}"))
+    console.say(interop.write(config, output, whole, {"averaged": named}, f"the mean of steps {named}"))
     console.say(f"to use them: tvq import --input={output} --workdir=NEW")
     return 0
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from tvq import atomic, config, paths
+from tvq import atomic, paths
 from tvq import model as lm
-from tvq.config import Config, Model
+from tvq.config import Config, Model, differences, to_dict
 from tvq.data.corpus import Corpus
 from tvq.errors import InputError
 from tvq.programs import evaluate
@@ -76,7 +76,7 @@ def source(**options: str | None) -> Source | None:
 
 
 def find(
-    c: Config, workdir: epath.Path, asked: Source | None, placed: TrainState, corpus: Corpus
+    config: Config, workdir: epath.Path, asked: Source | None, placed: TrainState, corpus: Corpus
 ) -> Parent | None:
     """The checkpoint that the run in `workdir` starts from; None if it has one of its own, or starts new.
 
@@ -88,11 +88,11 @@ def find(
     if steps(workdir):
         return None
     parent = read_parent(asked)
-    check_model(c.model, parent)
+    check_model(config.model, parent)
     evaluate.check_same_vocabulary(corpus, parent.step, parent.data)
     if parent.takes == "state":
-        parent = with_optimizer(c, parent, placed)
-    check_steps(c, parent)
+        parent = with_optimizer(config, parent, placed)
+    check_steps(config, parent)
     return parent
 
 
@@ -171,7 +171,7 @@ def _without_optional(kinds: dict[str, str]) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if name not in restore.OPTIONAL}
 
 
-def with_optimizer(c: Config, parent: Parent, placed: TrainState) -> Parent:
+def with_optimizer(config: Config, parent: Parent, placed: TrainState) -> Parent:
     """The parent, with the parts of the optimizer's state that both have.
 
     It is taken for its weights alone if the optimizer's own part, or that of the schedule, is not among them.
@@ -182,9 +182,9 @@ def with_optimizer(c: Config, parent: Parent, placed: TrainState) -> Parent:
         for name, part in placed.opt_state.items()
         if parent.arrays(f"opt_state.{name}.") == kinds({name: part})
     ]
-    if {c.optimizer.name, "schedule"} & placed.opt_state.keys() <= set(parts):
+    if {config.optimizer.name, "schedule"} & placed.opt_state.keys() <= set(parts):
         return parent._replace(parts=tuple(parts))
-    now, then = dataclasses.asdict(c.optimizer), parent.meta["config"]["optimizer"]
+    now, then = dataclasses.asdict(config.optimizer), parent.meta["config"]["optimizer"]
     reasons = [
         f"config.optimizer.{name} is {now[name]!r}, not {then[name]!r}"
         for name in ("name", *then)
@@ -193,27 +193,27 @@ def with_optimizer(c: Config, parent: Parent, placed: TrainState) -> Parent:
     return parent._replace(takes="weights", fresh=tuple(dict.fromkeys(reasons)) or ("its arrays differ",))
 
 
-def check_steps(c: Config, parent: Parent) -> None:
+def check_steps(config: Config, parent: Parent) -> None:
     """InputError if there is nothing to train, or a sequence of several updates would be cut."""
     step, option = parent.first_step, parent.source.option
-    n_update = c.train.sequence_len // c.train.update_len
-    if step >= c.train.steps:
+    n_update = config.train.sequence_len // config.train.update_len
+    if step >= config.train.steps:
         raise InputError(
-            f"{option} continues at step {step}, and config.train.steps is {c.train.steps}: raise it above"
-            f" {step}, or take the weights alone with --from_weights, which starts at step 0"
+            f"{option} continues at step {step}, and config.train.steps is {config.train.steps}: raise it"
+            f" above {step}, or take the weights alone with --from_weights, which starts at step 0"
         )
     fitting = [str(saved) for saved in steps(parent.source.run) if saved % n_update == 0]
     if step % n_update:
         raise InputError(
             f"{option} continues at step {step}, in the midst of a sequence of {n_update} updates"
-            f" (config.train.sequence_len {c.train.sequence_len} / update_len {c.train.update_len}); start"
-            f" from a multiple of {n_update} with RUN@STEP (it has {', '.join(fitting) or 'none'}), or with"
-            " --from_weights, which starts at step 0"
+            f" (config.train.sequence_len {config.train.sequence_len} / update_len"
+            f" {config.train.update_len}); start from a multiple of {n_update} with RUN@STEP (it has"
+            f" {', '.join(fitting) or 'none'}), or with --from_weights, which starts at step 0"
         )
 
 
 def resume(
-    c: Config,
+    config: Config,
     corpus: Corpus,
     placed: TrainState,
     tx: Any,
@@ -229,11 +229,11 @@ def resume(
     """
     restored = checkpoints.restore(placed, say)
     if restored is None and parent is not None:
-        return take(c, parent, placed, tx, say), parent.first_step
+        return take(config, parent, placed, tx, say), parent.first_step
     if restored is None:
         shardings = jax.tree.map(lambda x: x.sharding, placed)
         init = jax.jit(state.init, static_argnums=(0, 1, 2), out_shardings=shardings)
-        return init(c.model, tx, c.train.seed), 0
+        return init(config.model, tx, config.train.seed), 0
     evaluate.check_same_vocabulary(corpus, restored.step, restored.data)
     if restored.data["fingerprint"] not in (None, corpus.fingerprint):  # None: weights from elsewhere
         raise InputError(
@@ -244,7 +244,7 @@ def resume(
     return restored.state, restored.step
 
 
-def take(c: Config, parent: Parent, placed: TrainState, tx: Any, say: Say) -> TrainState:
+def take(config: Config, parent: Parent, placed: TrainState, tx: Any, say: Say) -> TrainState:
     """The state that the new run starts with, on its mesh."""
     wanted: dict[str, Any] = {"weights": placed.weights}
     if parent.takes == "state":
@@ -258,7 +258,7 @@ def take(c: Config, parent: Parent, placed: TrainState, tx: Any, say: Say) -> Tr
         raise InputError(f"{option}: checkpoint {parent.step} holds {NOT_FINITE} in {', '.join(broken)}")
 
     def begin(weights: lm.Weights, kept: dict) -> TrainState:
-        now = state.init(c.model, tx, c.train.seed, weights)  # its key is that of the seed
+        now = state.init(config.model, tx, config.train.seed, weights)  # its key is that of the seed
         return now._replace(step=jnp.int32(parent.first_step), opt_state=now.opt_state | kept)
 
     shardings = jax.tree.map(lambda x: x.sharding, placed)
@@ -272,17 +272,17 @@ def take(c: Config, parent: Parent, placed: TrainState, tx: Any, say: Say) -> Tr
             f"the optimizer is new, and its schedule starts at step 0: {'; '.join(parent.fresh)}. To continue"
             " the step, keep the parent's optimizer"
         )
-    for line in changes(c, parent):
+    for line in changes(config, parent):
         say(f"  {line}")
     return now
 
 
-def changes(c: Config, parent: Parent) -> list[str]:
+def changes(config: Config, parent: Parent) -> list[str]:
     """A line for each field that decides numbers and differs from the parent's."""
-    return config.differences(parent.meta["config"], config.to_dict(c), "in the parent")
+    return differences(parent.meta["config"], to_dict(config), "in the parent")
 
 
-def record(workdir: epath.Path, c: Config, parent: Parent | None) -> None:
+def record(workdir: epath.Path, config: Config, parent: Parent | None) -> None:
     """Writes where a branch starts, and the rows before that, so that the parent is not needed any more."""
     if parent is None:
         return
@@ -294,7 +294,7 @@ def record(workdir: epath.Path, c: Config, parent: Parent | None) -> None:
         "asked": parent.source.takes,
         "takes": parent.takes,
         "first_step": parent.first_step,
-        "changed": changes(c, parent),
+        "changed": changes(config, parent),
         "fingerprint": parent.data["fingerprint"],  # of the data that the parent was trained on
     }
     atomic.write(workdir / FILE, json.dumps(origin, indent=1) + "\n")

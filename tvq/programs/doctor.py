@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq import cluster, config, sharding
+from tvq import cluster, schema, sharding
 from tvq import model as lm
 from tvq.config import Config
 from tvq.errors import InputError
@@ -36,13 +36,13 @@ class Finding(NamedTuple):
     is_lost: bool = False  # the run is lost: all other findings follow from this one
 
 
-def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+def doctor(config: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints what is wrong; returns 0 if nothing is, else FOUND. InputError: there is nothing to read yet.
 
     A failure of the doctor itself exits with FAILED, not with FOUND as an exception would.
     """
     try:
-        return examine(c, workdir, log)
+        return examine(config, workdir, log)
     except InputError:
         raise
     except Exception as error:
@@ -52,12 +52,12 @@ def doctor(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Lo
         raise SystemExit(FAILED) from error
 
 
-def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
+def examine(config: Config, workdir: epath.Path, log: cluster.Log) -> int:
     console = metrics.Console()
     path = workdir / records.FILE
     rows, broken = runs.read_rows(path) if path.exists() else ([], [])
-    snapshot, step = newest_snapshot(c, workdir, bool(rows), console.say, broken)
-    findings = all_findings(c, rows, snapshot)
+    snapshot, step = newest_snapshot(config, workdir, bool(rows), console.say, broken)
+    findings = all_findings(config, rows, snapshot)
     last = f"{rows[-1]['step']:,}" if rows else "none"
     seen = f"codebooks of step {step:,}" if snapshot else "no codebooks"
     console.say(f"{workdir}: rows to step {last}, {seen}")
@@ -71,7 +71,7 @@ def examine(c: Config, workdir: epath.Path, log: cluster.Log) -> int:
 
 
 def newest_snapshot(
-    c: Config, workdir: epath.Path, has_rows: bool, say: Callable[[str], None], broken: list[str]
+    config: Config, workdir: epath.Path, has_rows: bool, say: Callable[[str], None], broken: list[str]
 ) -> tuple[dict[str, np.ndarray], int]:
     """The newest readable snapshot, or the use of codes in the newest checkpoint, and its step.
 
@@ -84,22 +84,24 @@ def newest_snapshot(
         except InputError as error:
             broken.append(str(error))
     try:
-        restored = restore.weights(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), say)
+        restored = restore.weights(config, workdir, sharding.make(schema.Mesh(), jax.devices()[:1]), say)
     except InputError as error:
         if not has_rows:
             raise
         broken.append(str(error))
         return {}, 0
-    initial = c.model.c_gamma**restored.step
+    initial = config.model.c_gamma**restored.step
     return jax.device_get(lm.use(restored.state.weights, initial)), restored.step
 
 
-def all_findings(c: Config, rows: Sequence[metrics.Row], snapshot: dict[str, np.ndarray]) -> list[Finding]:
-    findings = list(of_rows(c, rows))
-    return findings if any(f.is_lost for f in findings) else [*findings, *of_codebooks(c, snapshot)]
+def all_findings(
+    config: Config, rows: Sequence[metrics.Row], snapshot: dict[str, np.ndarray]
+) -> list[Finding]:
+    findings = list(of_rows(config, rows))
+    return findings if any(f.is_lost for f in findings) else [*findings, *of_codebooks(config, snapshot)]
 
 
-def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
+def of_rows(config: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
     trained = [row for row in rows if row["split"] == "train" and "grad_norm" in row]
     broken = next((row["step"] for row in trained if row["loss"] is None or row["grad_norm"] is None), None)
     if broken is not None:
@@ -110,26 +112,26 @@ def of_rows(c: Config, rows: Sequence[metrics.Row]) -> Iterator[Finding]:
         )
         return
     newest = [row["loss"] for row in trained[-5:]]
-    if newest and metrics.has_diverged(median(newest), c.model.n_vocab):
+    if newest and metrics.has_diverged(median(newest), config.model.n_vocab):
         yield Finding(
             f"the loss is {newest[-1]:.4g} at step {trained[-1]['step']:,}, worse than the"
-            f" {math.log(c.model.n_vocab):.3f} of guessing",
-            f"it has diverged: lower config.optimizer.lr_max {c.optimizer.lr_max:g}, in another workdir",
+            f" {math.log(config.model.n_vocab):.3f} of guessing",
+            f"it has diverged: lower config.optimizer.lr_max {config.optimizer.lr_max:g}, in another workdir",
             is_lost=True,
         )
         return
-    yield from (Finding(f"the schedule: {what}", remedy) for what, remedy in describe.of_schedule(c))
-    settled = [row for row in trained if row["step"] > c.optimizer.n_warmup_step]
-    yield from of_spikes(c, trained)
+    yield from (Finding(f"the schedule: {what}", remedy) for what, remedy in describe.of_schedule(config))
+    settled = [row for row in trained if row["step"] > config.optimizer.n_warmup_step]
+    yield from of_spikes(config, trained)
     if len(settled) >= LEAST_ROWS:
-        yield from of_trend(c, settled)
-        yield from of_clipping(c, settled)
+        yield from of_trend(config, settled)
+        yield from of_clipping(config, settled)
     yield from of_evaluations(rows)
     if trained:
         yield from of_time(trained[-1])
 
 
-def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
+def of_spikes(config: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
     """Losses far above those before, with a high gradient or neighbour too: else it is a hard batch."""
     losses, norms = ([row[name] for row in trained] for name in ("loss", "grad_norm"))
     usual = lambda values, i: median(values[i - 5 : i])
@@ -138,7 +140,7 @@ def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
     spikes = [i for i in high if norms[i] > SPIKE_NORM * usual(norms, i) or high & {i - 1, i + 1}]
     if spikes:
         i = max(spikes, key=heights.__getitem__)
-        o, clip = c.optimizer, float(f"{1.5 * median(norms):.2g}")
+        o, clip = config.optimizer, float(f"{1.5 * median(norms):.2g}")
         is_tighter = not 0 < o.grad_clip <= clip
         yield Finding(
             f"the loss spikes in {len(spikes)} of {len(losses)} rows: at step {trained[i]['step']:,} it is"
@@ -148,7 +150,7 @@ def of_spikes(c: Config, trained: Sequence[metrics.Row]) -> Iterator[Finding]:
         )
 
 
-def of_trend(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
+def of_trend(config: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
     third = len(settled) // 3
     thirds = [settled[:third], settled[third:-third], settled[-third:]]
     first, middle, last = (median(row["loss"] for row in part) for part in thirds)
@@ -156,17 +158,17 @@ def of_trend(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
     if last > RISING * min(first, middle):
         yield Finding(
             f"the loss rises {span}: {min(first, middle):.3f}, then {last:.3f}",
-            f"the run is diverging: lower config.optimizer.lr_max {c.optimizer.lr_max:g}",
+            f"the run is diverging: lower config.optimizer.lr_max {config.optimizer.lr_max:g}",
         )
     elif first - last < FLAT * first:
         yield Finding(
             f"the loss is flat {span}: {first:.3f}, then {last:.3f}",
-            f"raise config.optimizer.lr_max {c.optimizer.lr_max:g}, or stop: it has learnt what it can",
+            f"raise config.optimizer.lr_max {config.optimizer.lr_max:g}, or stop: it has learnt what it can",
         )
 
 
-def of_clipping(c: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
-    norms, clip = [row["grad_norm"] for row in settled], c.optimizer.grad_clip
+def of_clipping(config: Config, settled: Sequence[metrics.Row]) -> Iterator[Finding]:
+    norms, clip = [row["grad_norm"] for row in settled], config.optimizer.grad_clip
     if 0 < clip < min(norms):
         yield Finding(
             f"the gradient is clipped in every row: its norm is {median(norms):.2g}, the limit {clip:g}",
@@ -201,18 +203,20 @@ def of_time(row: metrics.Row) -> Iterator[Finding]:
             )
 
 
-def of_codebooks(c: Config, snapshot: dict[str, np.ndarray]) -> Iterator[Finding]:
+def of_codebooks(config: Config, snapshot: dict[str, np.ndarray]) -> Iterator[Finding]:
     """`snapshot` is the result of `lm.snapshot`, or of `lm.use` alone, or nothing."""
     if not snapshot:
         return
-    m, o = c.model, c.optimizer
+    m, o = config.model, config.optimizer
     crowded_NHS = np.where(snapshot["usage"] > lm.OVERUSED, snapshot["usage"], 0.0)
-    yield from over(snapshot["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(c, snapshot))
+    yield from over(
+        snapshot["dead"], DEAD, f"{{:.0%}} of {m.n_code} codes are dead", more_even(config, snapshot)
+    )
     yield from over(
         crowded_NHS.sum(-1) / m.n_code,
         CROWDED,
         f"{{:.0%}} of the keys choose codes used over {lm.OVERUSED:g} times an even share",
-        more_even(c, snapshot),
+        more_even(config, snapshot),
     )
     if "churn" not in snapshot:
         return
@@ -240,9 +244,9 @@ def of_codebooks(c: Config, snapshot: dict[str, np.ndarray]) -> Iterator[Finding
     )
 
 
-def more_even(c: Config, snapshot: dict[str, np.ndarray]) -> str:
+def more_even(config: Config, snapshot: dict[str, np.ndarray]) -> str:
     """What to do about codes that are hardly used."""
-    m, t = c.model, c.train
+    m, t = config.model, config.train
     # In this many updates a code with a hundredth of an even share is chosen about once.
     n = max(20, t.sequence_len // t.update_len, 100 * m.n_code // (t.global_batch_size * t.update_len))
     n = min(n, m.revive_codes // 2) if m.revive_codes else n

@@ -16,9 +16,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tvq import cluster, config, sharding
+from tvq import cluster, sharding
 from tvq import model as lm
-from tvq.config import Config, Model
+from tvq.config import Config, Model, common
 from tvq.data import prepared, vocabulary
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Streams
@@ -31,36 +31,36 @@ from tvq.training import loss
 MAX_NATS = 700.0
 
 
-def reader(config: Model, mesh: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
+def reader(model: Model, mesh: Mesh, shard_params: bool = False) -> tuple[Callable, Callable]:
     """Two jitted functions: `empty(n_row)`, the state before the first token of every row, and `read`:
 
     `(weights, piece [B_global,U], state) -> (nats [B_global,U], state)`. The old state is donated.
     """
-    config = lm.for_platform(config, sharding.platform(mesh))
-    axes = sharding.axes(mesh, config, shard_params)
-    state_specs = lm.state_specs(config, axes)
+    model = lm.for_platform(model, sharding.platform(mesh))
+    axes = sharding.axes(mesh, model, shard_params)
+    state_specs = lm.state_specs(model, axes)
     places = jax.tree.map(lambda spec: sharding.sharding(mesh, spec), state_specs)
 
     def read(weights: lm.Weights, piece: dict, state: lm.State) -> tuple:
         inputs_BT, targets_BT, mask_BT = piece["inputs"], piece["targets"], piece["loss_mask"]
-        weights = lm.gather(weights, config, axes)
-        x_BTD, state, *_ = lm.forward(weights, inputs_BT, mask_BT, state, config, None, axes)
-        return loss.token_nll(weights, x_BTD, targets_BT, mask_BT, config), state
+        weights = lm.gather(weights, model, axes)
+        x_BTD, state, *_ = lm.forward(weights, inputs_BT, mask_BT, state, model, None, axes)
+        return loss.token_nll(weights, x_BTD, targets_BT, mask_BT, model), state
 
     sharded = jax.shard_map(
         read,
         mesh=mesh,
-        in_specs=(lm.specs(config, axes), sharding.spec("BT", axes), state_specs),
+        in_specs=(lm.specs(model, axes), sharding.spec("BT", axes), state_specs),
         out_specs=(sharding.spec("BT", axes), state_specs),
     )
     whole = sharding.sharding(mesh, sharding.WHOLE)
-    empty = jax.jit(lambda n_row: lm.start(config, n_row), static_argnums=0, out_shardings=places)
+    empty = jax.jit(lambda n_row: lm.start(model, n_row), static_argnums=0, out_shardings=places)
     return empty, jax.jit(sharded, donate_argnums=2, out_shardings=(whole, places))
 
 
-def apart(config: Model) -> Model:
+def apart(model: Model) -> Model:
     """The model, reading each document as if it were alone, whatever else is in its row."""
-    return dataclasses.replace(config, attend_across_documents=False)
+    return dataclasses.replace(model, attend_across_documents=False)
 
 
 class ByContext:
@@ -144,14 +144,14 @@ def result(nats: float, n_token: int, info: prepared.Split) -> dict[str, float]:
     return scores
 
 
-def batch_size(c: Config) -> int:
+def batch_size(config: Config) -> int:
     """Sequences of an evaluation batch."""
-    return c.evaluate.batch_size or c.train.global_batch_size
+    return config.evaluate.batch_size or config.train.global_batch_size
 
 
-def piece_len(c: Config) -> int:
+def piece_len(config: Config) -> int:
     """Tokens read at a time: as many as training holds in memory."""
-    return c.train.segment_len or c.train.update_len
+    return config.train.segment_len or config.train.update_len
 
 
 def line(name: str, result: dict[str, float], corpus: Corpus) -> str:
@@ -178,11 +178,11 @@ def show(table: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def check_vocabulary(corpus: Corpus, config: Model) -> None:
+def check_vocabulary(corpus: Corpus, model: Model) -> None:
     """InputError if the data's vocabulary size is not the model's."""
-    if corpus.vocabulary.size != config.n_vocab:
+    if corpus.vocabulary.size != model.n_vocab:
         raise InputError(
-            f"config.model.n_vocab is {config.n_vocab} but the data in {corpus.where} has a vocabulary of"
+            f"config.model.n_vocab is {model.n_vocab} but the data in {corpus.where} has a vocabulary of"
             f" {corpus.vocabulary.size} ids ({corpus.vocabulary.name}); set it to {corpus.vocabulary.size}"
         )
 
@@ -198,15 +198,15 @@ def check_same_vocabulary(corpus: Corpus, step: int, data: dict) -> None:
         )
 
 
-def scorer(c: Config, corpus: Corpus, mesh: Mesh) -> Callable:
+def scorer(config: Config, corpus: Corpus, mesh: Mesh) -> Callable:
     """`(weights, progress) -> (result, table by context)` of `evaluate.split`, as configured.
 
     The table is empty if context is not carried. `progress` is called with pieces done and pieces in all.
     """
-    name, carry = c.evaluate.split, c.evaluate.carry
-    sequence_len = 0 if carry else c.train.sequence_len
-    streams = Streams(corpus, name, batch_size(c), piece_len(c), sequence_len)
-    empty, read = reader(apart(c.model) if carry else c.model, mesh, c.mesh.shard_params)
+    name, carry = config.evaluate.split, config.evaluate.carry
+    sequence_len = 0 if carry else config.train.sequence_len
+    streams = Streams(corpus, name, batch_size(config), piece_len(config), sequence_len)
+    empty, read = reader(apart(config.model) if carry else config.model, mesh, config.mesh.shard_params)
 
     def score(weights: lm.Weights, progress: Callable[[int, int], Any]) -> tuple[dict, list]:
         n_piece = len(streams)
@@ -220,33 +220,33 @@ def scorer(c: Config, corpus: Corpus, mesh: Mesh) -> Callable:
 
 
 def evaluate(
-    c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, at: int | None = None
+    config: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, at: int | None = None
 ) -> int:
     """Scores `evaluate.split` with the newest checkpoint, or with that of a step.
 
     Prints a line and, for programs, a row of JSON, which is also written to `workdir/evaluations/`, with all
     that is needed to repeat it.
     """
-    corpus = open_corpus(c.data)
-    check_vocabulary(corpus, c.model)
-    corpus.info(c.evaluate.split)
-    processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
-    mesh = sharding.make(c.mesh, jax.devices(), c)
-    sharding.check(mesh, c)
-    sharding.check_batch(mesh, "evaluate.batch_size", batch_size(c))
+    corpus = open_corpus(config.data)
+    check_vocabulary(corpus, config.model)
+    corpus.info(config.evaluate.split)
+    processes = cluster.start(place, config.cluster, common(config), log.say, stoppable=False)
+    mesh = sharding.make(config.mesh, jax.devices(), config)
+    sharding.check(mesh, config)
+    sharding.check_batch(mesh, "evaluate.batch_size", batch_size(config))
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = restore.weights(c, workdir, mesh, console.say, at)
+        restored = restore.weights(config, workdir, mesh, console.say, at)
         check_same_vocabulary(corpus, restored.step, restored.data)
         weights = restored.state.weights
         so_far = metrics.Progress("evaluating", "pieces")
-        scores, table = scorer(c, corpus, mesh)(
+        scores, table = scorer(config, corpus, mesh)(
             weights,
             lambda done, of: console.progress(so_far.line(done, of), brief=True),
         )
-        row = {"step": restored.step, "split": c.evaluate.split, **scores}
+        row = {"step": restored.step, "split": config.evaluate.split, **scores}
         if table:
             console.say(show(table))
-        console.say(line(c.evaluate.split, scores, corpus))
+        console.say(line(config.evaluate.split, scores, corpus))
         console.say(records.to_json(row))
         if processes.is_main:
             data = {
@@ -254,11 +254,13 @@ def evaluate(
                 "fingerprint": corpus.fingerprint,
                 "vocabulary": vocabulary.describe(corpus.vocabulary),
             }
-            name = f"step_{row['step']}_{row['split']}{'_carried' if c.evaluate.carry else ''}"
+            name = f"step_{row['step']}_{row['split']}{'_carried' if config.evaluate.carry else ''}"
             chosen = {
                 "data": corpus.fingerprint,
-                "sequence_len": 0 if c.evaluate.carry else c.train.sequence_len,
+                "sequence_len": 0 if config.evaluate.carry else config.train.sequence_len,
             }
-            results.record(workdir, c, name, chosen, row | {"by_context": table, "data": data}, mesh, log.say)
+            results.record(
+                workdir, config, name, chosen, row | {"by_context": table, "data": data}, mesh, log.say
+            )
     processes.finish()
     return 0

@@ -10,9 +10,10 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from tvq import atomic, cluster, config, sharding
+from tvq import atomic, cluster, schema, sharding
 from tvq import model as lm
-from tvq.config import Config
+from tvq.config import FILE as CONFIG_FILE
+from tvq.config import Config, to_dict
 from tvq.data import files
 from tvq.data.corpus import open_corpus
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
@@ -50,23 +51,23 @@ def read_original(path: epath.Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in flat.items()}
 
 
-def read_weights(path: epath.Path, c: Config, say: Say = print) -> tuple[lm.Weights, Vocabulary, int]:
+def read_weights(path: epath.Path, config: Config, say: Say = print) -> tuple[lm.Weights, Vocabulary, int]:
     """Weights, vocabulary and image size: from a file of the original program, or our folder or file.
 
     InputError: it is neither, or its arrays are not those of the model; each that differs is listed.
     """
     if is_ours(path):
         arrays, facts = tensors.read("--input", path / WEIGHTS if path.is_dir() else path)
-        like = in_file(jax.eval_shape(lambda: lm.init(c.model, jax.random.key(0))))
+        like = in_file(jax.eval_shape(lambda: lm.init(config.model, jax.random.key(0))))
         arrays = check(path, arrays, {name: tensors.kind(x) for name, x in tensors.named(like).items()}, say)
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in tensors.named(like)])
-        return lm.Weights(tree.pop("params"), tree), *what_it_reads(path, facts, c)
-    vocabulary = vocabulary_of(c)
-    arrays = check(path, read_original(path), lm.original.kinds(c.model), say)
-    return lm.original.weights(arrays, c.model), vocabulary, 0
+        return lm.Weights(tree.pop("params"), tree), *what_it_reads(path, facts, config)
+    vocabulary = vocabulary_of(config)
+    arrays = check(path, read_original(path), lm.original.kinds(config.model), say)
+    return lm.original.weights(arrays, config.model), vocabulary, 0
 
 
-def what_it_reads(path: epath.Path, facts: dict[str, str], c: Config) -> tuple[Vocabulary, int]:
+def what_it_reads(path: epath.Path, facts: dict[str, str], config: Config) -> tuple[Vocabulary, int]:
     """Vocabulary and image size, as `tvq export` recorded them in the file; else those of config.data.
 
     InputError: they are damaged, or the data is missing.
@@ -76,11 +77,15 @@ def what_it_reads(path: epath.Path, facts: dict[str, str], c: Config) -> tuple[V
             return from_json(json.loads(facts["vocabulary"])), int(facts["image_size"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"--input={path}: its record of the vocabulary is damaged: {error}") from error
-    if c.model.n_vocab == ByteVocabulary().size and c.data.source != "tokens" and not c.data.mix:
+    if (
+        config.model.n_vocab == ByteVocabulary().size
+        and config.data.source != "tokens"
+        and not config.data.mix
+    ):
         return ByteVocabulary(), 0
     try:
-        corpus = open_corpus(c.data)
-        evaluate.check_vocabulary(corpus, c.model)
+        corpus = open_corpus(config.data)
+        evaluate.check_vocabulary(corpus, config.model)
     except InputError as error:
         raise InputError(
             f"--input={path} has lost the vocabulary and image size that tvq export recorded, as when another"
@@ -99,9 +104,9 @@ def recorded_config(*, input: str) -> epath.Path:  # noqa: A002
     path = epath.Path(input)
     if is_ours(path) and not path.is_dir():
         path = path.parent
-    if not (path / config.FILE).exists():
-        raise InputError(f"--input={input} comes without {config.FILE}; give --config")
-    return path / config.FILE
+    if not (path / CONFIG_FILE).exists():
+        raise InputError(f"--input={input} comes without {CONFIG_FILE}; give --config")
+    return path / CONFIG_FILE
 
 
 def in_file(weights: lm.Weights) -> dict:
@@ -143,33 +148,40 @@ def check(
     return converted
 
 
-def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, input: str) -> int:  # noqa: A002
+def bring_in(
+    config: Config,
+    workdir: epath.Path,
+    place: cluster.Place,
+    log: cluster.Log,
+    *,
+    input: str,  # noqa: A002
+) -> int:
     """Makes a run at step 0 from weights, with a new optimizer. InputError: they are wrong."""
     place.check_alone("import")
-    if (workdir / config.FILE).exists() or (workdir / "checkpoints").exists():
+    if (workdir / CONFIG_FILE).exists() or (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds a run already; use another folder")
-    check_workdir(workdir, c)
+    check_workdir(workdir, config)
     console = metrics.Console()
-    weights, vocabulary, image_size = read_weights(epath.Path(input), c, console.say)
-    tx = optimizer.make(c.optimizer, c.model)
-    whole = sharding.sharding(sharding.make(config.Mesh(), jax.devices()[:1]), sharding.WHOLE)
+    weights, vocabulary, image_size = read_weights(epath.Path(input), config, console.say)
+    tx = optimizer.make(config.optimizer, config.model)
+    whole = sharding.sharding(sharding.make(schema.Mesh(), jax.devices()[:1]), sharding.WHOLE)
 
     def begin(weights: lm.Weights) -> state.TrainState:
-        return state.init(c.model, tx, c.train.seed, weights)
+        return state.init(config.model, tx, config.train.seed, weights)
 
     now = jax.jit(begin, out_shardings=whole)(weights)
     data: dict[str, Any] = {"fingerprint": None, "seconds": {}}
     data |= {"vocabulary": to_json(vocabulary), "image_size": image_size}
     with cluster.writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(workdir / "checkpoints", keep=c.checkpoint.keep, keep_every=0) as checkpoints:
-        checkpoints.save(0, now, data, config.to_dict(c))
-    record(workdir, c, log)  # last: without it the folder is no run
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=0) as checkpoints:
+        checkpoints.save(0, now, data, to_dict(config))
+    record(workdir, config, log)  # last: without it the folder is no run
     console.say(
         f"{state.n_param(now):,} parameters of {input} are checkpoint 0 of {workdir}; it has no optimizer"
         " state: training continues from these weights with a new one and the schedule's warm-up"
     )
-    if not is_ours(epath.Path(input)) and not c.model.attend_across_documents:
+    if not is_ours(epath.Path(input)) and not config.model.attend_across_documents:
         console.say(
             "warning: these weights come from a program that attends across documents, and"
             " config.model.attend_across_documents is false; for that program's results import them with"
@@ -179,7 +191,7 @@ def bring_in(c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.
 
 
 def send_out(
-    c: Config,
+    config: Config,
     workdir: epath.Path,
     place: cluster.Place,
     log: cluster.Log,
@@ -190,8 +202,8 @@ def send_out(
     """Writes parameters and codebooks of the newest checkpoint, or of a step's, and the config of the run."""
     place.check_alone("export")
     check_output(output)
-    restored = restore.weights(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), log.say, at)
-    metrics.Console().say(write(c, output, restored, {}, f"step {restored.step:,}"))
+    restored = restore.weights(config, workdir, sharding.make(schema.Mesh(), jax.devices()[:1]), log.say, at)
+    metrics.Console().say(write(config, output, restored, {}, f"step {restored.step:,}"))
     return 0
 
 
@@ -202,7 +214,7 @@ def check_output(output: str) -> None:
         raise InputError(f"--output={output} is not an empty folder; use another")
 
 
-def write(c: Config, output: str, restored: Restored, more: dict[str, str], what: str) -> str:
+def write(config: Config, output: str, restored: Restored, more: dict[str, str], what: str) -> str:
     """Writes the weights of `what`, with `more` facts about them, and the config; returns a line about it."""
     folder, now = epath.Path(output), restored.state
     arrays = tensors.named(in_file(now.weights))
@@ -210,14 +222,14 @@ def write(c: Config, output: str, restored: Restored, more: dict[str, str], what
     facts = {"step": str(restored.step), **kept, **more}
     with cluster.writing("--output", folder):
         n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
-        atomic.write(folder / config.FILE, json.dumps(config.to_dict(c), indent=1) + "\n")
+        atomic.write(folder / CONFIG_FILE, json.dumps(to_dict(config), indent=1) + "\n")
     return f"{state.n_param(now):,} parameters of {what} are in {folder}: {n_byte / 1e6:,.1f} MB"
 
 
-def vocabulary_of(c: Config) -> Vocabulary:
+def vocabulary_of(config: Config) -> Vocabulary:
     """Bytes if the model has that many ids, else the data's: the original program's files hold none."""
-    if c.model.n_vocab == ByteVocabulary().size:
+    if config.model.n_vocab == ByteVocabulary().size:
         return ByteVocabulary()
-    corpus = open_corpus(c.data)
-    evaluate.check_vocabulary(corpus, c.model)
+    corpus = open_corpus(config.data)
+    evaluate.check_vocabulary(corpus, config.model)
     return corpus.vocabulary

@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tvq import cluster, config, sharding
-from tvq.config import Config
+from tvq import cluster, sharding
+from tvq.config import Config, to_dict
 from tvq.data import vocabulary
 from tvq.data.corpus import Corpus
 from tvq.data.packing import Sequences
@@ -48,7 +48,8 @@ class Run:
     records: records.Records | None  # on the main process
     home: Home | None  # on the main process
     looks: Looks
-    unread: list[tuple[int, dict]]  # (step, metrics on the device) that have not been read yet
+    # (step, metrics on the device) that have not been read yet.
+    unread: list[tuple[int, dict]] = dataclasses.field(default_factory=list)
 
     def write(self, row: metrics.Row) -> None:
         if self.records is not None:
@@ -248,13 +249,13 @@ def save(run: Run, now: TrainState, step: int) -> None:
     }
     with run.clock.spending("save"):
         try:
-            run.checkpoints.save(step, now, data, config.to_dict(run.config))
+            run.checkpoints.save(step, now, data, to_dict(run.config))
         except (SaveError, ValueError):  # Orbax raises several errors for a missing folder
             look_for_workdir(run)
             if run.home is None or not run.home.is_lost:
                 raise
             # The previous save was lost with the folder, which has been made again.
-            run.checkpoints.save(step, now, data, config.to_dict(run.config))
+            run.checkpoints.save(step, now, data, to_dict(run.config))
 
 
 def look_for_workdir(run: Run) -> None:

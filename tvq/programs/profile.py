@@ -39,7 +39,7 @@ class Cost(NamedTuple):
     n: float  # launches
 
 
-def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+def profile(config: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints the largest costs of the train step on random tokens, and writes the trace to `output`.
 
     InputError: more than one process, or a device whose traces do not name their kernels.
@@ -48,19 +48,19 @@ def profile(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Lo
     console = metrics.Console()
     with cluster.writing("--output", output):
         output.mkdir(parents=True, exist_ok=True)
-    mesh = sharding.make(c.mesh, jax.devices(), c)
-    B, T = c.train.global_batch_size, c.train.sequence_len
-    sharding.check(mesh, c)
-    sharding.check_batch(mesh, "train.global_batch_size", B, c.train.accumulate)
-    tx = optimizer.make(c.optimizer, c.model)
-    places = jax.tree.map(lambda x: x.sharding, state.place(c, tx, mesh))
-    now = jax.jit(lambda: state.init(c.model, tx, c.train.seed), out_shardings=places)()
-    tokens_BT = np.random.default_rng(0).integers(0, c.model.n_vocab, (B, T), np.int32)
+    mesh = sharding.make(config.mesh, jax.devices(), config)
+    B, T = config.train.global_batch_size, config.train.sequence_len
+    sharding.check(mesh, config)
+    sharding.check_batch(mesh, "train.global_batch_size", B, config.train.accumulate)
+    tx = optimizer.make(config.optimizer, config.model)
+    places = jax.tree.map(lambda x: x.sharding, state.place(config, tx, mesh))
+    now = jax.jit(lambda: state.init(config.model, tx, config.train.seed), out_shardings=places)()
+    tokens_BT = np.random.default_rng(0).integers(0, config.model.n_vocab, (B, T), np.int32)
     rows = dict.fromkeys(("inputs", "targets", "loss_mask"), np.ones_like(tokens_BT))
     batch = sharding.global_batch(mesh, rows | {"inputs": tokens_BT, "targets": tokens_BT[:, ::-1]}, B)
     console.say("compiling the train step")
     options = WITHOUT_COMMAND_BUFFERS if sharding.platform(mesh) == "gpu" else None
-    update = train_step.make(c, mesh, tx).lower(now, batch).compile(options)
+    update = train_step.make(config, mesh, tx).lower(now, batch).compile(options)
     now, _ = jax.block_until_ready(update(now, batch))  # the first call differs from the others
     with trace.written(Path(output)):
         for _ in range(N_STEP):

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq import cluster, config, sharding
-from tvq.config import Config
+from tvq import cluster, sharding
+from tvq.config import Config, common
 from tvq.errors import InputError
 from tvq.programs import evaluate
 from tvq.run import metrics, records, restore, results
@@ -114,24 +114,25 @@ def show(table: list[dict[str, Any]], chance: float) -> str:
 
 
 def recall(
-    c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, at: int | None = None
+    config: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, *, at: int | None = None
 ) -> int:
     """Probes the newest checkpoint; prints a table and, for programs, a row of JSON, kept in the workdir."""
-    if not c.model.carries_state:
+    if not config.model.carries_state:
         raise InputError(
-            f"config.model.attention={c.model.attention} carries no state for the probe to be read in pieces"
+            f"config.model.attention={config.model.attention} carries no state for the probe to be read in"
+            " pieces"
         )
-    piece = evaluate.piece_len(c)
-    length, n_row = -(-c.recall.length // piece) * piece, c.recall.n_sequence
-    made = probe(n_row, length, c.model.n_vocab, c.recall.seed)
-    processes = cluster.start(place, c.cluster, config.common(c), log.say, stoppable=False)
-    mesh = sharding.make(c.mesh, jax.devices(), c)
+    piece = evaluate.piece_len(config)
+    length, n_row = -(-config.recall.length // piece) * piece, config.recall.n_sequence
+    made = probe(n_row, length, config.model.n_vocab, config.recall.seed)
+    processes = cluster.start(place, config.cluster, common(config), log.say, stoppable=False)
+    mesh = sharding.make(config.mesh, jax.devices(), config)
     sharding.check_batch(mesh, "recall.n_sequence", n_row)
     rows = sharding.local_rows(mesh, n_row)
     with metrics.Console(silent=not processes.is_main) as console:
-        restored = restore.weights(c, workdir, mesh, console.say, at)
+        restored = restore.weights(config, workdir, mesh, console.say, at)
         now = restored.state
-        empty, read = evaluate.reader(evaluate.apart(c.model), mesh, c.mesh.shard_params)
+        empty, read = evaluate.reader(evaluate.apart(config.model), mesh, config.mesh.shard_params)
         state, nats, so_far = empty(n_row), [], metrics.Progress("probing", "tokens")
         for start in range(0, length, piece):
             cut = lambda x, start=start: np.ascontiguousarray(x[rows, start : start + piece])
@@ -140,13 +141,13 @@ def recall(
             nats_BT, state = read(now.weights, sharding.global_batch(mesh, batch, n_row), state)
             nats.append(np.asarray(nats_BT))
             console.progress(so_far.line(start + piece, length), brief=True)
-        window_BT = in_window(made.distance_BT, c.model.block_len, c.model.mem_len)
+        window_BT = in_window(made.distance_BT, config.model.block_len, config.model.mem_len)
         table = answers(np.concatenate(nats, 1), made.distance_BT, window_BT)
         row = {"step": restored.step, "split": "recall", "length": length, "answers": table}
-        console.say(show(table, math.log(c.model.n_vocab - FIRST)))
+        console.say(show(table, math.log(config.model.n_vocab - FIRST)))
         console.say(records.to_json(row))
         if processes.is_main:
-            chosen = {"length": length, "n_sequence": n_row, "seed": c.recall.seed}
-            results.record(workdir, c, f"step_{row['step']}_recall", chosen, row, mesh, log.say)
+            chosen = {"length": length, "n_sequence": n_row, "seed": config.recall.seed}
+            results.record(workdir, config, f"step_{row['step']}_recall", chosen, row, mesh, log.say)
     processes.finish()
     return 0

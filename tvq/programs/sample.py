@@ -28,9 +28,9 @@ from tvq.training.state import TrainState
 RESULTS = re.compile(r"\d{4,}\.(txt|png)|sheet\.png")
 
 
-def check(c: Config, image_size: int, placed: TrainState) -> None:
+def check(config: Config, image_size: int, placed: TrainState) -> None:
     """InputError if a run whose state is placed like this could not draw or write its samples."""
-    if not c.sample.every or not c.model.carries_state:
+    if not config.sample.every or not config.model.carries_state:
         return
     if image_size:
         optional.load("PIL.Image")
@@ -41,13 +41,13 @@ def check(c: Config, image_size: int, placed: TrainState) -> None:
     whole = sum(mib(x.shape, x) for x in model if not x.sharding.is_fully_replicated)
     if there is not None and whole and held + whole > there / 2**20:
         raise InputError(
-            f"config.sample.every {c.sample.every} draws with the whole model on each device: its"
+            f"config.sample.every {config.sample.every} draws with the whole model on each device: its"
             f" {whole:,.0f} MiB do not fit beside {held:,.0f} MiB of the run into {there / 2**20:,.0f} MiB;"
             " use config.sample.every=0, and tvq sample where the model fits"
         )
 
 
-def sampler(c: Config, vocabulary: Vocabulary, image_size: int, mesh: jax.sharding.Mesh) -> Callable:
+def sampler(config: Config, vocabulary: Vocabulary, image_size: int, mesh: jax.sharding.Mesh) -> Callable:
     """`(weights, tell) -> records.Sample`: `sample.n_sample` texts that begin with `sample.prompt`.
 
     Or as many images, on one sheet. Each process draws the same, on one device, so that all can be stopped.
@@ -62,33 +62,33 @@ def sampler(c: Config, vocabulary: Vocabulary, image_size: int, mesh: jax.shardi
     def draw_sample(weights: lm.Weights, tell: Tell) -> records.Sample:
         weights = jax.tree.map(here, weights)
         if image_size:
-            nothing, options = [np.empty(0, np.int32)], drawing(c)
-            drawn = image_samples.drawn(weights, c, image_size, nothing, options, tell)
+            nothing, options = [np.empty(0, np.int32)], drawing(config)
+            drawn = image_samples.drawn(weights, config, image_size, nothing, options, tell)
             return image_samples.png(image_samples.sheet(drawn))
-        before = draw.empty(c.model)
-        made = texts(weights, vocabulary, c, before, [c.sample.prompt], tell)
-        return "".join(shown(made, c.sample.n_sample))
+        before = draw.empty(config.model)
+        made = texts(weights, vocabulary, config, before, [config.sample.prompt], tell)
+        return "".join(shown(made, config.sample.n_sample))
 
     return draw_sample
 
 
-def check_decodes(c: Config) -> None:
-    if not c.model.carries_state:
+def check_decodes(config: Config) -> None:
+    if not config.model.carries_state:
         raise InputError(
-            f"config.model.attention={c.model.attention} cannot decode; train with vq to draw samples"
+            f"config.model.attention={config.model.attention} cannot decode; train with vq to draw samples"
         )
 
 
-def drawing(c: Config) -> dict[str, Any]:
+def drawing(config: Config) -> dict[str, Any]:
     """The options of `draw.chunks`, of texts."""
     return {
-        "model": lm.for_platform(c.model, jax.devices()[0].platform),
-        "length": c.sample.length,
-        "temperature": c.sample.temperature,
-        "p_nucleus": c.sample.nucleus,
-        "min_p": c.sample.min_p,
-        "penalty": c.sample.repetition_penalty,
-        "end": None if c.sample.past_end else END,
+        "model": lm.for_platform(config.model, jax.devices()[0].platform),
+        "length": config.sample.length,
+        "temperature": config.sample.temperature,
+        "p_nucleus": config.sample.nucleus,
+        "min_p": config.sample.min_p,
+        "penalty": config.sample.repetition_penalty,
+        "end": None if config.sample.past_end else END,
     }
 
 
@@ -109,9 +109,9 @@ def decoded(vocabulary: Vocabulary, ids_T: np.ndarray) -> str:
     return vocabulary.decode(ids_T).decode(errors="replace")
 
 
-def over(vocabulary: Vocabulary, c: Config) -> draw.IsOver | None:
+def over(vocabulary: Vocabulary, config: Config) -> draw.IsOver | None:
     """Whether a stop string has been drawn; None if there is none to look for."""
-    stops = stop_strings(c.sample.stop)
+    stops = stop_strings(config.sample.stop)
 
     def is_over(prompt_T: np.ndarray, drawn_T: np.ndarray) -> bool:
         text = decoded(vocabulary, np.concatenate([prompt_T, drawn_T]))
@@ -123,7 +123,7 @@ def over(vocabulary: Vocabulary, c: Config) -> draw.IsOver | None:
 def texts(
     weights: lm.Weights,
     vocabulary: Vocabulary,
-    c: Config,
+    config: Config,
     before: Prefix,
     prompts: list[str],
     tell: Tell,
@@ -135,10 +135,10 @@ def texts(
     They are drawn side by side; with `stream` one after the other, and each piece comes once it is drawn.
     """
     given = [encoded(vocabulary, prompt) for prompt in prompts]
-    options, key = drawing(c), jax.random.key(c.sample.seed)
-    stops, is_over = stop_strings(c.sample.stop), over(vocabulary, c)
+    options, key = drawing(config), jax.random.key(config.sample.seed)
+    stops, is_over = stop_strings(config.sample.stop), over(vocabulary, config)
     if not stream:
-        n_sample, batch_size = c.sample.n_sample, c.sample.batch_size
+        n_sample, batch_size = config.sample.n_sample, config.sample.batch_size
         drawn = draw.answers(
             weights,
             before,
@@ -158,7 +158,7 @@ def texts(
     for ids_T in given:
         prefix = draw.read_on(weights, before, ids_T, options["model"], tell)
         tell("")
-        for number in range(c.sample.n_sample):
+        for number in range(config.sample.n_sample):
             more = draw.continuation(
                 weights, prefix, number, key, prompts=[ids_T], is_over=is_over, **options
             )
@@ -231,7 +231,7 @@ def keep(drawn: list[str], folder: epath.Path, log: cluster.Log) -> int:
 def prefix(
     weights: lm.Weights,
     vocabulary: Vocabulary,
-    c: Config,
+    config: Config,
     say: Callable[[str], None],
     tell: Tell,
     document: str | None,
@@ -240,14 +240,16 @@ def prefix(
 ) -> Prefix:
     """What comes before every prompt: nothing, a saved state, a document, or both; saved if requested."""
     read_by = tensors.fingerprint(weights) if save_state or from_state else ""
-    before = draw.load(epath.Path(from_state), c.model, read_by) if from_state else draw.empty(c.model)
+    before = (
+        draw.load(epath.Path(from_state), config.model, read_by) if from_state else draw.empty(config.model)
+    )
     if document:
         ids = read_document(epath.Path(document), vocabulary)
-        before = draw.read_on(weights, before, ids, drawing(c)["model"], tell)
+        before = draw.read_on(weights, before, ids, drawing(config)["model"], tell)
         tell("")
     if save_state:
         with cluster.writing("--save_state", save_state):
-            n_byte = draw.save(epath.Path(save_state), before, c.model, read_by)
+            n_byte = draw.save(epath.Path(save_state), before, config.model, read_by)
         n_token = int(before.state.position) + len(before.rest_T)
         say(f"state after {n_token:,} tokens in {save_state}: {n_byte / 1e6:,.1f} MB, as after any number")
     return before
@@ -305,7 +307,7 @@ def shown(texts: Iterable[Iterable[str]], n: int) -> Iterator[str]:
 
 
 def sample(
-    c: Config,
+    config: Config,
     workdir: epath.Path,
     place: cluster.Place,
     log: cluster.Log,
@@ -322,33 +324,33 @@ def sample(
     place.check_alone("sample")
     if stream and output:
         raise InputError("--stream writes to the terminal and --output to files; use one of them")
-    check_decodes(c)
+    check_decodes(config)
     if output:
         check_output(epath.Path(output))
     if save_state:
         inputs = {"--document": document, "--prompts": prompts, "--from_state": from_state}
         check_save_state(epath.Path(save_state), inputs)
-    restored = restore.weights(c, workdir, sharding.make(Mesh(), jax.devices()[:1]), log.say, at)
+    restored = restore.weights(config, workdir, sharding.make(Mesh(), jax.devices()[:1]), log.say, at)
     vocabulary = from_json(restored.data["vocabulary"])
     weights = restored.state.weights
     if restored.data["image_size"]:
-        if stream or document or save_state or from_state or c.sample.prompt or c.sample.stop:
+        if stream or document or save_state or from_state or config.sample.prompt or config.sample.stop:
             raise InputError("this model draws images: it takes --prompts of images and --output, not text")
         folder = epath.Path(output) if output else unused(workdir / "samples" / f"step_{restored.step}")
         check_output(folder)
         size = restored.data["image_size"]
         halves = image_samples.upper_halves(epath.Path(prompts), size) if prompts else [np.empty(0, np.int32)]
         with metrics.Console() as console, cluster.writing("--output", folder):
-            images = image_samples.drawn(weights, c, size, halves, drawing(c), telling(console))
+            images = image_samples.drawn(weights, config, size, halves, drawing(config), telling(console))
             console.say(image_samples.write(images, folder))
         return 0
-    asked = read_prompts(epath.Path(prompts)) if prompts else [c.sample.prompt]
+    asked = read_prompts(epath.Path(prompts)) if prompts else [config.sample.prompt]
     with metrics.Console() as console:
         tell = telling(console)
-        before = prefix(weights, vocabulary, c, log.say, tell, document, save_state, from_state)
-        drawn = texts(weights, vocabulary, c, before, asked, tell, stream=stream)
+        before = prefix(weights, vocabulary, config, log.say, tell, document, save_state, from_state)
+        drawn = texts(weights, vocabulary, config, before, asked, tell, stream=stream)
         if stream:
-            return deliver(shown(drawn, len(asked) * c.sample.n_sample), log)
+            return deliver(shown(drawn, len(asked) * config.sample.n_sample), log)
         whole = ["".join(pieces) for pieces in drawn]
     if output:
         return keep(whole, epath.Path(output), log)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from tvq import cluster, config, sharding
-from tvq.config import Config
+from tvq import cluster, sharding
+from tvq.config import FILE as CONFIG_FILE
+from tvq.config import Config, common, traced_updates
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.errors import DivergedError, InputError
@@ -25,7 +26,7 @@ from tvq.training.state import TrainState
 
 
 def train(
-    c: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, **source: str | None
+    config: Config, workdir: epath.Path, place: cluster.Place, log: cluster.Log, **source: str | None
 ) -> int:
     """Trains until `train.steps`, resuming from the newest checkpoint in `workdir`; returns the exit code.
 
@@ -34,40 +35,44 @@ def train(
     the last good checkpoint is kept.
     """
     began = time.monotonic()
-    records.check(c.log)
-    corpus, sequences = open_data(c)
-    check_workdir(workdir, c)
-    processes = cluster.start(place, c.cluster, config.common(c), log.say)
-    mesh = make_mesh(c)
-    tx = optimizer.make(c.optimizer, c.model)
-    placed = state.place(c, tx, mesh)
-    sample.check(c, corpus.image_size, placed)
-    start = branch.find(c, workdir, branch.source(**source), placed, corpus)
+    records.check(config.log)
+    corpus, sequences = open_data(config)
+    check_workdir(workdir, config)
+    processes = cluster.start(place, config.cluster, common(config), log.say)
+    mesh = make_mesh(config)
+    tx = optimizer.make(config.optimizer, config.model)
+    placed = state.place(config, tx, mesh)
+    sample.check(config, corpus.image_size, placed)
+    start = branch.find(config, workdir, branch.source(**source), placed, corpus)
     if processes.is_main:
-        record(workdir, c, log)  # first: a start that is killed from here on leaves a run
-        branch.record(workdir, c, start)
+        record(workdir, config, log)  # first: a start that is killed from here on leaves a run
+        branch.record(workdir, config, start)
 
     with contextlib.ExitStack() as stack:
         console = metrics.Console(silent=not processes.is_main)
-        watchdog = stack.enter_context(cluster.Watchdog(processes, c.cluster, log))
-        watchdog.beat("restore", 0, c.cluster.compile_timeout)
+        watchdog = stack.enter_context(cluster.Watchdog(processes, config.cluster, log))
+        watchdog.beat("restore", 0, config.cluster.compile_timeout)
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / CHECKPOINTS, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
+            Checkpoints(
+                workdir / CHECKPOINTS, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+            )
         )
-        n_token = c.train.global_batch_size * c.train.update_len
-        clock = metrics.Clock(n_token, describe.roof(c, mesh), began)
-        now, step = branch.resume(c, corpus, placed, tx, checkpoints, clock, start, console.say)
+        n_token = config.train.global_batch_size * config.train.update_len
+        clock = metrics.Clock(n_token, describe.roof(config, mesh), began)
+        now, step = branch.resume(config, corpus, placed, tx, checkpoints, clock, start, console.say)
         # Process 0 wrote the config before the restore: one that does not see it has another folder.
-        shared = {f"{config.FILE} in --workdir, which all must share": (workdir / config.FILE).exists()}
+        shared = {f"{CONFIG_FILE} in --workdir, which all must share": (workdir / CONFIG_FILE).exists()}
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
-        home, rows = open_record(c, workdir, step, stack, console.say) if processes.is_main else (None, None)
+        home, rows = (
+            open_record(config, workdir, step, stack, console.say) if processes.is_main else (None, None)
+        )
         clock.repeat(rows.dropped if rows is not None else [])
         stack.enter_context(console)  # last: its live line ends before the records close, which may print
-        looks = Looks(mesh, now.weights, c.model.c_gamma, workdir, step, console.say)
+        looks = Looks(mesh, now.weights, config.model.c_gamma, workdir, step, console.say)
         run = Run(
-            c, workdir, corpus, mesh, processes, watchdog, console, checkpoints, clock, rows, home, looks, []
+            config, workdir, corpus, mesh, processes, watchdog, console, checkpoints, clock, rows, home, looks
         )
-        console.say(describe.start(c, mesh, corpus, workdir, state.n_param(now), checkpoints.steps()))
+        console.say(describe.start(config, mesh, corpus, workdir, state.n_param(now), checkpoints.steps()))
         if start is not None:
             loop.save(run, now, step)  # at once: from here on the parent is not needed
         code = train_on(run, now, step, tx, sequences)
@@ -76,37 +81,39 @@ def train(
 
 
 def open_record(
-    c: Config, workdir: epath.Path, step: int, stack: contextlib.ExitStack, say: Callable[[str], None]
+    config: Config, workdir: epath.Path, step: int, stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> tuple[Home, records.Records]:
     """What the main process keeps the record with, to be closed by `stack`."""
-    home = stack.enter_context(Home(workdir, c, say))
-    rows = records.Records(c, workdir, step, cluster.local_folder(str(workdir)), say)
+    home = stack.enter_context(Home(workdir, config, say))
+    rows = records.Records(config, workdir, step, cluster.local_folder(str(workdir)), say)
     stack.callback(rows.close)
     return home, rows
 
 
-def make_mesh(c: Config) -> jax.sharding.Mesh:
+def make_mesh(config: Config) -> jax.sharding.Mesh:
     """The mesh of a run. InputError: it does not fit the devices, or the batches do not fit it."""
-    mesh = sharding.make(c.mesh, jax.devices(), c)
-    sharding.check(mesh, c)
-    sharding.check_batch(mesh, "train.global_batch_size", c.train.global_batch_size, c.train.accumulate)
-    sharding.check_batch(mesh, "evaluate.batch_size", evaluate.batch_size(c))
+    mesh = sharding.make(config.mesh, jax.devices(), config)
+    sharding.check(mesh, config)
+    sharding.check_batch(
+        mesh, "train.global_batch_size", config.train.global_batch_size, config.train.accumulate
+    )
+    sharding.check_batch(mesh, "evaluate.batch_size", evaluate.batch_size(config))
     return mesh
 
 
-def open_data(c: Config) -> tuple[Corpus, Sequences]:
+def open_data(config: Config) -> tuple[Corpus, Sequences]:
     """What to train on. InputError: faults that would otherwise show only later, even after hours."""
-    corpus = open_corpus(c.data)
-    evaluate.check_vocabulary(corpus, c.model)
-    sequences = Sequences(corpus, "train", c.train.sequence_len)
+    corpus = open_corpus(config.data)
+    evaluate.check_vocabulary(corpus, config.model)
+    sequences = Sequences(corpus, "train", config.train.sequence_len)
     sequences[0]  # fails on tokens of another vocabulary
-    if c.evaluate.every:
-        if c.evaluate.split == "train":  # its rows would be taken for those of the updates
+    if config.evaluate.every:
+        if config.evaluate.split == "train":  # its rows would be taken for those of the updates
             raise InputError(
                 "config.evaluate.split=train is for tvq eval; train with validation or test, or with"
                 " config.evaluate.every=0"
             )
-        corpus.info(c.evaluate.split)  # fails on an empty split
+        corpus.info(config.evaluate.split)  # fails on an empty split
     return corpus, sequences
 
 
@@ -125,9 +132,9 @@ def train_on(run: Run, now: TrainState, step: int, tx: Any, sequences: Sequences
 
 def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
     """The compiled train step for the shapes of this run."""
-    c = run.config.train
+    config = run.config.train
     tokens = jax.ShapeDtypeStruct(
-        (c.global_batch_size, c.sequence_len),
+        (config.global_batch_size, config.sequence_len),
         jnp.int32,
         sharding=sharding.sharding(run.mesh, sharding.BATCH),
     )
@@ -139,12 +146,12 @@ def compile_step(run: Run, now: TrainState, tx: Any) -> Callable:
         update = train_step.make(run.config, run.mesh, tx).lower(now, batch).compile()
     run.console.say(describe.compiled(update, time.monotonic() - began, bool(hits)))
     run.console.progress("training", brief=True)
-    updates = config.traced_updates(run.config.profile)
+    updates = traced_updates(run.config.profile)
     if updates and run.processes.is_main:
         folder = (
             cluster.local_folder(str(run.workdir)) / "profile"
         )  # traces cannot be written to object stores
-        n_update = c.sequence_len // c.update_len
+        n_update = config.sequence_len // config.update_len
         return trace.Traced(update, int(now.step), n_update, updates, folder, run.console.say)
     return update
 
@@ -159,5 +166,5 @@ def remedies(run: Run) -> str:
         return f"there is no checkpoint yet: {remedy}, and start in another workdir"
     return (
         f"checkpoint {saved[-1]} is from before that: {remedy}, in another workdir or,"
-        f" to resume from there, in {run.workdir / config.FILE} too"
+        f" to resume from there, in {run.workdir / CONFIG_FILE} too"
     )

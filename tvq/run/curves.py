@@ -22,7 +22,8 @@ from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboardX.proto.tensor_pb2 import TensorProto
 from tensorboardX.record_writer import RecordWriter
 
-from tvq import atomic, config
+from tvq import atomic
+from tvq.config import Config, flatten
 from tvq.data import optional
 from tvq.run.metrics import Row
 
@@ -122,7 +123,7 @@ class WandbWriter(Writer):
 
     def __init__(
         self,
-        c: config.Config,
+        config: Config,
         workdir: epath.Path,
         resume_step: int,
         dropped: list[Row],
@@ -131,7 +132,7 @@ class WandbWriter(Writer):
         say: Callable[[str], None],
     ):
         self._wandb = importlib.import_module("wandb")
-        self._config, self._workdir, self._rows = c, workdir, rows
+        self._config, self._workdir, self._rows = config, workdir, rows
         self._local, self._say = local, say
         self._resume_step = resume_step
         self._sent = {(row["step"], row["split"]): row for row in dropped}  # and not to be dropped there
@@ -143,7 +144,7 @@ class WandbWriter(Writer):
         last = max([resume_step, *(row["step"] for row in dropped)])
         if is_copy:
             self._send_all("this workdir is a copy of another run's")
-        elif last > c.train.steps or self._n_had > last + 1:
+        elif last > config.train.steps or self._n_had > last + 1:
             self._start_anew("it has rows that this run will not repeat")
 
     def write(self, row: Row) -> None:
@@ -165,7 +166,7 @@ class WandbWriter(Writer):
                 resume="allow",
                 name=self._workdir.name,
                 dir=str(self._local),
-                config=config.flatten(self._config),
+                config=flatten(self._config),
             )
             self._n_had = self._run.step  # the first step that it has no row of
 

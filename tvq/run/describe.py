@@ -28,9 +28,11 @@ AT_FLOOR = 0.2  # of the run with the learning rate at its floor is worth a word
 LEAST_SECONDS = 60.0  # shares of less say little
 
 
-def start(c: Config, mesh: Mesh, corpus: Corpus, workdir: epath.Path, n_param: int, saved: list[int]) -> str:
+def start(
+    config: Config, mesh: Mesh, corpus: Corpus, workdir: epath.Path, n_param: int, saved: list[int]
+) -> str:
     """What runs where, in a few lines. It goes on from the last of the steps `saved`."""
-    m, t, info = c.model, c.train, corpus.info("train")
+    m, t, info = config.model, config.train, corpus.info("train")
     n_batch = f"{t.global_batch_size} x {t.sequence_len:,} tokens"
     axes = [
         f"{axis}={n} ({sharding.ROLES[axis]})" for axis, n in mesh.shape.items() if n > 1 or axis == "devices"
@@ -46,10 +48,10 @@ def start(c: Config, mesh: Mesh, corpus: Corpus, workdir: epath.Path, n_param: i
         "batch": f"{n_batch}, an update each {t.update_len:,} tokens",
         "workdir": f"{workdir}: " + (f"resuming from step {saved[-1]:,}" if saved else "a new run"),
     }
-    for what, remedy in of_schedule(c):
+    for what, remedy in of_schedule(config):
         lines["schedule"] = f"{what}: {remedy}"
-    if text := optimizer.describe(c, mesh):
-        lines[c.optimizer.name] = text
+    if text := optimizer.describe(config, mesh):
+        lines[config.optimizer.name] = text
     if t.reproducible:
         lines["repeats"] = (
             "bitwise on equal meshes, and on others by docs/mesh.md; on GPUs without their fastest kernels:"
@@ -58,9 +60,9 @@ def start(c: Config, mesh: Mesh, corpus: Corpus, workdir: epath.Path, n_param: i
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
-def of_schedule(c: Config) -> list[tuple[str, str]]:
+def of_schedule(config: Config) -> list[tuple[str, str]]:
     """What is odd about a schedule beside the length of the run, and what to change."""
-    o, steps = c.optimizer, c.train.steps
+    o, steps = config.optimizer, config.train.steps
     highest = f"config.optimizer.lr_max {o.lr_max:g}"
     if o.n_warmup_step >= steps:
         return [
@@ -117,13 +119,13 @@ def memory() -> dict[str, int]:
     return {} if peak is None else {"memory_peak_bytes": peak}
 
 
-def roof(c: Config, mesh: Mesh) -> float | None:
+def roof(config: Config, mesh: Mesh) -> float | None:
     """Tokens a second at the peak of the devices, where that is known."""
     chip = chips.chip(mesh.devices.flat[0].device_kind)
-    if chip is None or c.model.dtype == "float64":
+    if chip is None or config.model.dtype == "float64":
         return None
-    peak = chip.bfloat16 if c.model.dtype == "bfloat16" else chip.float32
-    return peak * mesh.size / lm.train_flops(c.model, c.train.update_len)
+    peak = chip.bfloat16 if config.model.dtype == "bfloat16" else chip.float32
+    return peak * mesh.size / lm.train_flops(config.model, config.train.update_len)
 
 
 def spent(seconds: Mapping[str, float]) -> str:

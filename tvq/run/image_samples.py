@@ -31,7 +31,7 @@ def upper_halves(path: epath.Path, size: int) -> list[np.ndarray]:
 
 def drawn(
     weights: lm.Weights,
-    c: Config,
+    config: Config,
     size: int,
     halves: list[np.ndarray],
     options: dict[str, Any],
@@ -43,9 +43,9 @@ def drawn(
         weights,
         draw.empty(options["model"]),
         halves,
-        c.sample.n_sample,
-        jax.random.key(c.sample.seed),
-        batch_size=c.sample.batch_size,
+        config.sample.n_sample,
+        jax.random.key(config.sample.seed),
+        batch_size=config.sample.batch_size,
         tell=tell,
         **options,
     )

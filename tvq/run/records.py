@@ -15,7 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from tvq import atomic, config
+from tvq import atomic
+from tvq.config import Config, Log
 from tvq.errors import InputError
 from tvq.run.curves import Sample, TensorBoardWriter, WandbWriter, Writer, tag
 from tvq.run.metrics import Row
@@ -35,7 +36,7 @@ class Records(Writer):
     row of that step, and SAMPLES if it has a sample.
     """
 
-    def __init__(self, c: config.Config, workdir: epath.Path, resume_step: int, local: Path, say: Say):
+    def __init__(self, config: Config, workdir: epath.Path, resume_step: int, local: Path, say: Say):
         """`local` is a folder for files that cannot be written to a bucket."""
         self._say = say
         rows = JsonlWriter(workdir / FILE, resume_step, say)
@@ -44,10 +45,10 @@ class Records(Writer):
         self._writers: dict[str, Writer] = {FILE: rows}
         self._add(SAMPLES, lambda: SampleWriter(workdir / SAMPLES, resume_step))
         self._add("TensorBoard", lambda: TensorBoardWriter(local / "tensorboard", resume_step))
-        if c.log.wandb:
+        if config.log.wandb:
             self._add(
                 "Weights & Biases",
-                lambda: WandbWriter(c, workdir, resume_step, rows.dropped, rows.read, local, say),
+                lambda: WandbWriter(config, workdir, resume_step, rows.dropped, rows.read, local, say),
             )
 
     def write(self, row: Row) -> None:
@@ -187,7 +188,7 @@ def samples(folder: epath.Path) -> dict[int, epath.Path]:
     return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
-def check(c: config.Log) -> None:
+def check(log: Log) -> None:
     """InputError if a writer that the config asks for is not installed."""
-    if c.wandb and importlib.util.find_spec("wandb") is None:
+    if log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("config.log.wandb needs Weights & Biases: pip install 'tvq[wandb]'")

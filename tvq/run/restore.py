@@ -22,7 +22,7 @@ TRIES = 10  # checkpoints that may be removed under a reader, one after the othe
 
 
 def weights(
-    c: Config, workdir: epath.Path, mesh: Mesh, say: Callable[[str], None], at: int | None = None
+    config: Config, workdir: epath.Path, mesh: Mesh, say: Callable[[str], None], at: int | None = None
 ) -> Restored:
     """The weights of the newest whole checkpoint of a run, or of that of a step, on any mesh.
 
@@ -31,7 +31,7 @@ def weights(
     """
     if not (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
-    wanted = state.place_weights(c, mesh)
+    wanted = state.place_weights(config, mesh)
     restored = read_weights(workdir / "checkpoints", wanted, say, OPTIONAL, at)
     if restored is None:
         raise InputError(none_there(f"--workdir={workdir}", workdir, at))

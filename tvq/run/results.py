@@ -9,8 +9,8 @@ from collections.abc import Callable
 from etils import epath
 from jax.sharding import Mesh
 
-from tvq import atomic, cluster, config, numerics
-from tvq.config import Config
+from tvq import atomic, cluster, numerics
+from tvq.config import Config, to_dict
 from tvq.run import records
 
 FOLDER = "evaluations"
@@ -18,7 +18,7 @@ FOLDER = "evaluations"
 
 def record(
     workdir: epath.Path,
-    c: Config,
+    config: Config,
     name: str,
     chosen: dict,
     found: dict,
@@ -31,14 +31,14 @@ def record(
     besides. A result that differs in spite of that, as of weights trained again, gets a number too. Where
     nothing can be written, as in a run of somebody else, it says so: the result has been printed.
     """
-    settings = {"model": dataclasses.asdict(c.model), "jax": numerics.deciding(), **chosen}
+    settings = {"model": dataclasses.asdict(config.model), "jax": numerics.deciding(), **chosen}
     digest = hashlib.sha256(records.to_json(settings).encode()).hexdigest()[:8]
     found = found | {"settings": digest}
     more = {
         "code": cluster.code_version(),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "jax": settings["jax"],
-        "config": config.to_dict(c),
+        "config": to_dict(config),
     }
     folder = workdir / FOLDER
     numbers = itertools.chain([""], (f"_{i}" for i in itertools.count(2)))

@@ -12,8 +12,9 @@ from typing import Self
 
 from etils import epath
 
-from tvq import cluster, config
-from tvq.config import Config
+from tvq import cluster
+from tvq.config import FILE as CONFIG_FILE
+from tvq.config import Config, differences, recorded, to_dict
 from tvq.errors import InputError
 from tvq.run import health, records
 
@@ -22,16 +23,16 @@ CHECKPOINTS = "checkpoints"
 # before its first.
 SAVED = "checkpoints.json"
 # What is left in a workdir if the program is killed at its start, before there is a run.
-STARTED = ("logs", f"{config.FILE}.tmp")
+STARTED = ("logs", f"{CONFIG_FILE}.tmp")
 
 
-def check_workdir(workdir: epath.Path, c: Config) -> None:
+def check_workdir(workdir: epath.Path, config: Config) -> None:
     """InputError if it holds another run, something that is not a run, or a run without its checkpoints."""
-    path = workdir / config.FILE
+    path = workdir / CONFIG_FILE
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is not a folder; use another")
     if path.exists():
-        differing = config.differences(config.recorded(path), config.to_dict(c))
+        differing = differences(recorded(path), to_dict(config))
         if differing:
             raise InputError(
                 f"--workdir={workdir} holds a run with another config; resume with its own config,"
@@ -39,10 +40,10 @@ def check_workdir(workdir: epath.Path, c: Config) -> None:
             )
     elif workdir.exists() and any(path.name not in STARTED for path in workdir.iterdir()):
         raise InputError(f"--workdir={workdir} is not empty and holds no run; use another folder")
-    _check_checkpoints(workdir, c)
+    _check_checkpoints(workdir, config)
 
 
-def _check_checkpoints(workdir: epath.Path, c: Config) -> None:
+def _check_checkpoints(workdir: epath.Path, config: Config) -> None:
     """InputError if the checkpoints of a record are gone: a new run would erase what the old one recorded."""
     folder = workdir / CHECKPOINTS
     what, is_bucket = "", "://" in str(workdir)
@@ -51,7 +52,7 @@ def _check_checkpoints(workdir: epath.Path, c: Config) -> None:
             return
         if any(name.startswith("damaged_") for name in _names(folder)):
             what = "holds only damaged ones"
-        elif (workdir / SAVED).exists() or _last_row(workdir) > _surely_saved(workdir, c):
+        elif (workdir / SAVED).exists() or _last_row(workdir) > _surely_saved(workdir, config):
             what = "is empty: not mounted, perhaps"
     elif os.path.islink(folder):
         target = os.readlink(folder)
@@ -91,17 +92,17 @@ def _has_record(workdir: epath.Path) -> bool:
 def _last_row(workdir: epath.Path) -> int:
     """The step of the last row, -1 if there is none."""
     path = workdir / records.FILE
-    recorded = re.findall(rb'"step": *(\d+)', path.read_bytes()) if path.exists() else []
-    return int(recorded[-1]) if recorded else -1
+    numbers = re.findall(rb'"step": *(\d+)', path.read_bytes()) if path.exists() else []
+    return int(numbers[-1]) if numbers else -1
 
 
-def _surely_saved(workdir: epath.Path, c: Config) -> float:
+def _surely_saved(workdir: epath.Path, config: Config) -> float:
     """A row after this step means that the run has saved: the second save waits for the end of the first."""
-    path = workdir / config.FILE
-    saving = config.recorded(path).checkpoint if path.exists() else c.checkpoint
+    path = workdir / CONFIG_FILE
+    saving = recorded(path).checkpoint if path.exists() else config.checkpoint
     if not saving.every:
         return math.inf
-    return 2 * saving.every + c.train.sequence_len // c.train.update_len
+    return 2 * saving.every + config.train.sequence_len // config.train.update_len
 
 
 def mark_saved(workdir: epath.Path) -> bool:
@@ -121,7 +122,7 @@ def _write(path: epath.Path, content: dict) -> None:
     temporary.replace(path)
 
 
-def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
+def record(workdir: epath.Path, config: Config, log: cluster.Log) -> None:
     """Claims the workdir and writes the config of the run there, whole or not at all.
 
     InputError: it cannot be written. ClusterError: a run is in progress there.
@@ -129,7 +130,7 @@ def record(workdir: epath.Path, c: Config, log: cluster.Log) -> None:
     with cluster.writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         log.claim()
-        _write(workdir / config.FILE, config.to_dict(c))
+        _write(workdir / CONFIG_FILE, to_dict(config))
 
 
 class Home:
@@ -138,8 +139,8 @@ class Home:
     Nothing is noticed in a bucket, which has no folders.
     """
 
-    def __init__(self, workdir: epath.Path, c: Config, say: Callable[[str], None]):
-        self.workdir, self._c, self._say = workdir, c, say
+    def __init__(self, workdir: epath.Path, config: Config, say: Callable[[str], None]):
+        self.workdir, self._c, self._say = workdir, config, say
         self.is_lost = self._is_marked = False
         if not steps(workdir):
             (workdir / SAVED).unlink(missing_ok=True)  # of an earlier record, which was removed
@@ -165,7 +166,7 @@ class Home:
         self._say(f"--workdir={self.workdir} was {self._fate()} during the run, which saves and stops")
         with contextlib.suppress(OSError):  # the save that follows says what is wrong
             (self.workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            _write(self.workdir / config.FILE, config.to_dict(self._c))
+            _write(self.workdir / CONFIG_FILE, to_dict(self._c))
         return True
 
     def _is_in_place(self) -> bool:
@@ -173,7 +174,7 @@ class Home:
             return True
         try:
             is_same = os.path.samestat(os.stat(self.workdir), os.fstat(self._fd))
-            return is_same and (self.workdir / config.FILE).exists()  # or it was emptied
+            return is_same and (self.workdir / CONFIG_FILE).exists()  # or it was emptied
         except FileNotFoundError:
             return False
         except OSError:  # a disk that does not answer tells nothing about the folder
@@ -220,7 +221,7 @@ class Home:
         for name in (CHECKPOINTS, health.FOLDER, records.SAMPLES):
             shutil.rmtree(self.workdir / name, ignore_errors=True)
         with contextlib.suppress(OSError):  # the folder holds files that are not ours
-            (self.workdir / config.FILE).unlink()
+            (self.workdir / CONFIG_FILE).unlink()
             self.workdir.rmdir()
         return (
             f"--workdir={self.workdir} was moved to {place} during the run, and checkpoint {step} is there:"

@@ -15,8 +15,8 @@ import time
 import jax
 from etils import epath
 
-from tvq import atomic, cluster, config, sharding
-from tvq.config import Config
+from tvq import atomic, cluster, sharding
+from tvq.config import Config, to_dict
 from tvq.errors import InputError
 from tvq.programs.bench import report
 from tvq.programs.bench.cases import PREPARE
@@ -27,18 +27,18 @@ from tvq.schema import BENCHES
 PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+def bench(config: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints a table and writes bench.json, bench.md and, if matplotlib is installed, bench.png.
 
     InputError: the input is wrong. DisagreementError: two programs that must agree do not; then nothing
     is written.
     """
     place.check_alone("bench")
-    if c.bench.kind not in PREPARE:
-        raise InputError(f"config.bench.kind must be one of {', '.join(BENCHES)}, not {c.bench.kind!r}")
+    if config.bench.kind not in PREPARE:
+        raise InputError(f"config.bench.kind must be one of {', '.join(BENCHES)}, not {config.bench.kind!r}")
     console = metrics.Console()
-    s = Session(c, sharding.make(c.mesh, jax.devices(), c), log.say, time.monotonic())
-    PREPARE[c.bench.kind](s)
+    s = Session(config, sharding.make(config.mesh, jax.devices(), config), log.say, time.monotonic())
+    PREPARE[config.bench.kind](s)
     with cluster.writing("--output", output):  # now, not after everything is measured
         atomic.check(output)
     rows = report.rows(s, measure(s))
@@ -46,7 +46,7 @@ def bench(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log)
         raise InputError("no case could be measured; see the notes above")
     facts = conditions(s)
     console.say(report.table(rows))
-    text = {**facts, "notes": s.notes, "rows": rows, "config": config.to_dict(c)}
+    text = {**facts, "notes": s.notes, "rows": rows, "config": to_dict(config)}
     atomic.write(output / "bench.json", records.to_json(text, indent=1) + "\n")
     atomic.write(output / "bench.md", document(facts, s.notes, rows))
     written = "bench.json, bench.md"

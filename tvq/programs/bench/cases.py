@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tvq import config, sharding
 from tvq import model as lm
-from tvq.config import Config, Model
+from tvq import sharding
+from tvq.config import Config, Model, validate
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
@@ -52,37 +52,39 @@ def formulated(model: Model, name: str) -> Model:
     return dataclasses.replace(model, attention=attend, n_parallel=n_parallel, remat=remat or model.remat)
 
 
-def sweep(c: Config) -> Iterator[tuple[int, str, Config]]:
+def sweep(config: Config) -> Iterator[tuple[int, str, Config]]:
     """Every length and formulation, with its config: the whole sequence in one update, n_token tokens."""
-    lengths = numbers(c.bench.lengths, "lengths")
-    n_token = c.bench.n_token or lengths[-1]
-    for T, name in itertools.product(lengths, c.bench.formulations.split(",")):
+    lengths = numbers(config.bench.lengths, "lengths")
+    n_token = config.bench.n_token or lengths[-1]
+    for T, name in itertools.product(lengths, config.bench.formulations.split(",")):
         if n_token % T:
             raise InputError(
                 f"config.bench.n_token {n_token} is not a multiple of the {T} of config.bench.lengths;"
                 f" use {-(-n_token // T) * T}"
             )
         trained = dataclasses.replace(
-            c.train, sequence_len=T, update_len=T, segment_len=0, global_batch_size=n_token // T
+            config.train, sequence_len=T, update_len=T, segment_len=0, global_batch_size=n_token // T
         )
-        trial = dataclasses.replace(c, train=trained, model=formulated(c.model, name.strip()))
-        if not trial.model.carries_state and not (c.model.agg_cache and c.model.grad_thru_cache):
+        trial = dataclasses.replace(config, train=trained, model=formulated(config.model, name.strip()))
+        if not trial.model.carries_state and not (config.model.agg_cache and config.model.grad_thru_cache):
             raise InputError(
                 "config.model.agg_cache and config.model.grad_thru_cache must be true if full attention is"
                 " the baseline: without them vq attention is another function; or omit full"
             )
-        config.validate(trial)
+        validate(trial)
         yield T, name.strip(), trial
 
 
 class Carried:
     """The training state, which each timed step takes from the one before: a step donates its input."""
 
-    def __init__(self, c: Config, mesh: Mesh):
-        self.tx = optimizer.make(c.optimizer, c.model)
-        self.abstract = state.place(c, self.tx, mesh)
+    def __init__(self, config: Config, mesh: Mesh):
+        self.tx = optimizer.make(config.optimizer, config.model)
+        self.abstract = state.place(config, self.tx, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        self.init = jax.jit(lambda: state.init(c.model, self.tx, c.train.seed), out_shardings=shardings)
+        self.init = jax.jit(
+            lambda: state.init(config.model, self.tx, config.train.seed), out_shardings=shardings
+        )
         self.now: Any = None
 
     def first(self, update: Callable, batch: dict) -> dict:
@@ -181,12 +183,12 @@ def prepare_attention(s: Session) -> None:
 
 def prepare_decode(s: Session) -> None:
     """Reading in parallel and writing token by token, after several contexts, on one device."""
-    c, L = s.config, s.config.model.block_len
-    if not c.model.carries_state:
-        raise InputError(f"config.model.attention={c.model.attention} cannot decode; use vq")
-    model = lm.for_platform(c.model, sharding.platform(s.mesh))
-    weights = jax.jit(lambda: lm.init(model, jax.random.key(c.train.seed)))()
-    contexts = [-(-n // L) * L for n in numbers(c.bench.contexts, "contexts")]
+    config, L = s.config, s.config.model.block_len
+    if not config.model.carries_state:
+        raise InputError(f"config.model.attention={config.model.attention} cannot decode; use vq")
+    model = lm.for_platform(config.model, sharding.platform(s.mesh))
+    weights = jax.jit(lambda: lm.init(model, jax.random.key(config.train.seed)))()
+    contexts = [-(-n // L) * L for n in numbers(config.bench.contexts, "contexts")]
     states, now = {}, lm.start(model, 1)
     for context in contexts:
         for start in range(int(now.position), context, draw.READ_BLOCKS * L):
@@ -195,7 +197,7 @@ def prepare_decode(s: Session) -> None:
         states[context] = now
     agree_decoding(s, weights, states[contexts[0]], random_tokens(model, 1, L, 1), model)
     jax.clear_caches()  # otherwise a program used above would seem to compile in no time
-    for B in numbers(c.bench.batch_sizes, "batch_sizes"):
+    for B in numbers(config.bench.batch_sizes, "batch_sizes"):
         add_decoding(s, weights, B, {n: draw.beside([now] * B, model) for n, now in states.items()}, model)
 
 
@@ -205,12 +207,12 @@ def random_tokens(model: Model, n_sequence: int, n_token: int, seed: int) -> jax
 
 def add_decoding(s: Session, weights: lm.Weights, B: int, states: dict[int, lm.State], model: Model) -> None:
     """A case of reading and one of writing after each state, compiled once for all states."""
-    like, c = next(iter(states.values())), s.config
+    like, config = next(iter(states.values())), s.config
     piece = draw.READ_BLOCKS * model.block_len
     more_BT, first_B = random_tokens(model, B, piece, 1), random_tokens(model, B, 1, 2)[:, 0]
     decodings = {context: draw.begin(weights, now, model) for context, now in states.items()}
-    rows = (jnp.full((B, c.bench.n_draw), draw.DRAWN), jnp.arange(B), jax.random.key(0))
-    how = (model, c.sample.temperature, c.sample.nucleus)
+    rows = (jnp.full((B, config.bench.n_draw), draw.DRAWN), jnp.arange(B), jax.random.key(0))
+    how = (model, config.sample.temperature, config.sample.nucleus)
     read, read_facts = compiled(draw.read, weights, more_BT, like, model)
     write, write_facts = compiled(draw.write, weights, next(iter(decodings.values())), first_B, *rows, *how)
     for context, now in states.items():
@@ -221,7 +223,9 @@ def add_decoding(s: Session, weights: lm.Weights, B: int, states: dict[int, lm.S
                 decode = functools.partial(_write_on, write, weights, decodings, context, first_B, *rows)
                 jax.block_until_ready((prefill(), decode()))
                 s.cases.append(Case({"work": "prefill", **labels}, prefill, B * piece, read_facts))
-                s.cases.append(Case({"work": "decode", **labels}, decode, B * c.bench.n_draw, write_facts))
+                s.cases.append(
+                    Case({"work": "decode", **labels}, decode, B * config.bench.n_draw, write_facts)
+                )
 
 
 def _write_on(
@@ -254,15 +258,15 @@ def agree_decoding(
 
 def prepare_data(s: Session) -> None:
     """The data pipeline from the memory map, and the train step that it must feed."""
-    c = s.config
-    sequences = Sequences(open_corpus(c.data), "train", c.train.sequence_len)
-    B, T = c.train.global_batch_size, c.train.sequence_len
+    config = s.config
+    sequences = Sequences(open_corpus(config.data), "train", config.train.sequence_len)
+    B, T = config.train.global_batch_size, config.train.sequence_len
     open_batches = lambda workers: training_batches(
-        sequences, batch_size=B, seed=c.train.seed, workers=workers
+        sequences, batch_size=B, seed=config.train.seed, workers=workers
     )
     with contextlib.closing(open_batches(0)) as once:
         want = next(once)
-    batches = open_batches(c.data.workers)
+    batches = open_batches(config.data.workers)
     got = next(batches)
     if any((got[name] != want[name]).any() for name in want):
         raise DisagreementError("no speed is given: two readings of batch 0 differ")
@@ -271,7 +275,7 @@ def prepare_data(s: Session) -> None:
     s.cases.append(Case({"work": f"{N_BATCH} batches"}, call, N_BATCH * B * T))
     with s.trying(work=STEP) as go:
         if go:
-            train_case(s, c, Carried(c, s.mesh), {"work": STEP})
+            train_case(s, config, Carried(config, s.mesh), {"work": STEP})
 
 
 PREPARE = {

@@ -16,17 +16,17 @@ from tvq.run import metrics
 DOES_NOT_FIT = 1  # the exit code
 
 
-def plan(c: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
+def plan(config: Config, output: epath.Path, place: cluster.Place, log: cluster.Log) -> int:
     """Prints what the train step costs, or with plan.sweep a table of mesh shapes; 1 if nothing fits."""
     place.check_alone("plan")
     console = metrics.Console()
-    devices = targets.devices(c.plan.topology)
-    if not c.plan.sweep:
+    devices = targets.devices(config.plan.topology)
+    if not config.plan.sweep:
         try:
-            estimate = step.estimate(c, sharding.make(c.mesh, devices, c))
+            estimate = step.estimate(config, sharding.make(config.mesh, devices, config))
         except TooLargeError as error:
             console.say(report.too_large(error))
             return DOES_NOT_FIT
-        console.say(report.page(c, estimate))
+        console.say(report.page(config, estimate))
         return 0 if estimate.fits else DOES_NOT_FIT
-    return 0 if sweep.sweep(c, devices, console) else DOES_NOT_FIT
+    return 0 if sweep.sweep(config, devices, console) else DOES_NOT_FIT

@@ -28,22 +28,22 @@ class Bound(NamedTuple):
         return self.bytes_needed <= self.chip.memory
 
 
-def bound(c: Config, mesh: Mesh) -> Bound:
+def bound(config: Config, mesh: Mesh) -> Bound:
     """Memory of the state, its gradient and what is kept for it; time of products and of messages."""
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
-    t, m, sizes = c.train, c.model, mesh.shape
-    axes = sharding.axes(mesh, m, c.mesh.shard_params)
+    t, m, sizes = config.train, config.model, mesh.shape
+    axes = sharding.axes(mesh, m, config.mesh.shard_params)
     held = {"n_head": m.n_head // sizes["tensor"]} if axes.H else {"d_v": m.d_v // sizes["tensor"]}
     part = dataclasses.replace(m, **held)
-    carried = state.place(c, optimizer.make(c.optimizer, c.model), mesh)
+    carried = state.place(config, optimizer.make(config.optimizer, config.model), mesh)
     empty = jax.eval_shape(lambda: lm.start(m, t.global_batch_size))
     attention = sharding.with_sharding(mesh, empty, lm.state_specs(m, axes))
     n_sequence = t.global_batch_size / sharding.n_data(mesh)
     n_token = n_sequence * t.update_len / sizes["sequence"]
     at_once = n_token / t.accumulate * (t.segment_len or t.update_len) / t.update_len
     gradient = step.device_bytes(carried.weights.params)
-    sent = gradient_messages(c, mesh, gradient) + unit_messages(part, mesh, n_sequence, n_token)
+    sent = gradient_messages(config, mesh, gradient) + unit_messages(part, mesh, n_sequence, n_token)
     peak = chip.bfloat16 if m.dtype == "bfloat16" else chip.float32
     seconds = lm.train_flops(part, t.update_len) * n_token / peak + sent / chip.link
     return Bound(
@@ -53,13 +53,13 @@ def bound(c: Config, mesh: Mesh) -> Bound:
     )
 
 
-def gradient_messages(c: Config, mesh: Mesh, gradient: int) -> float:
+def gradient_messages(config: Config, mesh: Mesh, gradient: int) -> float:
     """Bytes that a device sends on a ring in an update, for parameters and gradients."""
-    if not c.mesh.shard_params:
+    if not config.mesh.shard_params:
         return 2 * gradient * share(mesh, "replica", "devices", "sequence")
     # Gathered for both passes, and scattered.
-    narrow = jnp.dtype(c.model.dtype).itemsize / jnp.dtype(c.model.param_dtype).itemsize
-    whole = gradient * mesh.shape["devices"] * c.train.accumulate
+    narrow = jnp.dtype(config.model.dtype).itemsize / jnp.dtype(config.model.param_dtype).itemsize
+    whole = gradient * mesh.shape["devices"] * config.train.accumulate
     over = 2 * gradient * share(mesh, "replica", "sequence")
     return (2 * narrow + 1) * whole * share(mesh, "devices") + over
 

@@ -31,12 +31,12 @@ def verdict(cost: Estimate) -> str:
     return f"{fits}: {needed:.2f} GiB of memory needed on a device, {cost.chip.memory / GIB:.2f} available"
 
 
-def page(c: Config, cost: Estimate) -> str:
+def page(config: Config, cost: Estimate) -> str:
     """For the terminal."""
-    n_device, n_step = math.prod(cost.shape.values()), c.train.sequence_len // c.train.update_len
+    n_device, n_step = math.prod(cost.shape.values()), config.train.sequence_len // config.train.update_len
     lines = [
-        f"{c.plan.topology}: {n_device} devices, mesh {shape(cost)}; a step reads {cost.n_token:,} tokens"
-        f" in {n_step} update{'s' * (n_step > 1)}",
+        f"{config.plan.topology}: {n_device} devices, mesh {shape(cost)}; a step reads"
+        f" {cost.n_token:,} tokens in {n_step} update{'s' * (n_step > 1)}",
         f"parameters          {cost.n_param:,}",
         verdict(cost),
     ]

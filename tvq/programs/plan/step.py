@@ -58,26 +58,26 @@ class Estimate:
         return sum(self.seconds.values())
 
 
-def estimate(c: Config, mesh: Mesh) -> Estimate:
+def estimate(config: Config, mesh: Mesh) -> Estimate:
     """TooLargeError: the compiler itself rejects the program as too large."""
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     assert chip is not None, "every target has its chip"
-    B, T, n_device = c.train.global_batch_size, c.train.sequence_len, mesh.size
-    sharding.check(mesh, c)
-    sharding.check_batch(mesh, "train.global_batch_size", B, c.train.accumulate)
-    tx = optimizer.make(c.optimizer, c.model)
-    carried = state.place(c, tx, mesh)
+    B, T, n_device = config.train.global_batch_size, config.train.sequence_len, mesh.size
+    sharding.check(mesh, config)
+    sharding.check_batch(mesh, "train.global_batch_size", B, config.train.accumulate)
+    tx = optimizer.make(config.optimizer, config.model)
+    carried = state.place(config, tx, mesh)
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding.sharding(mesh, sharding.BATCH))
     batch = dict.fromkeys(("inputs", "targets", "loss_mask"), tokens_BT)
     began = time.monotonic()
-    made = compiled(train_step.make(c, mesh, tx).lower(carried, batch))
+    made = compiled(train_step.make(config, mesh, tx).lower(carried, batch))
     compile_seconds = time.monotonic() - began
 
     program = Program.read(made.as_text() or "")
     kernels, exchanges = list(program.kernels()), list(program.collectives(mesh.size))
-    axes = sharding.axes(mesh, c.model, c.mesh.shard_params)
-    empty = jax.eval_shape(lambda: lm.start(c.model, B))
-    attention = sharding.with_sharding(mesh, empty, lm.state_specs(c.model, axes))
+    axes = sharding.axes(mesh, config.model, config.mesh.shard_params)
+    empty = jax.eval_shape(lambda: lm.start(config.model, B))
+    attention = sharding.with_sharding(mesh, empty, lm.state_specs(config.model, axes))
     used = made.memory_analysis()
     assert used is not None, "every target's compiler counts memory"
     memory = {
@@ -97,7 +97,7 @@ def estimate(c: Config, mesh: Mesh) -> Estimate:
         n_param=state.n_param(carried),
         memory=memory,
         largest=largest(program),
-        analytic=lm.train_flops(c.model, c.train.update_len) * B * T / n_device,
+        analytic=lm.train_flops(config.model, config.train.update_len) * B * T / n_device,
         compiled=sum(kernel.n * kernel.flops for kernel in kernels),
         traffic=sum(kernel.n * kernel.nbytes for kernel in kernels),
         n_kernel=sum(kernel.n for kernel in kernels),

@@ -7,8 +7,8 @@ from concurrent import futures
 
 import jax
 
-from tvq import config, sharding
-from tvq.config import Config
+from tvq import schema, sharding
+from tvq.config import Config, validate
 from tvq.errors import InputError
 from tvq.programs.plan import report, step
 from tvq.programs.plan.bound import Bound, bound
@@ -18,12 +18,12 @@ from tvq.run import metrics
 N_AT_ONCE = 2  # a compiler keeps little more than one core busy
 
 
-def sweep(c: Config, devices: list[jax.Device], console: metrics.Console) -> bool:
+def sweep(config: Config, devices: list[jax.Device], console: metrics.Console) -> bool:
     """Prints a row as each shape is compiled, then, or at Ctrl-C, a table of all. True: one fits."""
-    trials = dict(shapes(c, len(devices)))
+    trials = dict(shapes(config, len(devices)))
     rows: dict[str, Estimate | Bound | str] = {name: least(trial, devices) for name, trial in trials.items()}
     may_fit = {name: row for name, row in rows.items() if isinstance(row, Bound) and row.fits}
-    chosen = sorted(may_fit, key=lambda name: may_fit[name].step_seconds)[: c.plan.n_compile]
+    chosen = sorted(may_fit, key=lambda name: may_fit[name].step_seconds)[: config.plan.n_compile]
     console.say(
         f"{len(trials)} shapes, of which {len(may_fit)} may fit; compiling {len(chosen)} (--n_compile),"
         " the most promising first"
@@ -46,7 +46,7 @@ def sweep(c: Config, devices: list[jax.Device], console: metrics.Console) -> boo
 def least(trial: Config, devices: list[jax.Device]) -> Bound | str:
     """What the shape needs at least, or why it is impossible."""
     try:
-        config.validate(trial)
+        validate(trial)
         return bound(trial, sharding.make(trial.mesh, devices))
     except InputError as error:
         return f"no: {str(error).splitlines()[0]}"
@@ -60,15 +60,15 @@ def attempt(trial: Config, devices: list[jax.Device]) -> Estimate | str:
         return f"no: {report.lacking(*error.args)}"
 
 
-def shapes(c: Config, n_device: int) -> Iterator[tuple[str, Config]]:
+def shapes(config: Config, n_device: int) -> Iterator[tuple[str, Config]]:
     """Every shape of the mesh over n_device devices of one machine, with its config."""
     for devices, sequence, tensor in factors(n_device, 3):
         for shard_params in (False, True) if devices > 1 else (False,):
-            shape = config.Mesh(devices=devices, sequence=sequence, tensor=tensor, shard_params=shard_params)
+            shape = schema.Mesh(devices=devices, sequence=sequence, tensor=tensor, shard_params=shard_params)
             sizes = {"devices": devices, "sequence": sequence, "tensor": tensor}
             names = [f"{axis}={n}" for axis, n in sizes.items() if n > 1 or axis == "devices"]
             name = " ".join([*names, "shard_params"] if shard_params else names)
-            yield name, dataclasses.replace(c, mesh=shape)
+            yield name, dataclasses.replace(config, mesh=shape)
 
 
 def factors(n: int, k: int) -> Iterator[tuple[int, ...]]:
