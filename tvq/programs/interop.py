@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from tvq import atomic, cluster, config, sharding
+from tvq import atomic, cluster, config, hf, sharding
 from tvq import model as lm
 from tvq.config import Config
 from tvq.data import files
@@ -185,13 +185,17 @@ def send_out(
     log: cluster.Log,
     *,
     output: str,
+    format: str = "tvq",  # noqa: A002
     at: int | None = None,
 ) -> int:
-    """Writes parameters and codebooks of the newest checkpoint, or of a step's, and the config of the run."""
+    """Writes the newest weights by name, or a step's, the config of the run, and a tokenizer.
+
+    With `hf` they come with all that transformers needs besides. The weights are the same.
+    """
     place.check_alone("export")
     check_output(output)
     restored = restore.weights(c, workdir, sharding.make(config.Mesh(), jax.devices()[:1]), log.say, at)
-    metrics.Console().say(write(c, output, restored, {}, f"step {restored.step:,}"))
+    metrics.Console().say(write(c, output, restored, {}, f"step {restored.step:,}", format))
     return 0
 
 
@@ -202,15 +206,28 @@ def check_output(output: str) -> None:
         raise InputError(f"--output={output} is not an empty folder; use another")
 
 
-def write(c: Config, output: str, restored: Restored, more: dict[str, str], what: str) -> str:
+def write(
+    c: Config,
+    output: str,
+    restored: Restored,
+    more: dict[str, str],
+    what: str,
+    format: str = "tvq",  # noqa: A002
+) -> str:
     """Writes the weights of `what`, with `more` facts about them, and the config; returns a line about it."""
     folder, now = epath.Path(output), restored.state
     arrays = tensors.named(in_file(now.weights))
     kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}
-    facts = {"step": str(restored.step), **kept, **more}
+    facts, say = {"step": str(restored.step), **kept, **more}, metrics.Console().say
+    texts = {config.FILE: json.dumps(config.to_dict(c), indent=1) + "\n"}
+    if format == "hf":
+        facts["format"] = "pt"  # the word of transformers for these names and dims
+        texts = hf.files(c)
+    texts |= hf.tokenizer_of(from_json(restored.data["vocabulary"]), restored.data["image_size"], say)
     with cluster.writing("--output", folder):
         n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
-        atomic.write(folder / config.FILE, json.dumps(config.to_dict(c), indent=1) + "\n")
+        for name, text in texts.items():
+            atomic.write(folder / name, text)
     return f"{state.n_param(now):,} parameters of {what} are in {folder}: {n_byte / 1e6:,.1f} MB"
 
 
