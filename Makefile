@@ -11,7 +11,7 @@ EXTRA := $(shell cuda=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([
 	if [ -n "$$cuda" ]; then [ "$$cuda" -ge 13 ] && echo ,cuda || echo ,cuda12; \
 	elif ls /dev/accel* /dev/vfio/[0-9]* 2>/dev/null | grep -q .; then echo ,tpu; fi)
 
-.PHONY: train test test-quick test-aot plans invariance check format lint types setup clean
+.PHONY: train test test-quick test-aot test-hf plans invariance check format lint types setup clean
 
 train: setup
 	$(BIN)/tvq train --config=configs/debug.py --workdir=$(WORKDIR)
@@ -29,6 +29,19 @@ invariance: setup
 # Costs of programs compiled for an H200 and a TPU that are not there. The compilers take 5 GB.
 test-aot: .venv-aot/ready
 	JAX_PLATFORMS=cpu XLA_FLAGS= .venv-aot/bin/pytest -q -s tests/aot
+
+# Exported models in transformers, where there is neither jax nor tvq. PyTorch takes 6 GB.
+test-hf: setup .venv-hf/ready
+	rm -rf .cache/hf
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.hf.cases .cache/hf/cases
+	HF_HUB_OFFLINE=1 HF_HOME=.cache/hf/home TVQ_HF_CASES=.cache/hf/cases OMP_NUM_THREADS=1 \
+		.venv-hf/bin/pytest -q -s --noconftest -c /dev/null --rootdir=. -p no:cacheprovider tests/hf/test_modeling.py
+
+.venv-hf/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-hf
+	sed -nE 's/^hf = \[(.*)\].*/\1 pytest numpy/p' pyproject.toml | tr -d '",' | \
+		xargs .venv-hf/bin/pip install --quiet --disable-pip-version-check
+	touch $@
 
 # What docs/plan.md tabulates, a file a line; hours on two cores.
 plans: .venv-aot/ready
@@ -64,4 +77,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-aot .cache
+	rm -rf .venv .venv-newest .venv-aot .venv-hf .cache

@@ -184,11 +184,19 @@ COMMANDS: dict[str, Command] = {
         help="write the newest weights of a run as safetensors",
         examples="""
         tvq export --workdir=runs/debug --output=weights
+        tvq export --workdir=runs/debug --output=folder --format=hf
         """,
         start="tvq.programs.interop.send_out",
         common=CHECKPOINT,
         at_step=True,
-        own={"--output": path("folder for the weights", required=True)},
+        own={
+            "--output": path("folder for the weights", required=True),
+            "--format": {
+                "choices": ("tvq", "hf"),
+                "default": "tvq",
+                "help": "hf: with config and code for Hugging Face's transformers (default: tvq)",
+            },
+        },
     ),
     "average": Command(
         help="average the weights of checkpoints of a run",

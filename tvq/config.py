@@ -58,6 +58,8 @@ __all__ = [
 
 # The resolved config of a run, in its workdir.
 FILE = "config.json"
+# Where that of `tvq export --format=hf`, whose other entries are those of transformers, holds it.
+NESTED = "tvq"
 # What may differ between a run and its resumption: everything else decides the numbers.
 CHANGEABLE = frozenset(
     {"model.n_parallel", "model.remat", "train.segment_len", "train.accumulate", "train.steps"}
@@ -115,7 +117,8 @@ def recorded(path: epath.Path) -> ConfigDict:
     """The config that a run recorded in its workdir; fields newer than the run have their defaults."""
     config = base().unlock()
     try:
-        config.update(json.loads(path.read_text()))
+        told = json.loads(path.read_text())
+        config.update(told.get(NESTED, told))
     except json.JSONDecodeError as error:
         raise InputError(f"line {error.lineno} of {path} is not JSON: {error.msg}; fix it") from error
     except (

@@ -91,7 +91,8 @@ def test_export_and_import_are_bitwise(tmp_path, capsys):
     given = original_file(tmp_path / "given", original_arrays(RUN))
     bring_in(RUN, first, given)
     send_out(RUN, first, folder)
-    assert sorted(path.name for path in folder.iterdir()) == [config.FILE, interop.WEIGHTS]
+    written = {config.FILE, interop.WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in folder.iterdir()} == written
     assert config.build(config.recorded(epath.Path(folder) / config.FILE)) == RUN
     bring_in(RUN, second, folder)
     a, b = newest(first, RUN), newest(second, RUN)

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from tvq import atomic, cluster, schema, sharding
+from tvq import atomic, cluster, hf, schema, sharding
 from tvq import model as lm
 from tvq.config import FILE as CONFIG_FILE
 from tvq.config import Config, to_dict
@@ -197,13 +197,17 @@ def send_out(
     log: cluster.Log,
     *,
     output: str,
+    format: str = "tvq",  # noqa: A002
     at: int | None = None,
 ) -> int:
-    """Writes parameters and codebooks of the newest checkpoint, or of a step's, and the config of the run."""
+    """Writes the newest weights by name, or a step's, the config of the run, and a tokenizer.
+
+    With `hf` they come with all that transformers needs besides. The weights are the same.
+    """
     place.check_alone("export")
     check_output(output)
     restored = restore.weights(config, workdir, sharding.make(schema.Mesh(), jax.devices()[:1]), log.say, at)
-    metrics.Console().say(write(config, output, restored, {}, f"step {restored.step:,}"))
+    metrics.Console().say(write(config, output, restored, {}, f"step {restored.step:,}", format))
     return 0
 
 
@@ -214,15 +218,28 @@ def check_output(output: str) -> None:
         raise InputError(f"--output={output} is not an empty folder; use another")
 
 
-def write(config: Config, output: str, restored: Restored, more: dict[str, str], what: str) -> str:
+def write(
+    config: Config,
+    output: str,
+    restored: Restored,
+    more: dict[str, str],
+    what: str,
+    format: str = "tvq",  # noqa: A002
+) -> str:
     """Writes the weights of `what`, with `more` facts about them, and the config; returns a line about it."""
     folder, now = epath.Path(output), restored.state
     arrays = tensors.named(in_file(now.weights))
     kept = {name: json.dumps(restored.data[name]) for name in ("vocabulary", "image_size")}
-    facts = {"step": str(restored.step), **kept, **more}
+    facts, say = {"step": str(restored.step), **kept, **more}, metrics.Console().say
+    texts = {CONFIG_FILE: json.dumps(to_dict(config), indent=1) + "\n"}
+    if format == "hf":
+        facts["format"] = "pt"  # the word of transformers for these names and dims
+        texts = hf.files(config)
+    texts |= hf.tokenizer_of(from_json(restored.data["vocabulary"]), restored.data["image_size"], say)
     with cluster.writing("--output", folder):
         n_byte = tensors.write(folder / WEIGHTS, arrays, facts)
-        atomic.write(folder / CONFIG_FILE, json.dumps(to_dict(config), indent=1) + "\n")
+        for name, text in texts.items():
+            atomic.write(folder / name, text)
     return f"{state.n_param(now):,} parameters of {what} are in {folder}: {n_byte / 1e6:,.1f} MB"
 
 
