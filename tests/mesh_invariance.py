@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from tests import conftest  # noqa: F401  eight CPU devices
-from tvq import config, sharding
+from tvq import config, rules, schema, sharding
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
@@ -52,7 +52,7 @@ REPRODUCIBLE: list[dict[str, Any]] = [
 
 
 def run(
-    c: config.Config, batches: list[dict[str, np.ndarray]]
+    c: schema.Config, batches: list[dict[str, np.ndarray]]
 ) -> tuple[list[float], list[np.ndarray], bytes]:
     """Loss and codebook counts after each call; the last state and metrics, bit by bit."""
     n_device = math.prod(getattr(c.mesh, axis) for axis in sharding.AXES)
@@ -69,12 +69,12 @@ def run(
     return losses, counts, b"".join(np.asarray(x).tobytes() for x in last)
 
 
-def shaped(base: config.Config, shape: dict[str, Any], reproducible: bool = False) -> config.Config:
+def shaped(base: schema.Config, shape: dict[str, Any], reproducible: bool = False) -> schema.Config:
     sizes = {"devices": 1} | {name: value for name, value in shape.items() if name != "accumulate"}
     accumulate = shape.get("accumulate", 1)
     trained = dataclasses.replace(base.train, accumulate=accumulate, reproducible=reproducible)
-    c = dataclasses.replace(base, mesh=config.Mesh(**sizes), train=trained)
-    config.validate(c)
+    c = dataclasses.replace(base, mesh=schema.Mesh(**sizes), train=trained)
+    rules.validate(c)
     return c
 
 

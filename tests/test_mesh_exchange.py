@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from tests.model import small
-from tvq import config, sharding
+from tvq import config, schema, sharding
 from tvq.model.layers import N_PROBE
 from tvq.programs.plan import bound, step
 from tvq.programs.plan.program import Program
@@ -34,16 +34,16 @@ def links(
     **shape: int | bool,
 ) -> dict[tuple[str, str], tuple[int, float]]:
     """`{(kind, axes): (messages, bytes that a device sends)}` of one update."""
-    run = config.Config(
+    run = schema.Config(
         model=dataclasses.replace(small.MODEL, n_head=n_head, grad_thru_cache=grad_thru_cache),
-        train=config.Train(
+        train=schema.Train(
             steps=1,
             global_batch_size=n_sequence,
             sequence_len=update_len,
             update_len=update_len,
             reproducible=reproducible,
         ),
-        mesh=config.Mesh(**{"devices": 1} | shape),
+        mesh=schema.Mesh(**{"devices": 1} | shape),
     )
     n_device = math.prod(getattr(run.mesh, axis) for axis in sharding.AXES)
     mesh = sharding.make(run.mesh, jax.devices()[:n_device])
@@ -97,7 +97,7 @@ def for_attention(found: dict[tuple[str, str], tuple[int, float]]) -> float:
     return sum(found[kind, "sequence"][1] for kind in ("collective-permute", "all-to-all"))
 
 
-def exchanged(model: config.Model, n_part: int) -> float:
+def exchanged(model: schema.Model, n_part: int) -> float:
     """Bytes that a device sends, a unit and a sequence, in four bytes each, both ways.
 
     A halo of M keys, values and codes, and two messages of a count and V sums a code, of which codes and
@@ -113,7 +113,7 @@ def test_parts_of_a_sequence_exchange_the_same_however_long_it_is():
     assert short == long
     assert {kind for kind, _ in short} == {"all-reduce", "all-to-all", "collective-permute"}
     assert for_attention(short) == N_UNIT * B * exchanged(small.MODEL, 4)
-    parts = sharding.make(config.Mesh(devices=1, sequence=4), jax.devices()[:4])
+    parts = sharding.make(schema.Mesh(devices=1, sequence=4), jax.devices()[:4])
     assert bound.unit_messages(small.MODEL, parts, B, B * 16) == pytest.approx(for_attention(short), rel=0.05)
 
 
@@ -139,6 +139,6 @@ def test_a_cut_value_width_has_one_reduction_a_unit_and_pass():
     found = links(n_head=1, tensor=2)
     assert {kind for kind, _ in found} == {"all-reduce"}
     assert found["all-reduce", "tensor"][0] == 2 * N_UNIT + 1  # and the norms of gradients and parameters
-    parts = sharding.make(config.Mesh(devices=1, tensor=2), jax.devices()[:2])
+    parts = sharding.make(schema.Mesh(devices=1, tensor=2), jax.devices()[:2])
     model = dataclasses.replace(small.MODEL, n_head=1, d_v=small.MODEL.d_v // 2)
     assert found["all-reduce", "tensor"][1] > bound.unit_messages(model, parts, B, B * U) > 0

@@ -11,7 +11,7 @@ import pytest
 
 from tests.model import small
 from tests.model.small import close
-from tvq import config, sharding
+from tvq import schema, sharding
 from tvq.training import state, train_step
 from tvq.training.state import TrainState
 
@@ -26,11 +26,11 @@ BLOCK_BY_BLOCK = dataclasses.replace(ONE_HEAD, grad_thru_cache=False, attend_acr
 SGD = optax.sgd(0.5)  # parameters then tell the gradients
 
 
-def run_of(model: config.Model, shape: dict[str, Any], **train: int) -> config.Config:
-    return config.Config(
+def run_of(model: schema.Model, shape: dict[str, Any], **train: int) -> schema.Config:
+    return schema.Config(
         model=model,
-        train=config.Train(steps=2, global_batch_size=B, sequence_len=T, update_len=U, **train),
-        mesh=config.Mesh(**{"devices": 1} | shape),
+        train=schema.Train(steps=2, global_batch_size=B, sequence_len=T, update_len=U, **train),
+        mesh=schema.Mesh(**{"devices": 1} | shape),
     )
 
 
@@ -44,11 +44,11 @@ def host_batch() -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def initial(model: config.Model, tx: optax.GradientTransformation) -> TrainState:
+def initial(model: schema.Model, tx: optax.GradientTransformation) -> TrainState:
     return state.init(model, tx, 0)
 
 
-def on(run: config.Config) -> jax.sharding.Mesh:
+def on(run: schema.Config) -> jax.sharding.Mesh:
     sizes = dataclasses.asdict(run.mesh)
     n_device = int(np.prod([sizes[axis] for axis in sharding.AXES]))
     mesh = sharding.make(run.mesh, jax.devices()[:n_device])
@@ -56,13 +56,13 @@ def on(run: config.Config) -> jax.sharding.Mesh:
     return mesh
 
 
-def placed(run: config.Config, tx: optax.GradientTransformation) -> TrainState:
+def placed(run: schema.Config, tx: optax.GradientTransformation) -> TrainState:
     shardings = jax.tree.map(lambda x: x.sharding, state.place(run, tx, on(run)))
     return jax.device_put(initial(run.model, tx), shardings)
 
 
 @functools.cache
-def one_call(run: config.Config) -> tuple[TrainState, dict]:
+def one_call(run: schema.Config) -> tuple[TrainState, dict]:
     """State and metrics of two updates: the second finds what the first has carried out."""
     with jax.enable_x64(True):
         now = placed(run, SGD)

@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from tests.test_config import PRESETS
-from tvq import config, sharding
+from tvq import config, schema, sharding
 from tvq import model as lm
 from tvq.training import optimizer, state
 
 GOLDEN = Path(__file__).parent / "golden_specs"
-EVERY_AXIS = config.Mesh(replica=2, devices=2, sequence=2, tensor=2, shard_params=True)
+EVERY_AXIS = schema.Mesh(replica=2, devices=2, sequence=2, tensor=2, shard_params=True)
 
 
 def text(path: Path) -> str:

@@ -18,7 +18,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from tests import stream
-from tvq import config, sharding
+from tvq import schema, sharding
 from tvq.model import attention, layers, original, parameters, recurrence, transformer, vq
 from tvq.model.parameters import Weights
 from tvq.model.unit import gated_unit
@@ -62,17 +62,17 @@ def trees_close(name: str, got: object, want: object, tolerance: float = TOLERAN
         close(name + jax.tree_util.keystr(path), a, b, tolerance)
 
 
-def model_config(original: dict) -> config.Model:
-    names = {field.name for field in dataclasses.fields(config.Model)}
+def model_config(original: dict) -> schema.Model:
+    names = {field.name for field in dataclasses.fields(schema.Model)}
     known = {name: value for name, value in original.items() if name in names}
-    return config.Model(**known | {"pe_lam": float(original["pe_lam"]), "attend_across_documents": True})
+    return schema.Model(**known | {"pe_lam": float(original["pe_lam"]), "attend_across_documents": True})
 
 
 def on_device(tree: object) -> object:
     return jax.tree.map(jnp.asarray, tree)
 
 
-def weights(arrays: dict, model: config.Model) -> Weights:
+def weights(arrays: dict, model: schema.Model) -> Weights:
     return on_device(original.weights(arrays, model))
 
 
@@ -183,8 +183,8 @@ def check_lossgrad(spec: dict, arrays: dict) -> None:
     trees_close("extra", jax.tree.map(jnp.subtract, given.extra, new), want_extra, CANCELLING)
 
 
-def optimizer_config(original: dict) -> config.Optimizer:
-    return config.Optimizer(
+def optimizer_config(original: dict) -> schema.Optimizer:
+    return schema.Optimizer(
         name=original["optimizer"],
         lr_max=original["lr_max"],
         schedule=original["lr_schedule"],
@@ -228,10 +228,10 @@ def bfloat16_close(got: jax.Array, want: np.ndarray) -> None:
 def check_train(spec: dict, arrays: dict) -> None:
     model = model_config(spec["transformer_config"])
     B, T = arrays["batch0/inputs"].shape
-    run = config.Config(
+    run = schema.Config(
         model=model,
         optimizer=optimizer_config(spec["optimizer"]),
-        train=config.Train(
+        train=schema.Train(
             steps=1, global_batch_size=B, sequence_len=T, update_len=spec["transformer_config"]["update_len"]
         ),
     )
@@ -260,7 +260,7 @@ def check_eval(spec: dict, arrays: dict) -> None:
     given = weights(under(arrays, "params"), model)
     batch = under(arrays, "batch")
     B, T = batch["inputs"].shape
-    mesh = sharding.make(config.Mesh(), jax.devices()[: spec["n_device"]])
+    mesh = sharding.make(schema.Mesh(), jax.devices()[: spec["n_device"]])
     # Pieces of one block and of all blocks: the update length plays no part in evaluation.
     empty, read = evaluate.reader(model, mesh)
     count = batch["loss_mask"].sum()
@@ -331,7 +331,7 @@ def made_up(flat: dict) -> dict:
 
 
 def check_optim(spec: dict, arrays: dict) -> None:
-    tx = optimizer.make(optimizer_config(spec["optimizer"]), config.Model(e_tie=True, pe_abs=True))
+    tx = optimizer.make(optimizer_config(spec["optimizer"]), schema.Model(e_tie=True, pe_abs=True))
     params = made_up(under(arrays, "params"))
     opt_state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
@@ -348,7 +348,7 @@ def check_schedule(spec: dict, arrays: dict) -> None:
         steps = arrays[f"in/{name}/steps"]
         for kind in ("cosine", "linear"):  # its inv_sqrt is a defect of the original
             made = optimizer.schedule(
-                config.Optimizer(
+                schema.Optimizer(
                     schedule=kind,
                     **spec["settings"][name],
                 )

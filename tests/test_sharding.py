@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tvq import config, sharding
+from tvq import schema, sharding
 from tvq.model import layers, parameters
 from tvq.training import sums
 
 
 def on(n_device: int) -> jax.sharding.Mesh:
-    return sharding.make(config.Mesh(), jax.devices()[:n_device])
+    return sharding.make(schema.Mesh(), jax.devices()[:n_device])
 
 
 def test_minus_one_takes_all_devices():
     shape = {"replica": 1, "devices": 8, "sequence": 1, "tensor": 1}
-    assert dict(on(8).shape) == dict(sharding.make(config.Mesh(devices=8), jax.devices()).shape) == shape
+    assert dict(on(8).shape) == dict(sharding.make(schema.Mesh(devices=8), jax.devices()).shape) == shape
     assert sharding.n_data(on(4)) == 4
 
 
@@ -29,13 +29,13 @@ def test_a_mesh_takes_exactly_the_devices_there_are(wanted):
     with pytest.raises(
         ValueError, match=f"config.mesh.devices is {wanted} but there are 8 cpu devices"
     ) as error:
-        sharding.make(config.Mesh(devices=wanted), jax.devices())
+        sharding.make(schema.Mesh(devices=wanted), jax.devices())
     assert "use 8 or -1" in str(error.value)
     assert f"--cpu_devices={wanted}" in str(error.value)
 
 
 def test_one_axis_takes_what_is_left():
-    shape = config.Mesh(replica=2, devices=1, sequence=-1, tensor=2)
+    shape = schema.Mesh(replica=2, devices=1, sequence=-1, tensor=2)
     assert sharding.make(shape, jax.devices()).devices.shape == (2, 1, 2, 2)
 
 
@@ -43,12 +43,12 @@ def test_one_axis_takes_what_is_left():
     ("shape", "message"),
     [
         (
-            config.Mesh(devices=2, tensor=2),
+            schema.Mesh(devices=2, tensor=2),
             "config.mesh is devices 2 x tensor 2 but there are 8 cpu devices; use config.mesh.devices=4,"
             " or pass --cpu_devices=4",
         ),
         (
-            config.Mesh(sequence=6),
+            schema.Mesh(sequence=6),
             "config.mesh is devices -1 x sequence 6 but there are 8 cpu devices; use config.mesh.replica=1"
             " config.mesh.sequence=2 config.mesh.tensor=1 config.mesh.devices=4, or pass --cpu_devices=6",
         ),
@@ -90,7 +90,7 @@ def test_a_batch_that_does_not_divide(n_device, size, way_out):
 
 def test_rows_go_to_their_places_whatever_the_order_of_the_devices():
     """On a torus they are not in the order of their numbers; parts of a sequence share rows."""
-    shape = config.Mesh(devices=4, sequence=2)
+    shape = schema.Mesh(devices=4, sequence=2)
     devices = [jax.devices()[i] for i in (0, 1, 4, 5, 6, 7, 2, 3)]
     placed = sharding.make(shape, devices)
     rows = np.arange(8, dtype=np.int32)[:, None]
@@ -136,7 +136,7 @@ def test_a_sum_in_pairs_has_one_order(shape):
     terms = {
         n: (rng.normal(size=(8, n)) * 10.0 ** rng.integers(-4, 4, (8, n))).astype("f") for n in (1, 5, 30)
     }
-    mesh = sharding.make(config.Mesh(**shape), jax.devices())
+    mesh = sharding.make(schema.Mesh(**shape), jax.devices())
     add = jax.shard_map(
         lambda x: sums.in_pairs(jax.tree.map(lambda row: row[0], x), sharding.DATA_AXES),
         mesh=mesh, in_specs=sharding.BATCH, out_specs=sharding.WHOLE,
@@ -168,7 +168,7 @@ def test_parameters_sent_in_few_bytes_are_as_if_cast_afterwards(D, narrow):
 
     def both(dtype: str, kernel_DX: jax.Array, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         def output(kernel_DX: jax.Array) -> jax.Array:
-            like = {"q": parameters.declared(config.Model()).params["units"]["q"]}
+            like = {"q": parameters.declared(schema.Model()).params["units"]["q"]}
             whole = parameters.gather({"q": kernel_DX}, like, sharding.Axes(D="devices"), dtype)
             return layers.dense(x_TD.astype("bfloat16"), whole["q"])
 

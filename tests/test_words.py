@@ -16,8 +16,8 @@ import pytest
 from tests.fakes.pod import environment
 from tvq import cluster, words
 from tvq.cluster import watchdog
-from tvq.config import Cluster
 from tvq.run.metrics import Console
+from tvq.schema import Cluster
 
 ALONE = cluster.Place(how="alone")
 

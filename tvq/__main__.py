@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_type_hints
 from etils import epath
 from ml_collections import ConfigDict
 
-from tvq import config, paths, words
+from tvq import config, paths, schema, words
 from tvq.commands import COMMANDS, Command, Options, program
 from tvq.errors import InputError, explained, raise_at_interrupt
 
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="tvq", description="Transformer-VQ. tvq COMMAND --help shows its options.", allow_abbrev=False
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    fields = config.listing(config.Config(), config.base()).replace("%", "%%")
+    fields = config.listing(schema.Config(), config.base()).replace("%", "%%")
     for name, command in COMMANDS.items():
         epilog = "examples:\n" + textwrap.indent(textwrap.dedent(command.examples).strip(), "  ")
         if command.takes == "devices":
@@ -48,7 +48,7 @@ def section(command: Command) -> list[dataclasses.Field]:
     if not command.section:
         return []
     return [
-        f for f in dataclasses.fields(get_type_hints(config.Config)[command.section]) if f.name != "every"
+        f for f in dataclasses.fields(get_type_hints(schema.Config)[command.section]) if f.name != "every"
     ]
 
 
@@ -89,7 +89,7 @@ def starting_config(arguments: argparse.Namespace) -> ConfigDict:
     return config.recorded(path)
 
 
-def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> config.Config:
+def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> schema.Config:
     """The starting config with the fields that the command line sets."""
     draft, command = starting_config(arguments), COMMANDS[arguments.command]
     for text in overrides:

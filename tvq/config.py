@@ -16,45 +16,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from tvq.errors import InputError
-from tvq.rules import stop_strings, traced_updates, validate
-from tvq.schema import (
-    Bench,
-    Checkpoint,
-    Cluster,
-    Config,
-    Data,
-    Evaluate,
-    Log,
-    Mesh,
-    Model,
-    Optimizer,
-    Plan,
-    Profile,
-    Recall,
-    Sample,
-    Train,
-)
-
-__all__ = [
-    "Bench",
-    "Checkpoint",
-    "Cluster",
-    "Config",
-    "Data",
-    "Evaluate",
-    "Log",
-    "Mesh",
-    "Model",
-    "Optimizer",
-    "Plan",
-    "Profile",
-    "Recall",
-    "Sample",
-    "Train",
-    "stop_strings",
-    "traced_updates",
-    "validate",
-]
+from tvq.rules import validate
+from tvq.schema import Config
 
 # The resolved config of a run, in its workdir.
 FILE = "config.json"

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tvq import config, rules
+from tvq import rules, schema
 from tvq.errors import InputError
 
 AXES = ("replica", "devices", "sequence", "tensor")
@@ -56,7 +56,7 @@ class Axes(NamedTuple):
 UNCUT = Axes()
 
 
-def make(shape: config.Mesh, devices: Sequence[jax.Device], for_config: config.Config | None = None) -> Mesh:
+def make(shape: schema.Mesh, devices: Sequence[jax.Device], for_config: schema.Config | None = None) -> Mesh:
     """The mesh over all `devices`. InputError if its shape does not use exactly these.
 
     With `for_config`, the shape that the message advises also obeys the other rules of that config.
@@ -117,7 +117,7 @@ def order(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inside, slices, devices, allow_split_physical_axes=True)
 
 
-def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
+def axes(mesh: Mesh, model: schema.Model, shard_params: bool) -> Axes:
     """What the axes of a mesh cut of this model."""
     one = lambda axis: axis if mesh.shape[axis] > 1 else None
     heads = one("tensor") if model.cuts_heads(mesh.shape["tensor"]) else None
@@ -129,13 +129,13 @@ def axes(mesh: Mesh, model: config.Model, shard_params: bool) -> Axes:
     )
 
 
-def check(mesh: Mesh, c: config.Config) -> None:
+def check(mesh: Mesh, c: schema.Config) -> None:
     """InputError if the model or an update cannot be cut over the mesh, or its kernel does not run there."""
     check_platform(mesh, c.model)
     _refuse(rules.misfits(c, dict(mesh.shape)))
 
 
-def check_platform(mesh: Mesh, model: config.Model) -> None:
+def check_platform(mesh: Mesh, model: schema.Model) -> None:
     """InputError if the devices lack a kernel that the model needs."""
     if model.attention == "flash" and platform(mesh) != "gpu":
         raise InputError(

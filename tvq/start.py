@@ -10,9 +10,9 @@ from etils import epath
 
 from tvq import cluster, words
 from tvq.commands import Command, program
-from tvq.config import Config
 from tvq.data.corpus import cache_folder
 from tvq.errors import InputError, explained, raise_at_interrupt
+from tvq.schema import Config
 
 # Forbids operations whose order of summation may change, and choosing kernels by timing them.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tvq import cluster, config
+from tvq import cluster, schema
 from tvq.cluster.place import expand_nodes
 
 SLURM = {
@@ -21,8 +21,8 @@ TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "2"}
 EXPLICIT = {"TVQ_COORDINATOR": "a:1000", "TVQ_N_PROCESS": "4", "TVQ_PROCESS_ID": "3"}
 
 
-def section(**fields: object) -> config.Cluster:
-    return config.Cluster(**fields)
+def section(**fields: object) -> schema.Cluster:
+    return schema.Cluster(**fields)
 
 
 def found(environ: dict[str, str], metadata: dict[str, str] | None = None, **fields: object) -> tuple:

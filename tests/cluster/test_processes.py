@@ -16,7 +16,7 @@ import jax
 import pytest
 
 from tests.fakes.pod import ENDLESS, Pod, free_port
-from tvq import cluster, config
+from tvq import cluster, config, schema
 from tvq.cluster import meeting
 from tvq.cluster.meeting import differences
 from tvq.cluster.processes import Processes, clear_stale_lock
@@ -288,7 +288,7 @@ def test_code_version_follows_the_files(tmp_path: Path) -> None:
 
 
 def test_common_fields_leave_out_what_is_a_process_own() -> None:
-    fields = config.common(config.Config())
+    fields = config.common(schema.Config())
     assert "config.train.seed" in fields
     assert "config.cluster.process_id" not in fields
 

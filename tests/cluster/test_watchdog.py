@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.pod import ENDLESS, Pod
-from tvq import cluster, config
+from tvq import cluster, schema
 from tvq.cluster import watchdog
 from tvq.cluster.watchdog import Sign, blame
 
@@ -76,7 +76,7 @@ def watched(
     def make(n_process: int = 1, **timeouts: float) -> tuple[cluster.Watchdog, set]:
         place, fired = cluster.Place(how="as told", n_process=n_process), set()
         log = logs.enter_context(contextlib.closing(cluster.Log(tmp_path, place)))
-        made = cluster.Watchdog(cluster.Processes(place, ("",), 1.0), config.Cluster(**timeouts), log)
+        made = cluster.Watchdog(cluster.Processes(place, ("",), 1.0), schema.Cluster(**timeouts), log)
         monkeypatch.setattr(made, "_fire", lambda why, signs: fired.add(why))
         monkeypatch.setattr(made, "_threads", [])
         return made, fired

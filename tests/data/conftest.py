@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import config
+from tvq import schema
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.splits import Piece
@@ -27,7 +27,7 @@ def corpus_of(tmp_path: Path) -> Callable[..., Corpus]:
             for i, text in enumerate(found)
         ]
         prepared.write(epath.Path(folder), pieces, prepared.text_form(ByteVocabulary()), {"name": "made"})
-        return open_corpus(config.Data(source="tokens", path=str(folder)))
+        return open_corpus(schema.Data(source="tokens", path=str(folder)))
 
     return build
 

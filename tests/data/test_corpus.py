@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import config
+from tvq import config, schema
 from tvq.data import files, prepared, walk
 from tvq.data.corpus import cache_folder, open_corpus
 from tvq.data.splits import SPLITS
@@ -20,22 +20,22 @@ from tvq.data.vocabulary import END, ByteVocabulary
 
 
 @pytest.fixture
-def text(tmp_path) -> config.Data:
+def text(tmp_path) -> schema.Data:
     """A file of 1000 bytes: 900 train, 50 validate, 50 test."""
     path = tmp_path / "text"
     path.write_bytes(np.random.default_rng(0).bytes(1000))
-    return config.Data(source="text", path=str(path), cache=str(tmp_path / "cache"))
+    return schema.Data(source="text", path=str(path), cache=str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def tokens(text) -> config.Data:
-    return config.Data(source="tokens", path=str(open_corpus(text).folders[0].path))
+def tokens(text) -> schema.Data:
+    return schema.Data(source="tokens", path=str(open_corpus(text).folders[0].path))
 
 
 NO_MODEL = hashlib.sha256(b"").hexdigest()
 
 
-def edit_manifest(data: config.Data, **changes: object) -> None:
+def edit_manifest(data: schema.Data, **changes: object) -> None:
     path = Path(data.path, "manifest.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -57,7 +57,7 @@ def test_folder_of_documents(tmp_path):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(name)
     (tmp_path / "in" / "empty").touch()
-    data = config.Data(source="text", path=str(tmp_path / "in"), cache=str(tmp_path / "cache"))
+    data = schema.Data(source="text", path=str(tmp_path / "in"), cache=str(tmp_path / "cache"))
     corpus = open_corpus(data)
     encode = ByteVocabulary().encode
     wanted = np.concatenate([encode(b"a"), [1], encode(b"b"), [1], encode(b"c/d"), [1, 1]])
@@ -71,7 +71,7 @@ def test_folder_of_documents(tmp_path):
 def test_reading_in_small_chunks_changes_nothing(text, tmp_path, monkeypatch):
     whole = open_corpus(text)
     monkeypatch.setattr(files, "CHUNK", 13)
-    pieces = open_corpus(config.Data(source="text", path=text.path, cache=str(tmp_path / "other")))
+    pieces = open_corpus(schema.Data(source="text", path=text.path, cache=str(tmp_path / "other")))
     assert pieces.fingerprint == whole.fingerprint
     assert pieces.folders[0].splits == whole.folders[0].splits
 
@@ -81,7 +81,7 @@ def test_made_once(text, monkeypatch):
     monkeypatch.setattr(prepared, "write", None)
     again = open_corpus(text)
     assert again == first
-    assert again == open_corpus(config.Data(source="tokens", path=str(first.folders[0].path)))
+    assert again == open_corpus(schema.Data(source="tokens", path=str(first.folders[0].path)))
 
 
 def test_made_again_when_the_text_changes(text):
@@ -96,16 +96,16 @@ def test_made_again_when_the_text_changes(text):
 def test_fingerprint_does_not_depend_on_the_place(text, tmp_path):
     copy = tmp_path / "copy"
     copy.write_bytes(Path(text.path).read_bytes())
-    other = open_corpus(config.Data(source="text", path=str(copy), cache=text.cache))
+    other = open_corpus(schema.Data(source="text", path=str(copy), cache=text.cache))
     assert other.folders[0].path != open_corpus(text).folders[0].path
     assert other.fingerprint == open_corpus(text).fingerprint
 
 
 def test_default_cache(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache_folder(config.Data()) == Path("/somewhere/tvq")
+    assert cache_folder(schema.Data()) == Path("/somewhere/tvq")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder(config.Data()) == Path.home() / ".cache" / "tvq"
+    assert cache_folder(schema.Data()) == Path.home() / ".cache" / "tvq"
 
 
 def test_another_process_was_first(text, monkeypatch):
@@ -144,7 +144,7 @@ def test_cache_that_cannot_be_written(text, tmp_path):
     with pytest.raises(
         ValueError, match=r"config\.data\.cache: cannot write .*\(File exists\); choose another"
     ):
-        open_corpus(config.Data(source="text", path=text.path, cache=str(tmp_path / "file")))
+        open_corpus(schema.Data(source="text", path=text.path, cache=str(tmp_path / "file")))
 
 
 def test_damaged_cache(text):
@@ -177,7 +177,7 @@ def test_not_a_prepared_folder(tmp_path):
     for path in (tmp_path, tmp_path / "gone"):
         wanted = r"config\.data\.path: .* is not a prepared folder: cannot read manifest\.json .*source=text"
         with pytest.raises(ValueError, match=wanted):
-            open_corpus(config.Data(source="tokens", path=str(path)))
+            open_corpus(schema.Data(source="tokens", path=str(path)))
 
 
 def test_missing_token_file(tokens):
@@ -239,7 +239,7 @@ def test_contents_that_changed_at_equal_size(corpus_of, tmp_path, monkeypatch, n
         monkeypatch.setattr(prepared, "BLOCK", 2)
     rng = np.random.default_rng(0)
     corpus = corpus_of(**{split: [rng.bytes(3000), rng.bytes(10)] for split in SPLITS})
-    data = config.Data(source="tokens", path=str(corpus.folders[0].path))
+    data = schema.Data(source="tokens", path=str(corpus.folders[0].path))
     assert (corpus.info("train").blocks_sha256 is None) == whole
     path = Path(corpus.folders[0].path, name)
     content = bytearray(path.read_bytes())
@@ -273,7 +273,7 @@ def test_a_folder_and_its_only_file_are_not_the_same(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes(bytes(1000))
     found = [
-        open_corpus(config.Data(source="text", path=str(path), cache=str(tmp_path / "cache")))
+        open_corpus(schema.Data(source="text", path=str(path), cache=str(tmp_path / "cache")))
         for path in (tmp_path / "in", tmp_path / "in" / "a.txt")
     ]
     assert [corpus.folders[0].splits["train"].n_byte for corpus in found] == [1000, 900]
@@ -282,7 +282,7 @@ def test_a_folder_and_its_only_file_are_not_the_same(tmp_path):
 def test_what_tvq_makes_inside_the_data_is_no_data(tmp_path):
     """Otherwise a run whose workdir, cache or prepared data are there could not resume."""
     (tmp_path / "a.txt").write_text("text" * 100)
-    data = config.Data(source="text", path=str(tmp_path), cache=str(tmp_path / "cache"))
+    data = schema.Data(source="text", path=str(tmp_path), cache=str(tmp_path / "cache"))
     first = open_corpus(data)
     for name in ("runs/a/config.json", "runs/a/metrics.jsonl", "runs/b/logs/process_1.log"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +309,7 @@ def test_an_index_that_does_not_match_its_tokens(tokens):
 
 
 def test_stdlib(tmp_path):
-    corpus = open_corpus(config.Data(cache=str(tmp_path)))
+    corpus = open_corpus(schema.Data(cache=str(tmp_path)))
     for split in SPLITS:
         info = corpus.info(split)
         assert len(corpus.folders[0].tokens(split)) == info.n_token == info.n_byte + info.n_document

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from tests.data import books
-from tvq import config
+from tvq import config, schema
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Sequences, Streams
@@ -40,7 +40,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
 
 def mixed(folders: tuple[Path, Path], weights: tuple[float, float] = (3, 1)) -> Corpus:
     mix = ",".join(f"{folder}:{weight}" for folder, weight in zip(folders, weights, strict=True))
-    return open_corpus(config.Data(source="tokens", mix=mix))
+    return open_corpus(schema.Data(source="tokens", mix=mix))
 
 
 def numbers(mixture: Corpus, n: int, start: int = 0, rows: slice = slice(None)) -> list[int]:
@@ -101,7 +101,7 @@ def test_the_fingerprint_covers_folders_and_weights(folders):
 @pytest.mark.parametrize("mix", ["a", "a:0", "a:-1,b:1", ":1", "a:1,", "a:nan", "a:inf"])
 def test_written_otherwise(mix):
     with pytest.raises(ValueError, match=r"config\.data\.mix must be FOLDER:WEIGHT,FOLDER:WEIGHT with pos"):
-        open_corpus(config.Data(source="tokens", mix=mix))
+        open_corpus(schema.Data(source="tokens", mix=mix))
 
 
 def test_a_folder_that_is_none(folders, tmp_path):

@@ -142,14 +142,14 @@ def test_error_in_a_worker(sequences):
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
-from tvq import config
+from tvq import config, schema
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 
 if __name__ == "__main__":
     folder, ending = sys.argv[1:]
-    sequences = Sequences(open_corpus(config.Data(source="tokens", path=folder)), "train", 4)
+    sequences = Sequences(open_corpus(schema.Data(source="tokens", path=folder)), "train", 4)
     batches = training_batches(sequences, batch_size=40, seed=0, workers=2)
     next(batches), next(batches)
     workers = multiprocessing.active_children()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import config
+from tvq import schema
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.prepared import Form, text_form
@@ -20,7 +20,7 @@ TEXTS = [b"one two\n three ", b"", b"\n\n", b"four", b" \xff five\tsix\r\n"]
 def written(folder: epath.Path, pieces: Iterable[Piece], form: Form, n_thread: int = 0) -> Corpus:
     folder.mkdir()
     prepared.write(folder, pieces, form, {"name": "made"}, n_thread=n_thread)
-    return open_corpus(config.Data(source="tokens", path=str(folder)))
+    return open_corpus(schema.Data(source="tokens", path=str(folder)))
 
 
 def cut(texts: Iterable[bytes], size: int) -> Iterable[Piece]:

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tvq import sharding
-from tvq.config import Model
 from tvq.model import Declared, Draws, Weights, draw_probe  # noqa: F401
-from tvq.schema import END
+from tvq.schema import END, Model
 
 
 class State(NamedTuple):

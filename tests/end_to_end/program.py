@@ -23,7 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tests.fakes.cached import share_programs
 from tests.fakes.forks import Fork, environment
 from tests.fakes.pod import QUICK_TO_COMPILE
-from tvq import __main__, config, sharding
+from tvq import __main__, config, schema, sharding
 from tvq.programs import evaluate
 from tvq.run import health
 from tvq.run.checkpoint import Checkpoints, Restored
@@ -55,7 +55,7 @@ def decided_by(*names: str) -> Callable[[Callable], Callable]:
     def keeping(make: Callable) -> Callable:
         made: dict[Any, Any] = {}
 
-        def make_once(c: config.Config, *others: Any) -> Any:
+        def make_once(c: schema.Config, *others: Any) -> Any:
             key = (*(getattr(c, name) for name in names), *others)
             if key not in made:
                 made[key] = make(c, *others)
@@ -216,7 +216,7 @@ def newest(workdir: Path) -> Restored:
     """The newest checkpoint of a run."""
     c = config.build(config.recorded(epath.Path(workdir) / config.FILE))
     placed = state.place(
-        c, optimizer.make(c.optimizer, c.model), sharding.make(config.Mesh(), jax.devices()[:1])
+        c, optimizer.make(c.optimizer, c.model), sharding.make(schema.Mesh(), jax.devices()[:1])
     )
     with Checkpoints(workdir / "checkpoints", keep=1, keep_every=0, read_only=True) as checkpoints:
         restored = checkpoints.restore(placed, print)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import TINY, Program, assert_same_run, rows, tree
-from tvq import __main__, cluster, config
+from tvq import __main__, cluster, config, schema
 from tvq.data.corpus import open_corpus
 from tvq.errors import DivergedError
 from tvq.programs import train
@@ -48,7 +48,7 @@ FIELDS = {
     "--config.model.d_model=1e3": "--config.model.d_model must be int, not '1e3'",
     "--config.model.agg_cache=yes": "--config.model.agg_cache must be true or false, not 'yes'",
     "--config.optimizer.lr_max=fast": "--config.optimizer.lr_max must be float, not 'fast'",
-    "--config.optimizer.name=adam": "must be one of adafactor, adamw, ademamix, lion, muon, not 'adam'; did",
+    "--config.optimizer.name=adam": "must be one of adafactor, adamw, lion, muon, not 'adam'; did",
     "--config.train.update_len=48": "64 is not a multiple of config.train.update_len 48; use 48 or 96",
     "--config.model.block_len=12": "32 is not a multiple of config.model.block_len 12; use 24 or 36",
     "--config.train.steps=21": "config.train.steps 21 is not a multiple of 2, the updates of one sequence",
@@ -118,7 +118,7 @@ def test_data_without_text(tvq: Program, refuse: Refuse, tmp_path: Path) -> None
 
 
 def test_other_tokens_than_the_vocabulary(tvq: Program, refuse: Refuse, tmp_path: Path) -> None:
-    data = config.Data(source="text", path=str(tvq.corpus), cache=str(tmp_path / "cache"))
+    data = schema.Data(source="text", path=str(tvq.corpus), cache=str(tmp_path / "cache"))
     folder = open_corpus(data).folders[0].path
     command = tvq.options(tmp_path / "run", "--config.data.source=tokens", f"--config.data.path={folder}")
 

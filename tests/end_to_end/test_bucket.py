@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tvq import cluster, config
+from tvq import cluster, config, schema
 from tvq.data import prepared
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
@@ -50,12 +50,12 @@ def workdir() -> epath.Path:
 
 
 def test_a_run_is_recorded_in_a_bucket(workdir: epath.Path, tmp_path: Path) -> None:
-    c = config.Config()
+    c = schema.Config()
     check_workdir(workdir, c)
     with contextlib.closing(cluster.Log(tmp_path, cluster.Place(how="alone"))) as log:
         record(workdir, c, log)
     check_workdir(workdir, c)
-    other = config.Config(train=config.Train(seed=1))
+    other = schema.Config(train=schema.Train(seed=1))
     with pytest.raises(ValueError, match=r"another config.*\n.*train.seed"):
         check_workdir(workdir, other)
     (workdir / records.FILE).write_text('{"step": 2, "split": "train"}\n')  # and there is no checkpoint yet
@@ -90,7 +90,7 @@ def test_hosts_read_only_their_part_of_prepared_tokens(workdir: epath.Path, tmp_
     for folder in (epath.Path(tmp_path / "local"), workdir / "tokens"):
         folder.mkdir(parents=True)
         prepared.write(folder, pieces, prepared.text_form(ByteVocabulary()), {})
-        corpora.append(open_corpus(config.Data(source="tokens", path=str(folder))))
+        corpora.append(open_corpus(schema.Data(source="tokens", path=str(folder))))
     local, remote = (Sequences(corpus, "train", 10) for corpus in corpora)
     assert corpora[0].fingerprint == corpora[1].fingerprint
     Bucket.fetched.clear()
@@ -118,7 +118,7 @@ def test_prepared_from_a_bucket_into_a_bucket(workdir: epath.Path, tmp_path: Pat
         (folder / "a.txt.gz").write_bytes(gzip.compress(b"book %d" % i))
     for raw, made in ((root, output), (root, epath.Path(tmp_path / "made"))):
         prepare.prepare(prepare.Options(kind="text", input=str(raw), output=str(made)))
-        fingerprints.append(open_corpus(config.Data(source="tokens", path=str(made))).fingerprint)
+        fingerprints.append(open_corpus(schema.Data(source="tokens", path=str(made))).fingerprint)
     assert fingerprints[0] == fingerprints[1]
     with pytest.raises(ValueError, match=r"--output=gs://bucket/run/made already exists"):
         prepare.prepare(prepare.Options(kind="text", input=str(root), output=str(output)))

@@ -176,7 +176,7 @@ def test_the_examples_of_help_are_commands(
     assert parsed.command == name
     if parsed.config is None:
         parsed.workdir = parsed.input = str(tmp_path)
-        (tmp_path / config.FILE).write_text(json.dumps(config.to_dict(config.Config())))
+        (tmp_path / config.FILE).write_text(json.dumps(config.to_dict(schema.Config())))
     __main__.read_config(parsed, overrides)
 
 
@@ -385,7 +385,7 @@ def test_a_finished_run_can_be_prolonged_with_other_habits(
 
 def test_what_reproducible_means(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=")
-    (tmp_path / config.FILE).write_text(json.dumps(config.to_dict(config.Config())))
+    (tmp_path / config.FILE).write_text(json.dumps(config.to_dict(schema.Config())))
     _, err = here("doctor", f"--workdir={tmp_path}", "--config.train.reproducible=true", exit_code=2)
     assert err == f"tvq: --workdir={tmp_path} holds no checkpoint; train first\n"
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to= --xla_gpu_deterministic_ops=true"

@@ -10,7 +10,7 @@ import pytest
 from tests.data import raw
 from tests.end_to_end.conftest import Here
 from tests.end_to_end.program import REPOSITORY, Program, newest, rows
-from tvq import config
+from tvq import config, schema
 from tvq.model import parameters
 
 RECIPES = json.loads((REPOSITORY / "tests" / "golden" / "recipes.json").read_text())["recipes"]
@@ -18,7 +18,7 @@ RECIPES = json.loads((REPOSITORY / "tests" / "golden" / "recipes.json").read_tex
 RENAMED = {"optimizer": "name", "lr_schedule": "schedule", "p_nucleus": "nucleus"}
 
 
-def recipe(name: str) -> config.Config:
+def recipe(name: str) -> schema.Config:
     return config.build(config.load(str(REPOSITORY / "configs" / f"{name}.py")))
 
 

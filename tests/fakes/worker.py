@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tvq import cluster, config
+from tvq import cluster, config, schema
 
 
 def misbehave(fault: dict[str, Any], process: int, kind: str, step: int) -> None:
@@ -32,7 +32,7 @@ def misbehave(fault: dict[str, Any], process: int, kind: str, step: int) -> None
 
 
 def work(
-    arguments: argparse.Namespace, section: config.Cluster, place: cluster.Place, log: cluster.Log
+    arguments: argparse.Namespace, section: schema.Cluster, place: cluster.Place, log: cluster.Log
 ) -> int:
     fault = json.loads(os.environ.get("TVQ_TEST_FAULT", "{}"))
     # The digest of the code is a constant here: an editor may save a file while a test runs.

@@ -20,7 +20,7 @@ from etils import epath
 from tests.fakes.pod import QUICK_TO_COMPILE
 from tests.model import small
 from tests.test_parity import GOLDEN, load, model_config, under, weights
-from tvq import __main__, config, hf
+from tvq import __main__, config, hf, schema
 from tvq import model as lm
 from tvq.data.vocabulary import ByteVocabulary
 from tvq.programs import interop
@@ -37,10 +37,10 @@ OPTIONS = {
 }
 
 
-def write(folder: Path, model: config.Model, given: lm.Weights) -> None:
+def write(folder: Path, model: schema.Model, given: lm.Weights) -> None:
     """What `tvq export --format=hf` writes, without a run."""
     tensors.write(epath.Path(folder) / interop.WEIGHTS, tensors.named(interop.in_file(given)), {})
-    texts = hf.files(config.Config(model=model)) | hf.tokenizer_of(ByteVocabulary(), 0, print)
+    texts = hf.files(schema.Config(model=model)) | hf.tokenizer_of(ByteVocabulary(), 0, print)
     for name, text in texts.items():
         (folder / name).write_text(text)
 
@@ -50,7 +50,7 @@ def expect(folder: Path, inputs: np.ndarray, **expected: Any) -> None:
     np.savez(folder / "expected.npz", inputs=inputs, **expected)
 
 
-def ours(given: lm.Weights, inputs: np.ndarray, model: config.Model) -> dict[str, np.ndarray]:
+def ours(given: lm.Weights, inputs: np.ndarray, model: schema.Model) -> dict[str, np.ndarray]:
     """Log-probabilities of tvq: all tokens in parallel, and one by one."""
     B, T = inputs.shape
     ids = jnp.asarray(inputs, jnp.int32)

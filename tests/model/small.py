@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvq import config
+from tvq import schema
 from tvq.model import transformer
 from tvq.model.parameters import Weights, init
 
-MODEL = config.Model(
+MODEL = schema.Model(
     n_vocab=11, n_layer=1, n_head=2, d_model=16, d_k=8, d_v=8, n_code=16, block_len=4, mem_len=6,
     pe_lam=100.0, attend_across_documents=True,
 )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def parameters(model: config.Model) -> Weights:
+def parameters(model: schema.Model) -> Weights:
     """Random ones everywhere: as they start out, biases are 0 and the position's scale hides it."""
     key = jax.random.key(0)
     weights = init(model, key)
@@ -33,7 +33,7 @@ def tokens(n_sequence: int, n_token: int, seed: int = 0) -> jax.Array:
 
 
 def forward(
-    weights: Weights, tokens_BT: jax.Array, state: transformer.State, model: config.Model
+    weights: Weights, tokens_BT: jax.Array, state: transformer.State, model: schema.Model
 ) -> tuple[jax.Array, transformer.State]:
     """Log-probabilities `[B,T,C]` of evaluation, and the next state."""
     x_BTD, state, *_ = transformer.forward(weights, tokens_BT, jnp.ones_like(tokens_BT), state, model)

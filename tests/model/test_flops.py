@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from tests.model import small
-from tvq import chips, config
+from tvq import chips, schema
 from tvq.model import flops, parameters, transformer
 from tvq.model.unit import gated_unit
 
 
-def lowered_flops(model: config.Model, n_token: int, backward: bool = False) -> float:
+def lowered_flops(model: schema.Model, n_token: int, backward: bool = False) -> float:
     """XLA's count for one unit without loops, a token."""
     weights = jax.eval_shape(lambda: parameters.init(model, jax.random.key(0)))
     shapes = (weights.params["units"], weights.extra["codebooks"], transformer.start(model, 1).units)
@@ -34,7 +34,7 @@ def lowered_flops(model: config.Model, n_token: int, backward: bool = False) -> 
 def test_flops_are_those_of_the_compiler(n_head):
     """Elementwise work, which is not counted, is small beside products of wide values."""
     model = dataclasses.replace(
-        config.Model(), d_model=512, d_v=1024, n_head=n_head, n_code=256, block_len=256, mem_len=256,
+        schema.Model(), d_model=512, d_v=1024, n_head=n_head, n_code=256, block_len=256, mem_len=256,
         n_parallel=8,
     )  # fmt: skip
     counted = sum(flops.unit_flops(model, 2048).values())

@@ -11,12 +11,11 @@ import pytest
 
 from tests.model import small
 from tests.model.small import MODEL, close
-from tvq.config import Model
 from tvq.model import layers, parameters, transformer
 from tvq.model.layers import Draws
 from tvq.model.parameters import Weights
 from tvq.model.unit import gated_unit
-from tvq.schema import END
+from tvq.schema import END, Model
 
 # Every option that changes what is computed without randomness.
 OTHER = dataclasses.replace(MODEL, pe_abs=True, e_tie=True, e_preln=True, e_scale=0.5, block_len=5, mem_len=3)

@@ -11,7 +11,7 @@ from etils import epath
 from safetensors import safe_open
 
 from tests.model import small
-from tvq import cluster, config
+from tvq import cluster, config, schema
 from tvq.data.vocabulary import ByteVocabulary, to_json
 from tvq.errors import InputError
 from tvq.programs import average, interop
@@ -20,7 +20,7 @@ from tvq.run.checkpoint import Checkpoints
 from tvq.training import optimizer, state
 
 PLACE = cluster.Place(how="a test")
-C = config.Config(model=small.MODEL)
+C = schema.Config(model=small.MODEL)
 DATA = {"fingerprint": None, "seconds": {}, "vocabulary": to_json(ByteVocabulary()), "image_size": 0}
 
 

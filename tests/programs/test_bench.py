@@ -16,30 +16,30 @@ from etils import epath
 from tests.end_to_end.program import write_corpus
 from tests.fakes.pod import SHORT_RUN, environment
 from tvq import __main__ as door
-from tvq import cluster, config, schema, sharding
+from tvq import cluster, schema, sharding
 from tvq import model as lm
 from tvq.errors import DisagreementError
 from tvq.model import attention, full
 from tvq.programs import bench
 from tvq.programs.bench import cases, report, session
 
-TINY = config.Model(
+TINY = schema.Model(
     n_vocab=259, n_layer=1, d_model=8, d_k=4, d_v=8, n_code=8, block_len=8, mem_len=8, pe_lam=100.0
 )
 KINDS = [pytest.param("train", marks=pytest.mark.slow), "attention"]
 ROOT = Path(__file__).parents[2]
-NOWHERE = cluster.find(config.Cluster(), {}, None)
+NOWHERE = cluster.find(schema.Cluster(), {}, None)
 
 
-def tiny(tmp_path: Path, **fields: object) -> config.Config:
+def tiny(tmp_path: Path, **fields: object) -> schema.Config:
     corpus = tmp_path / "corpus.txt"
     write_corpus(corpus)
-    return config.Config(
+    return schema.Config(
         model=TINY,
-        data=config.Data(source="text", path=str(corpus), cache=str(tmp_path / "cache")),
-        train=config.Train(steps=1, global_batch_size=1, sequence_len=32, update_len=32),
-        mesh=config.Mesh(devices=1),
-        bench=config.Bench(
+        data=schema.Data(source="text", path=str(corpus), cache=str(tmp_path / "cache")),
+        train=schema.Train(steps=1, global_batch_size=1, sequence_len=32, update_len=32),
+        mesh=schema.Mesh(devices=1),
+        bench=schema.Bench(
             **{
                 "lengths": "16,32",
                 "contexts": "8,16",
@@ -115,7 +115,7 @@ def test_data(tmp_path):
     assert data["x step"] == pytest.approx(data["tokens/s"] / step["tokens/s"])
 
 
-def begun(c: config.Config) -> session.Session:
+def begun(c: schema.Config) -> session.Session:
     return session.Session(c, sharding.make(c.mesh, jax.devices()), lambda text: None, time.monotonic())
 
 
@@ -222,7 +222,7 @@ def test_model_flops_use():
     class Chips:
         devices = np.array([Chip(), Chip()])
 
-    c = dataclasses.replace(config.Config(), model=dataclasses.replace(TINY, dtype="bfloat16"))
+    c = dataclasses.replace(schema.Config(), model=dataclasses.replace(TINY, dtype="bfloat16"))
     s = session.Session(c, Chips(), print, 0.0)
     s.cases.append(session.Case({}, print, 10, {}, 275e12 / 10, 2))
     assert report.rows(s, [[1.0, 1.0, 5.0]])[0]["MFU"] == 0.5

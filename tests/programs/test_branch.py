@@ -8,24 +8,24 @@ import pytest
 from etils import epath
 
 from tests.model import small
-from tvq import config, paths, sharding
+from tvq import config, paths, schema, sharding
 from tvq.programs import branch
 from tvq.run import tensors
 from tvq.training import optimizer, state
 
-C = config.Config(model=small.MODEL)
+C = schema.Config(model=small.MODEL)
 
 
-def changed(**fields) -> config.Config:
+def changed(**fields) -> schema.Config:
     return dataclasses.replace(C, optimizer=dataclasses.replace(C.optimizer, **fields))
 
 
-def placed(c: config.Config) -> state.TrainState:
-    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+def placed(c: schema.Config) -> state.TrainState:
+    mesh = sharding.make(schema.Mesh(), jax.devices()[:1])
     return state.place(c, optimizer.make(c.optimizer, c.model), mesh)
 
 
-def parent(c: config.Config) -> branch.Parent:
+def parent(c: schema.Config) -> branch.Parent:
     """What a checkpoint of such a run says of itself."""
     kinds = {name: tensors.kind(x) for name, x in tensors.named(placed(c)).items()}
     source = branch.Source("--from=run", epath.Path("run"), None, "state")

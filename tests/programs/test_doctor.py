@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import cluster, config
+from tvq import cluster, schema
 from tvq.programs import doctor
 from tvq.run import describe, health
 
-C = config.Config(
-    model=config.Model(n_code=64),
-    optimizer=config.Optimizer(grad_clip=1.0, n_warmup_step=0),
-    train=config.Train(global_batch_size=8, sequence_len=1024, update_len=256),
+C = schema.Config(
+    model=schema.Model(n_code=64),
+    optimizer=schema.Optimizer(grad_clip=1.0, n_warmup_step=0),
+    train=schema.Train(global_batch_size=8, sequence_len=1024, update_len=256),
 )
 N, H = 2, 2
 
@@ -118,9 +118,9 @@ def test_what_is_healthy_has_no_finding():
     assert not [*doctor.of_rows(C, evaluated(1.3)), *doctor.of_codebooks(C, looked())]
     assert not list(doctor.of_rows(C, []))
     # Warm-up is not a trend, without clipping nothing is clipped, and shares of a short time say little.
-    still = dataclasses.replace(C, optimizer=config.Optimizer())
+    still = dataclasses.replace(C, optimizer=schema.Optimizer())
     assert not list(doctor.of_rows(still, rows(loss=lambda i: 3.0)))
-    free = dataclasses.replace(C, optimizer=config.Optimizer(grad_clip=0.0, n_warmup_step=0))
+    free = dataclasses.replace(C, optimizer=schema.Optimizer(grad_clip=0.0, n_warmup_step=0))
     assert not list(doctor.of_rows(free, rows(grad_norm=lambda i: 9.0)))
     assert not list(doctor.of_rows(C, rows(seconds_step=lambda i: 9.0, seconds_data=lambda i: 40.0)))
 

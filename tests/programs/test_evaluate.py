@@ -12,7 +12,7 @@ from etils import epath
 
 from tests.data import books
 from tests.model import small
-from tvq import config, sharding
+from tvq import schema, sharding
 from tvq.data import prepared
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Streams
@@ -20,7 +20,6 @@ from tvq.data.splits import Piece
 from tvq.data.vocabulary import ByteVocabulary, to_json, train_sentencepiece
 from tvq.model import transformer
 from tvq.programs import evaluate
-from tvq.run.checkpoint import Restored
 
 MODEL = dataclasses.replace(small.MODEL, p_dropemb=0.5, p_dropsin=0.5, p_dropres=0.5, p_droplyr=0.5)
 T, N_SEQUENCE = 16, 5
@@ -66,7 +65,7 @@ class Sequences:
 
 @functools.cache
 def compiled(n_device: int):
-    mesh = sharding.make(config.Mesh(), jax.devices()[:n_device])
+    mesh = sharding.make(schema.Mesh(), jax.devices()[:n_device])
     return mesh, *evaluate.reader(MODEL, mesh)
 
 
@@ -190,10 +189,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     pieces = [Piece("train", "0", b"x", last=True)]
     pieces += [Piece("test", str(i), rng.bytes(n), last=True) for i, n in enumerate(LENGTHS)]
     prepared.write(epath.Path(folder), pieces, prepared.text_form(ByteVocabulary()), {"name": "made"})
-    return open_corpus(config.Data(source="tokens", path=str(folder)))
+    return open_corpus(schema.Data(source="tokens", path=str(folder)))
 
 
-def carried(made: Corpus, shape: config.Mesh, n_row: int, length: int) -> evaluate.ByContext:
+def carried(made: Corpus, shape: schema.Mesh, n_row: int, length: int) -> evaluate.ByContext:
     mesh = sharding.make(shape, jax.devices()[: shape.devices * shape.sequence])
     whole = jax.device_put(small.parameters(CARRIED), sharding.sharding(mesh, sharding.WHOLE))
     streams = Streams(made, "test", n_row, length)
@@ -220,7 +219,7 @@ def by_place(made: Corpus) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "n_row", "length"),
-    [(config.Mesh(devices=1), 2, 8), (config.Mesh(devices=2, sequence=2), 6, 16)],
+    [(schema.Mesh(devices=1), 2, 8), (schema.Mesh(devices=2, sequence=2), 6, 16)],
 )
 def test_carried_is_each_document_alone(made, by_place, shape, n_row, length):
     """Though the model was trained across documents."""
@@ -253,11 +252,11 @@ def test_data_of_another_vocabulary(tmp_path):
     trained, other = books.vocabulary(), train_sentencepiece(iter(books.book(7).split("\n")), 120)
     folder = epath.Path(tmp_path)
     prepared.write(folder, [Piece("train", "a", b"kalo mi", last=True)], prepared.text_form(trained), {})
-    corpus = open_corpus(config.Data(source="tokens", path=str(folder)))
-    restored = lambda known: Restored(3, None, {"vocabulary": to_json(known)})
-    evaluate.check_same_vocabulary(corpus, restored(trained))
+    corpus = open_corpus(schema.Data(source="tokens", path=str(folder)))
+    data = lambda known: {"vocabulary": to_json(known)}
+    evaluate.check_same_vocabulary(corpus, 3, data(trained))
     with pytest.raises(ValueError, match=r"has the vocabulary .*, checkpoint 3 was trained on"):
-        evaluate.check_same_vocabulary(corpus, restored(other))
+        evaluate.check_same_vocabulary(corpus, 3, data(other))
 
 
 def test_what_is_unknown_is_said():

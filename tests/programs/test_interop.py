@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.model import small
 from tests.test_parity import GOLDEN, check_forward, load, model_config, under
-from tvq import cluster, config, sharding
+from tvq import cluster, config, schema, sharding
 from tvq.data.vocabulary import ByteVocabulary, to_json
 from tvq.model import original
 from tvq.programs import interop
@@ -29,12 +29,12 @@ PLACE = cluster.Place(how="a test")
 NOWHERE = Path("/dev/null/x")
 
 
-def bring_in(c: config.Config, workdir: Path, given: Path) -> None:
+def bring_in(c: schema.Config, workdir: Path, given: Path) -> None:
     with contextlib.closing(cluster.Log(workdir / "logs", PLACE)) as log:
         assert interop.bring_in(c, epath.Path(workdir), PLACE, log, input=str(given)) == 0
 
 
-def send_out(c: config.Config, workdir: Path, folder: Path) -> None:
+def send_out(c: schema.Config, workdir: Path, folder: Path) -> None:
     with contextlib.closing(cluster.Log(workdir / "logs", PLACE)) as log:
         assert interop.send_out(c, epath.Path(workdir), PLACE, log, output=str(folder)) == 0
 
@@ -47,10 +47,10 @@ def original_file(path: Path, arrays: dict[str, np.ndarray], *, train_state: boo
     return path
 
 
-def newest(workdir: Path, c: config.Config) -> Any:
+def newest(workdir: Path, c: schema.Config) -> Any:
     """The whole state of the newest checkpoint."""
     placed = state.place(
-        c, optimizer.make(c.optimizer, c.model), sharding.make(config.Mesh(), jax.devices()[:1])
+        c, optimizer.make(c.optimizer, c.model), sharding.make(schema.Mesh(), jax.devices()[:1])
     )
     with Checkpoints(workdir / "checkpoints", keep=1, keep_every=0, read_only=True) as checkpoints:
         return checkpoints.restore(placed, print)
@@ -60,7 +60,7 @@ def newest(workdir: Path, c: config.Config) -> Any:
 @pytest.mark.parametrize("train_state", [True, False])
 def test_a_file_of_the_original_gives_its_log_probs(path, train_state, tmp_path, monkeypatch):
     spec, arrays = load(path)
-    c = config.Config(model=model_config(spec["transformer_config"]))
+    c = schema.Config(model=model_config(spec["transformer_config"]))
     given = original_file(tmp_path / "checkpoint_7", under(arrays, "params"), train_state=train_state)
     monkeypatch.setattr(interop, "vocabulary_of", lambda c: ByteVocabulary())  # its ids are made up
     workdir = tmp_path / "run"
@@ -75,10 +75,10 @@ def test_a_file_of_the_original_gives_its_log_probs(path, train_state, tmp_path,
 
 
 # A model whose ids are bytes, so that it can be a run.
-RUN = config.Config(model=dataclasses.replace(small.MODEL, n_vocab=259))
+RUN = schema.Config(model=dataclasses.replace(small.MODEL, n_vocab=259))
 
 
-def original_arrays(c: config.Config) -> dict[str, np.ndarray]:
+def original_arrays(c: schema.Config) -> dict[str, np.ndarray]:
     """Random parameters of the original program's."""
     rng = np.random.default_rng(0)
     kinds = original.kinds(c.model).items()
@@ -119,7 +119,7 @@ def test_a_run_of_other_optimizer_or_revival_is_exported(tmp_path, capsys):
         model=dataclasses.replace(RUN.model, revive_codes=100),
         optimizer=dataclasses.replace(RUN.optimizer, name="lion", grad_clip=0.0),
     )
-    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    mesh = sharding.make(schema.Mesh(), jax.devices()[:1])
     ours, theirs = (restore.weights(c, epath.Path(tmp_path / "run"), mesh, print) for c in (RUN, other))
     mine, more = (restored.state.weights.extra["codebooks"] for restored in (ours, theirs))
     assert not np.asarray(more.pop("idle")).any()
@@ -142,7 +142,7 @@ def test_the_original_attends_across_documents(tmp_path, capsys):
     assert warnings[1].endswith("import them with --config.model.attend_across_documents=true\n")
 
 
-def refused(c: config.Config, given: Path, tmp_path: Path) -> list[str]:
+def refused(c: schema.Config, given: Path, tmp_path: Path) -> list[str]:
     with pytest.raises(ValueError, match=f"^--input={given}") as error:
         bring_in(c, tmp_path / "run", given)
     assert not (tmp_path / "run").exists()
@@ -205,12 +205,12 @@ def test_an_empty_folder_is_no_export(tmp_path):
 
 
 def test_a_model_of_other_ids_needs_its_data(tmp_path):
-    c = dataclasses.replace(RUN, model=small.MODEL, data=config.Data(source="tokens", path=str(tmp_path)))
+    c = dataclasses.replace(RUN, model=small.MODEL, data=schema.Data(source="tokens", path=str(tmp_path)))
     with pytest.raises(ValueError, match=r"config.data.path: .* is not a prepared folder"):
         interop.vocabulary_of(c)
 
 
-def exported(tmp_path: Path, c: config.Config = RUN) -> Path:
+def exported(tmp_path: Path, c: schema.Config = RUN) -> Path:
     """What `tvq export` writes, without a run."""
     arrays = tensors.named(interop.in_file(small.parameters(c.model)))
     facts = {"vocabulary": json.dumps(to_json(ByteVocabulary())), "image_size": "0"}
@@ -234,7 +234,7 @@ def test_weights_that_another_program_saved_again(facts, tmp_path):
         assert tensors.fingerprint(found[0]) == tensors.fingerprint(want[0])
         assert found[1:] == want[1:] == (ByteVocabulary(), 0)
     # For images, or for pieces, the data must tell.
-    tokens = config.Data(source="tokens", path=str(tmp_path))
+    tokens = schema.Data(source="tokens", path=str(tmp_path))
     with pytest.raises(ValueError, match="has lost the vocabulary and image size that tvq export recorded"):
         interop.read_weights(epath.Path(path), dataclasses.replace(RUN, data=tokens))
     for damaged in ("{", "{}", "[]", "1"):

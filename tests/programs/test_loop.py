@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tvq import cluster, config
+from tvq import cluster, schema
 from tvq.errors import InputError
 from tvq.programs import loop
 from tvq.programs.loop import Run, Task
 
 # Two updates a batch.
-CONFIG = config.Config(
-    train=config.Train(steps=20, sequence_len=64, update_len=32, global_batch_size=8),
-    log=config.Log(every=4),
+CONFIG = schema.Config(
+    train=schema.Train(steps=20, sequence_len=64, update_len=32, global_batch_size=8),
+    log=schema.Log(every=4),
 )
 
 
@@ -106,7 +106,7 @@ def test_without_evaluations_the_split_may_be_empty(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(loop.evaluate, "scorer", scorer)
     monkeypatch.setattr(loop.sample, "sampler", lambda *_: None)
-    without = dataclasses.replace(CONFIG, evaluate=config.Evaluate(every=0))
+    without = dataclasses.replace(CONFIG, evaluate=schema.Evaluate(every=0))
     run = dataclasses.replace(
         run_with([]), config=without, corpus=SimpleNamespace(vocabulary=None, image_size=0)
     )

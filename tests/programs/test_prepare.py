@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.data import books
 from tests.data.raw import XML, batches, library, packed, picture, planes
-from tvq import config
+from tvq import schema
 from tvq.data import files, images, texts
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.splits import Piece
@@ -39,7 +39,7 @@ def made(tmp_path: Path) -> Made:
     def run(kind: str, raw: Path, **options: object) -> Corpus:
         folder = tmp_path / "out" / str(len(list((tmp_path / "out").glob("*"))))
         prepare.prepare(prepare.Options(kind=kind, input=str(raw), output=str(folder), threads=2, **options))
-        return open_corpus(config.Data(source="tokens", path=str(folder)))
+        return open_corpus(schema.Data(source="tokens", path=str(folder)))
 
     return run
 
@@ -144,7 +144,7 @@ def test_another_model_in_the_folder(made, tmp_path):
         with pytest.raises(
             ValueError, match=r"made with a vocabulary\.model of sha256 .*, the one there has"
         ):
-            open_corpus(config.Data(source="tokens", path=str(folder)))
+            open_corpus(schema.Data(source="tokens", path=str(folder)))
 
 
 def test_pg19_tables(made, tmp_path):
@@ -415,7 +415,7 @@ def test_a_killed_start_is_started_clean(tmp_path):
     prepare.prepare(options)
     assert not making.exists()
     assert not {"vocabulary.model", ".tvq-preparing"} & set(os.listdir(output))
-    assert open_corpus(config.Data(source="tokens", path=str(output))).info("train").n_token == 5000
+    assert open_corpus(schema.Data(source="tokens", path=str(output))).info("train").n_token == 5000
 
 
 @pytest.mark.parametrize("content", [[], ["train.tokens", "notes.txt"]])

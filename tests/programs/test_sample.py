@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.data import books
 from tests.model import small
-from tvq import atomic, cluster, config, sharding
+from tvq import atomic, cluster, config, schema, sharding
 from tvq.data import detokenize
 from tvq.data.vocabulary import END, ByteVocabulary
 from tvq.errors import InputError
@@ -43,9 +43,9 @@ def test_pieces_of_text_hold_whole_characters(text, n):
 def test_a_sample_of_a_run(image_size):
     """With parameters on the whole mesh, and sharded over it: what one device draws."""
     model = dataclasses.replace(small.MODEL, n_vocab=259)
-    c = config.Config(model=model, sample=config.Sample(prompt="a" * 9, n_sample=2, length=8))
+    c = schema.Config(model=model, sample=schema.Sample(prompt="a" * 9, n_sample=2, length=8))
     weights = small.parameters(model)
-    devices, said = sharding.make(config.Mesh(devices=1, tensor=2), jax.devices()[:2]), []
+    devices, said = sharding.make(schema.Mesh(devices=1, tensor=2), jax.devices()[:2]), []
     draw_sample = sample.sampler(c, BYTES, image_size, devices)
     found = []
     for axes in (sharding.UNCUT, sharding.axes(devices, model, False)):
@@ -83,8 +83,8 @@ def test_a_sample_of_a_run_stops_where_the_text_ends(monkeypatch):
     )
     model = dataclasses.replace(small.MODEL, n_vocab=259)
     for image_size, past_end in ((0, False), (0, True), (6, False)):
-        c = config.Config(model=model, sample=config.Sample(past_end=past_end))
-        mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+        c = schema.Config(model=model, sample=schema.Sample(past_end=past_end))
+        mesh = sharding.make(schema.Mesh(), jax.devices()[:1])
         sample.sampler(c, BYTES, image_size, mesh)({}, print)
     assert asked == [END, None, None]
 
@@ -93,7 +93,7 @@ def test_texts_end_before_a_stop_string(monkeypatch):
     """The same side by side and streamed; the prompt may hold one, and less is drawn."""
     model = dataclasses.replace(small.MODEL, n_vocab=259)
     weights, before, prompts = small.parameters(model), draw.empty(model), ["abc", "b"]
-    c = config.Config(model=model, sample=config.Sample(n_sample=2, length=100, nucleus=1.0, past_end=True))
+    c = schema.Config(model=model, sample=schema.Sample(n_sample=2, length=100, nucleus=1.0, past_end=True))
     read = lambda c, **how: [
         "".join(pieces) for pieces in sample.texts(weights, BYTES, c, before, prompts, print, **how)
     ]
@@ -131,25 +131,25 @@ def placed(c):
 
 def test_samples_of_images_need_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    c = config.Config(model=small.MODEL)
+    c = schema.Config(model=small.MODEL)
     sample.check(c, 0, placed(c))
-    sample.check(dataclasses.replace(c, sample=config.Sample(every=0)), 6, placed(c))
+    sample.check(dataclasses.replace(c, sample=schema.Sample(every=0)), 6, placed(c))
     with pytest.raises(ValueError, match=r"pip install 'tvq\[data\]'"):
         sample.check(c, 6, placed(c))
 
 
 def test_a_model_that_only_fits_in_parts_is_not_drawn_from(monkeypatch):
     model = dataclasses.replace(small.MODEL, d_model=512)
-    c = config.Config(model=model, mesh=config.Mesh(shard_params=True))
+    c = schema.Config(model=model, mesh=schema.Mesh(shard_params=True))
     of = placed(c)
     monkeypatch.setattr(sharding, "device_memory", lambda name: {"bytes_limit": 2**20}[name])
-    sample.check(dataclasses.replace(c, sample=config.Sample(every=0)), 0, of)
+    sample.check(dataclasses.replace(c, sample=schema.Sample(every=0)), 0, of)
     message = "whole model on each device: its .* use config.sample.every=0, and tvq sample where"
     with pytest.raises(ValueError, match=message):
         sample.check(c, 0, of)
     monkeypatch.setattr(sharding, "device_memory", lambda name: 80 * 2**20)
     sample.check(c, 0, of)
-    c = dataclasses.replace(c, mesh=config.Mesh())
+    c = dataclasses.replace(c, mesh=schema.Mesh())
     monkeypatch.setattr(sharding, "device_memory", lambda name: 1)
     sample.check(c, 0, placed(c))  # it is whole there already
 

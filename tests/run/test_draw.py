@@ -12,11 +12,11 @@ import pytest
 from etils import epath
 
 from tests.model import small
-from tvq.config import Model
 from tvq.data.vocabulary import END
 from tvq.model import transformer
 from tvq.run import draw, tensors
 from tvq.run.draw import Prefix
+from tvq.schema import Model
 
 # Prompts hold end ids: documents are kept apart.
 MODEL = dataclasses.replace(small.MODEL, attend_across_documents=False)

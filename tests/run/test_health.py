@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tvq import config, sharding
 from tvq import model as lm
+from tvq import schema, sharding
 from tvq.run import health
 from tvq.run.looks import Looks
 
@@ -62,7 +62,7 @@ def written_out(now: dict, before: dict, initial: float) -> dict:
 @pytest.fixture
 def looks(tmp_path):
     return Looks(
-        sharding.make(config.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 0, print
+        sharding.make(schema.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 0, print
     )
 
 
@@ -92,7 +92,7 @@ def test_files_of_steps_that_are_repeated_go(looks, tmp_path):
         looks.save(step)
     (folder / "step_3.npz.tmp").write_bytes(b"torn")
     assert health.steps(folder) == [2, 10, 100]
-    Looks(sharding.make(config.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 10, print)
+    Looks(sharding.make(schema.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 10, print)
     assert health.steps(folder) == [2, 10]
 
 

@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image
 
 from tests.model import small
-from tvq import config
+from tvq import schema
 from tvq.run import image_samples
 
 SIZE = 6
@@ -20,7 +20,7 @@ def test_halves_are_completed(tmp_path):
     for i, pixels in enumerate(given):
         Image.fromarray(pixels).save(tmp_path / f"{i}{['.png', '.PNG'][i]}")
     halves = image_samples.upper_halves(epath.Path(tmp_path), SIZE)
-    c = config.Config(model=MODEL, sample=config.Sample(n_sample=2, batch_size=4))
+    c = schema.Config(model=MODEL, sample=schema.Sample(n_sample=2, batch_size=4))
     options = {"model": MODEL, "temperature": 1.0, "p_nucleus": 1.0}
     found = image_samples.drawn(small.parameters(MODEL), c, SIZE, halves, options)
     assert found.shape == (4, SIZE, SIZE, 3)

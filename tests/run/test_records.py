@@ -20,7 +20,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
-from tvq import config
+from tvq import schema
 from tvq.run import image_samples
 from tvq.run.records import SAMPLES, JsonlWriter, Records, check, samples, tag
 
@@ -184,7 +184,7 @@ def events(folder: Path) -> list[Event]:
 
 
 def records(tmp_path: Path, resume_step: int, said: list[str], **log: str) -> Records:
-    c = config.Config(log=config.Log(**log))
+    c = schema.Config(log=schema.Log(**log))
     return Records(c, epath.Path(tmp_path), resume_step, tmp_path, said.append)
 
 
@@ -373,7 +373,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
 def train(folder: Path, resume_step: int, losses: dict[int, float], steps: int = 9) -> list[str]:
     """A start that writes these rows; returns what was said."""
     said: list[str] = []
-    c = config.Config(log=config.Log(wandb="tvq"), train=config.Train(steps=steps))
+    c = schema.Config(log=schema.Log(wandb="tvq"), train=schema.Train(steps=steps))
     made = Records(c, epath.Path(folder), resume_step, folder, said.append)
     for step, loss in losses.items():
         made.write({"step": step, "split": "train", "loss": loss})
@@ -461,6 +461,6 @@ def test_samples_are_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_wandb_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check(config.Log())
+    check(schema.Log())
     with pytest.raises(ValueError, match=r"config.log.wandb needs .*: pip install 'tvq\[wandb\]'"):
-        check(config.Log(wandb="tvq"))
+        check(schema.Log(wandb="tvq"))

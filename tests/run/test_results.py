@@ -10,11 +10,11 @@ import jax
 import pytest
 from etils import epath
 
-from tvq import config, sharding
+from tvq import schema, sharding
 from tvq.programs.report import runs
 from tvq.run import results
 
-C = config.Config()
+C = schema.Config()
 TABLE = {"context_from": 0, "context_to": 1, "n_token": 3}
 
 
@@ -22,7 +22,7 @@ def record(folder: Path, loss: float, model: dict | None = None, **chosen: Any) 
     """The files that are new after a result is recorded."""
     there = set(files(folder))
     c = dataclasses.replace(C, model=dataclasses.replace(C.model, **(model or {})))
-    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    mesh = sharding.make(schema.Mesh(), jax.devices()[:1])
     found = {"step": 5, "split": "test", "loss": loss, "by_context": [TABLE | {"loss": loss}]}
     results.record(epath.Path(folder), c, "step_5_test", {"data": "x"} | chosen, found, mesh, print)
     return set(files(folder)) - there
@@ -58,7 +58,7 @@ def test_a_torn_result_is_left(tmp_path: Path) -> None:
     (name,) = record(tmp_path, 1.5)
     path = tmp_path / results.FOLDER / name
     path.write_text('{"torn')
-    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    mesh = sharding.make(schema.Mesh(), jax.devices()[:1])
     results.record(epath.Path(tmp_path), C, "step_5_test", {"data": "x"}, {"loss": 1.5}, mesh, print)
     assert path.read_text() == '{"torn'
     assert json.loads(path.with_name(name.replace(".json", "_2.json")).read_text())["loss"] == 1.5
@@ -66,7 +66,7 @@ def test_a_torn_result_is_left(tmp_path: Path) -> None:
 
 def test_a_workdir_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / results.FOLDER).write_text("in the way")
-    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    mesh = sharding.make(schema.Mesh(), jax.devices()[:1])
     results.record(epath.Path(tmp_path), C, "step_5_test", {}, {"loss": 1.5}, mesh, print)
     assert "evaluations cannot be written (File exists): the result is printed" in capsys.readouterr().out
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from tvq import cluster, config
+from tvq import cluster, config, schema
 from tvq.errors import InputError
 from tvq.run.workdir import SAVED, Home, check_workdir, mark_saved, record
 
-C = config.Config(checkpoint=config.Checkpoint(every=6), train=config.Train(sequence_len=64, update_len=32))
+C = schema.Config(checkpoint=schema.Checkpoint(every=6), train=schema.Train(sequence_len=64, update_len=32))
 
 
 @pytest.fixture

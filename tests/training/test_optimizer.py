@@ -11,10 +11,9 @@ import pytest
 
 from tests.model import small
 from tvq import sharding
-from tvq.config import Mesh, Model, Optimizer
 from tvq.model import Weights, parameters
 from tvq.run import tensors
-from tvq.schema import OPTIMIZERS, SCHEDULES
+from tvq.schema import OPTIMIZERS, SCHEDULES, Mesh, Model, Optimizer
 from tvq.training import optimizer, state, transforms
 from tvq.training.state import TrainState
 

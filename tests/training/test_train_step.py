@@ -12,7 +12,7 @@ import pytest
 
 from tests.model import small
 from tests.model.small import close
-from tvq import config, sharding
+from tvq import schema, sharding
 from tvq.model import transformer
 from tvq.model.layers import Draws
 from tvq.training import optimizer, state, train_step
@@ -24,10 +24,10 @@ DROPOUT = dataclasses.replace(
     small.MODEL, p_dropemb=0.1, p_dropsin=0.2, p_dropres=0.3, p_droplyr=0.3, c_beta=0.01,
     attend_across_documents=False, revive_codes=N_UPDATE,
 )  # fmt: skip
-RUN = config.Config(
+RUN = schema.Config(
     model=DROPOUT,
-    optimizer=config.Optimizer(lr_max=3e-3, n_warmup_step=4, n_max_step=40, grad_clip=0.5),
-    train=config.Train(steps=20, global_batch_size=B, sequence_len=T, update_len=U),
+    optimizer=schema.Optimizer(lr_max=3e-3, n_warmup_step=4, n_max_step=40, grad_clip=0.5),
+    train=schema.Train(steps=20, global_batch_size=B, sequence_len=T, update_len=U),
 )
 PLAIN = dataclasses.replace(RUN, model=dataclasses.replace(small.MODEL, c_beta=0.01))
 
@@ -46,7 +46,7 @@ def host_batch(number: int) -> dict[str, np.ndarray]:
 
 
 def on(n_device: int) -> jax.sharding.Mesh:
-    return sharding.make(config.Mesh(), jax.devices()[:n_device])
+    return sharding.make(schema.Mesh(), jax.devices()[:n_device])
 
 
 def batch(number: int, n_device: int) -> dict[str, jax.Array]:
@@ -54,15 +54,15 @@ def batch(number: int, n_device: int) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def initial(run: config.Config, tx: optax.GradientTransformation) -> TrainState:
+def initial(run: schema.Config, tx: optax.GradientTransformation) -> TrainState:
     return state.init(run.model, tx, run.train.seed)
 
 
-def first_state(run: config.Config, tx: optax.GradientTransformation, n_device: int) -> TrainState:
+def first_state(run: schema.Config, tx: optax.GradientTransformation, n_device: int) -> TrainState:
     return jax.device_put(initial(run, tx), sharding.sharding(on(n_device), sharding.WHOLE))
 
 
-def compile_step(run: config.Config, tx: optax.GradientTransformation, n_device: int) -> jax.stages.Compiled:
+def compile_step(run: schema.Config, tx: optax.GradientTransformation, n_device: int) -> jax.stages.Compiled:
     step = train_step.make(run, on(n_device), tx)
     return step.lower(first_state(run, tx, n_device), batch(0, n_device)).compile()
 
@@ -150,7 +150,7 @@ def test_the_old_state_is_donated_and_nothing_goes_to_the_host():
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((now, rows)))
 
 
-def by_hand(run: config.Config, now: TrainState, one: dict, rate: float) -> tuple[dict, dict, list]:
+def by_hand(run: schema.Config, now: TrainState, one: dict, rate: float) -> tuple[dict, dict, list]:
     """The updates of one call with plain gradient descent, on one device, written out."""
     gradient = jax.jit(jax.value_and_grad(train_step.loss_fn, has_aux=True), static_argnums=5)
     params, codebooks = now.weights.params, now.weights.extra["codebooks"]

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tvq import config
+from tvq import schema
 from tvq.errors import ClusterError, InputError
 
 TPU_PORT, LAST_PORT = 8482, 65535
@@ -60,7 +60,7 @@ class Place:
 
 
 def find(
-    section: config.Cluster, environ: Mapping[str, str], metadata: Callable[[str], str] | None = None
+    section: schema.Cluster, environ: Mapping[str, str], metadata: Callable[[str], str] | None = None
 ) -> Place:
     """The place of this process.
 
@@ -114,7 +114,7 @@ def _checked(merged: dict[str, Any]) -> Place:
     return Place(**merged)
 
 
-def _explicit(section: config.Cluster, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+def _explicit(section: schema.Cluster, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     values: dict[str, Any] = {}
     sources = []
     for name, (field, variable) in OPTIONS.items():

@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed  # jax's key-value store and barriers have no public name
 from jax.experimental import multihost_utils
 
-from tvq import config, numerics, words
+from tvq import numerics, schema, words
 from tvq.cluster.meeting import code_version, differences, meet, names, wait_for_others
 from tvq.cluster.place import Place
 from tvq.errors import EXIT_FAILED, ClusterError, InputError
@@ -134,7 +134,7 @@ class Processes:
 
 def start(
     place: Place,
-    section: config.Cluster,
+    section: schema.Cluster,
     items: Mapping[str, Any],
     say: Callable[[str], None],
     stoppable: bool = True,

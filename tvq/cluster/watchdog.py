@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from tvq import config
+from tvq import schema
 from tvq.cluster.log import Log
 from tvq.cluster.meeting import names, wait_for_others
 from tvq.cluster.processes import Processes
@@ -81,7 +81,7 @@ class Watchdog:
     have given it up. A single one holds nobody up, and the pause does not count.
     """
 
-    def __init__(self, processes: Processes, section: config.Cluster, log: Log):
+    def __init__(self, processes: Processes, section: schema.Cluster, log: Log):
         self.processes, self.section, self.log = processes, section, log
         self.tick = min(2.0, section.step_timeout / 10, section.silence_timeout / 10)
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 from etils import epath
 
-from tvq import config, paths
+from tvq import paths, schema
 from tvq.data import files, prepared, texts, walk
 from tvq.data.files import Meter
 from tvq.data.splits import HASHED
@@ -202,7 +202,7 @@ def _folder(field: str, name: str) -> epath.Path:
     return epath.Path(paths.expand(field, name))
 
 
-def open_corpus(data: config.Data) -> Corpus:
+def open_corpus(data: schema.Data) -> Corpus:
     """Opens and checks what `data` names, by its hashes; a source of text is prepared into the cache first.
 
     InputError: it is missing, unreadable, damaged, of a newer format, or has nothing to train on.
@@ -229,7 +229,7 @@ def open_corpus(data: config.Data) -> Corpus:
     return Corpus(folders=(dataclasses.replace(opened, source=opened.source | left_out),))
 
 
-def _listed(data: config.Data) -> tuple[walk.Walk, bool]:
+def _listed(data: schema.Data) -> tuple[walk.Walk, bool]:
     """The files of source stdlib or text, and whether it is one file. InputError: there are none."""
     if data.source == "stdlib":
         return texts.stdlib(), False
@@ -242,7 +242,7 @@ def _listed(data: config.Data) -> tuple[walk.Walk, bool]:
         return walk.walk(epath.Path(root), leave_out=[cache]), is_file
 
 
-def cache_folder(data: config.Data) -> Path:
+def cache_folder(data: schema.Data) -> Path:
     """`data.cache`, or tvq's folder in the user's cache."""
     if data.cache:
         return Path(paths.expand("config.data.cache", data.cache))
@@ -273,7 +273,7 @@ def _key(listed: walk.Walk, is_file: bool, vocabulary: Vocabulary) -> str:
 
 
 def _prepare(
-    folder: Path, made_of: texts.Texts | texts.OneText, data: config.Data, vocabulary: Vocabulary
+    folder: Path, made_of: texts.Texts | texts.OneText, data: schema.Data, vocabulary: Vocabulary
 ) -> None:
     """Makes `folder` whole or not at all. If several processes make it at once, the first to finish wins."""
     source = {"name": data.source, "path": data.path, "n_file": len(made_of.files)}

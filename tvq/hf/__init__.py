@@ -8,11 +8,10 @@ import json
 from collections.abc import Callable
 
 from tvq import config
-from tvq.config import Config
 from tvq.data.vocabulary import Vocabulary
 from tvq.errors import InputError
 from tvq.hf import tokenizer
-from tvq.schema import END, PAD
+from tvq.schema import END, PAD, Config
 
 CODE = ("modeling_tvq.py", "configuration_tvq.py")
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from tvq import sharding
-from tvq.config import Model
 from tvq.model import attention, unit, vq
+from tvq.schema import Model
 
 
 def inputs(model: Model, n_sequence: int, sequence_len: int) -> tuple:

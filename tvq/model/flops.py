@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from tvq.config import Model
 from tvq.model.parameters import n_unit
+from tvq.schema import Model
 
 
 def unit_flops(model: Model, sequence_len: int, *, backward: bool = False) -> dict[str, float]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from tvq.config import Model
 from tvq.errors import InputError
 from tvq.model import parameters
 from tvq.model.parameters import Weights
+from tvq.schema import Model
 
 # Stored with every embedding; if the output is not tied nothing reads it, and this program has none.
 UNUSED = "token_embedder/bias_out"

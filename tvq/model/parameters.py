@@ -23,7 +23,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tvq import sharding
-from tvq.config import Model
+from tvq.schema import Model
 
 # Arrays that only training reads, and that a checkpoint may lack.
 TRAINING_ONLY = ("codebooks/idle",)

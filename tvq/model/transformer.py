@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from tvq import sharding
-from tvq.config import Model
 from tvq.model import attention, layers, parts, recurrence, vq, window
 from tvq.model.parameters import Weights, declared, gather, n_unit, narrowed, paired, specs, unpaired
 from tvq.model.unit import gated_unit, gated_unit_next, position_keys
-from tvq.schema import END
+from tvq.schema import END, Model
 
 
 class State(NamedTuple):

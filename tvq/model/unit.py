@@ -8,10 +8,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq import dims, sharding
-from tvq.config import Model
 from tvq.model import attention, flash, full, parts, recurrence, vq
 from tvq.model.layers import dense, norm, rms_norm
 from tvq.model.window import KEPT
+from tvq.schema import Model
 
 
 @jax.named_scope("position")

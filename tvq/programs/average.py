@@ -8,11 +8,11 @@ import numpy as np
 from etils import epath
 
 from tvq import cluster, schema, sharding
-from tvq.config import Config
 from tvq.errors import InputError
 from tvq.programs import interop
 from tvq.run import metrics, restore, tensors, workdir
 from tvq.run.checkpoint import Restored
+from tvq.schema import Config
 
 
 def average(

@@ -16,13 +16,14 @@ from etils import epath
 
 from tvq import atomic, paths
 from tvq import model as lm
-from tvq.config import Config, Model, differences, to_dict
+from tvq.config import differences, to_dict
 from tvq.data.corpus import Corpus
 from tvq.errors import InputError
 from tvq.programs import evaluate
 from tvq.run import metrics, records, restore, tensors
 from tvq.run.checkpoint import NOT_FINITE, Checkpoints
 from tvq.run.workdir import CHECKPOINTS, steps
+from tvq.schema import Config, Model
 from tvq.training import state
 from tvq.training.state import TrainState
 

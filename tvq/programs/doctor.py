@@ -16,10 +16,10 @@ from etils import epath
 
 from tvq import cluster, schema, sharding
 from tvq import model as lm
-from tvq.config import Config
 from tvq.errors import InputError
 from tvq.programs.report import runs
 from tvq.run import describe, health, metrics, records, restore
+from tvq.schema import Config
 
 FOUND, FAILED = 1, 4  # exit codes: something is wrong with the run; the doctor itself failed
 N_NAMED = 3  # units that a finding names

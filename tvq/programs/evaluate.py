@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 
 from tvq import cluster, sharding
 from tvq import model as lm
-from tvq.config import Config, Model, common
+from tvq.config import common
 from tvq.data import prepared, vocabulary
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Streams
 from tvq.data.pipeline import evaluation_pieces
 from tvq.errors import InputError
 from tvq.run import metrics, records, restore, results
+from tvq.schema import Config, Model
 from tvq.training import loss
 
 # Beyond this many nats a word perplexity overflows, and means nothing: the text has no spaces between words.

@@ -13,7 +13,7 @@ from flax import serialization, traverse_util
 from tvq import atomic, cluster, hf, schema, sharding
 from tvq import model as lm
 from tvq.config import FILE as CONFIG_FILE
-from tvq.config import Config, to_dict
+from tvq.config import to_dict
 from tvq.data import files
 from tvq.data.corpus import open_corpus
 from tvq.data.vocabulary import ByteVocabulary, Vocabulary, from_json, to_json
@@ -22,6 +22,7 @@ from tvq.programs import evaluate
 from tvq.run import metrics, restore, tensors
 from tvq.run.checkpoint import Checkpoints, Restored
 from tvq.run.workdir import check_workdir, record
+from tvq.schema import Config
 from tvq.training import optimizer, state
 
 # What `tvq export` writes beside config.json.

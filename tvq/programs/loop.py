@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tvq import cluster, sharding
-from tvq.config import Config, to_dict
+from tvq.config import to_dict
 from tvq.data import vocabulary
 from tvq.data.corpus import Corpus
 from tvq.data.packing import Sequences
@@ -22,6 +22,7 @@ from tvq.run import describe, metrics, records
 from tvq.run.checkpoint import Checkpoints, SaveError
 from tvq.run.looks import Looks
 from tvq.run.workdir import Home
+from tvq.schema import Config
 from tvq.training.state import TrainState
 
 # Metrics that end a run when they are not a number.

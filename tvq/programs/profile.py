@@ -12,11 +12,11 @@ import numpy as np
 from etils import epath
 
 from tvq import cluster, sharding
-from tvq.config import Config
 from tvq.errors import InputError
 from tvq.programs.plan.hlo import COLLECTIVES, Instruction
 from tvq.programs.plan.program import Kernel, Program
 from tvq.run import metrics, trace
+from tvq.schema import Config
 from tvq.training import optimizer, state, train_step
 
 N_STEP, N_ROW = 2, 10

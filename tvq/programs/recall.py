@@ -13,11 +13,11 @@ import numpy as np
 from etils import epath
 
 from tvq import cluster, sharding
-from tvq.config import Config, common
+from tvq.config import common
 from tvq.errors import InputError
 from tvq.programs import evaluate
 from tvq.run import metrics, records, restore, results
-from tvq.schema import END, UNKNOWN
+from tvq.schema import END, UNKNOWN, Config
 
 FIRST = UNKNOWN + 1  # the ids from here on are text
 DISTANCES = 64

@@ -16,12 +16,13 @@ from etils import epath
 
 from tvq import atomic, cluster, sharding
 from tvq import model as lm
-from tvq.config import Config, Mesh, stop_strings
 from tvq.data import detokenize, optional
 from tvq.data.vocabulary import END, Vocabulary, from_json
 from tvq.errors import InputError
+from tvq.rules import stop_strings
 from tvq.run import draw, image_samples, metrics, records, restore, tensors
 from tvq.run.draw import Prefix, Tell
+from tvq.schema import Config, Mesh
 from tvq.training.state import TrainState
 
 # What is written to a folder.

@@ -2,7 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from tvq.config import Config, listing
+from tvq.config import listing
+from tvq.schema import Config
 
 
 def show(config: Config, before: ConfigDict, source: str) -> int:

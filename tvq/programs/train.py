@@ -11,16 +11,18 @@ from etils import epath
 
 from tvq import cluster, sharding
 from tvq.config import FILE as CONFIG_FILE
-from tvq.config import Config, common, traced_updates
+from tvq.config import common
 from tvq.data.corpus import Corpus, open_corpus
 from tvq.data.packing import Sequences
 from tvq.errors import DivergedError, InputError
 from tvq.programs import branch, evaluate, loop, sample
 from tvq.programs.loop import Run
+from tvq.rules import traced_updates
 from tvq.run import describe, metrics, records, trace
 from tvq.run.checkpoint import Checkpoints
 from tvq.run.looks import Looks
 from tvq.run.workdir import CHECKPOINTS, Home, check_workdir, record
+from tvq.schema import Config
 from tvq.training import optimizer, state, train_step
 from tvq.training.state import TrainState
 

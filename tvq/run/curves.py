@@ -23,9 +23,10 @@ from tensorboardX.proto.tensor_pb2 import TensorProto
 from tensorboardX.record_writer import RecordWriter
 
 from tvq import atomic
-from tvq.config import Config, flatten
+from tvq.config import flatten
 from tvq.data import optional
 from tvq.run.metrics import Row
+from tvq.schema import Config
 
 Sample = str | bytes  # a text, or a picture as PNG
 WANDB_ID, WANDB_PLACE = "wandb_id", "wandb_place.json"  # the id of the run, and where the workdir was then

@@ -9,11 +9,10 @@ from jax.sharding import Mesh
 
 from tvq import chips, sharding
 from tvq import model as lm
-from tvq.config import Config
 from tvq.data import prepared
 from tvq.data.corpus import Corpus
 from tvq.run import metrics
-from tvq.schema import ENDING
+from tvq.schema import ENDING, Config
 from tvq.training import optimizer
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"

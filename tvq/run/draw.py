@@ -12,10 +12,11 @@ import numpy as np
 from etils import epath
 
 from tvq import model as lm
-from tvq.config import CHANGEABLE, Model
+from tvq.config import CHANGEABLE
 from tvq.data.vocabulary import END
 from tvq.errors import InputError
 from tvq.run import metrics, tensors
+from tvq.schema import Model
 
 REMOVED = -1e10
 # Blocks of a prompt read at a time: bounds memory, and the shapes to compile.

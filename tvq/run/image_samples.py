@@ -9,12 +9,12 @@ from etils import epath
 
 from tvq import atomic
 from tvq import model as lm
-from tvq.config import Config
 from tvq.data import images, optional
 from tvq.data.splits import Piece
 from tvq.data.vocabulary import N_SPECIAL, ByteVocabulary
 from tvq.errors import InputError
 from tvq.run import draw
+from tvq.schema import Config
 
 GAP = 2  # pixels between the images of a sheet
 

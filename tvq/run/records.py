@@ -16,10 +16,10 @@ from typing import Any
 from etils import epath
 
 from tvq import atomic
-from tvq.config import Config, Log
 from tvq.errors import InputError
 from tvq.run.curves import Sample, TensorBoardWriter, WandbWriter, Writer, tag
 from tvq.run.metrics import Row
+from tvq.schema import Config, Log
 
 __all__ = ["JsonlWriter", "Records", "Sample", "SampleWriter", "check", "samples", "tag", "to_json"]
 

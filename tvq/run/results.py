@@ -10,8 +10,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tvq import atomic, cluster, numerics
-from tvq.config import Config, to_dict
+from tvq.config import to_dict
 from tvq.run import records
+from tvq.schema import Config
 
 FOLDER = "evaluations"
 

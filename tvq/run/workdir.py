@@ -14,9 +14,10 @@ from etils import epath
 
 from tvq import cluster
 from tvq.config import FILE as CONFIG_FILE
-from tvq.config import Config, differences, recorded, to_dict
+from tvq.config import differences, recorded, to_dict
 from tvq.errors import InputError
 from tvq.run import health, records
+from tvq.schema import Config
 
 CHECKPOINTS = "checkpoints"
 # Written once there is a checkpoint: without this file, rows without checkpoints are of a run that was killed

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tvq import dims
 from tvq import model as lm
-from tvq.config import Model
+from tvq.schema import Model
 
 # Tokens whose logits are held at once, or a block of each sequence if that is more: small products are slow.
 N_TOKEN = 2048

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from tvq import model as lm
 from tvq import sharding
-from tvq.config import Config, Model, Optimizer
+from tvq.schema import Config, Model, Optimizer
 from tvq.training import skip, transforms
 from tvq.training.schedules import schedule
 

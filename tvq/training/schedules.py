@@ -2,7 +2,7 @@
 
 import optax
 
-from tvq.config import Optimizer
+from tvq.schema import Optimizer
 
 
 def schedule(config: Optimizer) -> optax.Schedule:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tvq.config import Optimizer
+from tvq.schema import Optimizer
 
 STATE = "skip"  # in the state of the optimizer
 

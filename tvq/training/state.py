@@ -10,7 +10,7 @@ from jax.tree_util import DictKey
 
 from tvq import model as lm
 from tvq import sharding
-from tvq.config import Config, Model
+from tvq.schema import Config, Model
 from tvq.training import transforms
 
 

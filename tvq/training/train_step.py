@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from tvq import model as lm
 from tvq import sharding
-from tvq.config import Config, Model
+from tvq.schema import Config, Model
 from tvq.training import accumulate, loss, optimizer, skip, state, sums
 from tvq.training.state import TrainState
 

@@ -10,7 +10,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tvq import model as lm
-from tvq.config import Model
+from tvq.schema import Model
 
 
 def named(**chain: optax.GradientTransformation) -> optax.GradientTransformation:

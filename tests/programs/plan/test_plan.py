@@ -13,7 +13,7 @@ from etils import epath
 
 from tests.model import small
 from tvq import __main__ as door
-from tvq import chips, cluster, config, sharding
+from tvq import chips, cluster, schema, sharding
 from tvq import model as lm
 from tvq.model import layers
 from tvq.programs import plan
@@ -23,12 +23,12 @@ from tvq.programs.plan.step import TooLargeError
 from tvq.training import optimizer, state, train_step
 
 ROOT = Path(__file__).parents[3]
-NOWHERE = cluster.find(config.Cluster(), {}, None)
+NOWHERE = cluster.find(schema.Cluster(), {}, None)
 CHIP = chips.Chip(1e12, 1e12, 1e12, 1e11, 16 * chips.GIB, 1e10)
-CONFIG = config.Config(
+CONFIG = schema.Config(
     model=dataclasses.replace(small.MODEL, d_model=128, d_k=32, d_v=256, n_code=64, block_len=64, mem_len=64),
-    train=config.Train(global_batch_size=8, sequence_len=512, update_len=256, steps=2),
-    plan=config.Plan(topology="v5e:2x4"),
+    train=schema.Train(global_batch_size=8, sequence_len=512, update_len=256, steps=2),
+    plan=schema.Plan(topology="v5e:2x4"),
 )
 
 
@@ -43,10 +43,10 @@ ESTIMATE = step.estimate  # the real one, where a test has put another in its pl
 
 @functools.cache
 def found() -> step.Estimate:
-    return ESTIMATE(CONFIG, sharding.make(config.Mesh(), jax.devices()))
+    return ESTIMATE(CONFIG, sharding.make(schema.Mesh(), jax.devices()))
 
 
-def run(c: config.Config) -> int:
+def run(c: schema.Config) -> int:
     return plan.plan(c, epath.Path("."), NOWHERE, cluster.Log(Path("none"), NOWHERE))
 
 
@@ -88,7 +88,7 @@ def test_an_exchange_has_a_ring_along_each_dimension(group, n):
     chips = [types.SimpleNamespace(coords=(i // 2, i % 2, 0)) for i in range(4)]
     slice_ = types.SimpleNamespace(devices=np.array(chips))
     assert step.n_ring(slice_, group) == n
-    assert step.n_ring(sharding.make(config.Mesh(), jax.devices()), (0, 1, 2, 3)) == 1
+    assert step.n_ring(sharding.make(schema.Mesh(), jax.devices()), (0, 1, 2, 3)) == 1
 
 
 def test_the_temporaries_of_a_tpu_share_memory():
@@ -108,7 +108,7 @@ def test_the_old_state_is_donated():
 def test_a_deeper_model_is_no_longer_program():
     def lines(n_layer: int) -> int:
         c = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layer=n_layer))
-        devices, tx = sharding.make(config.Mesh(), jax.devices()), optimizer.make(c.optimizer, c.model)
+        devices, tx = sharding.make(schema.Mesh(), jax.devices()), optimizer.make(c.optimizer, c.model)
         carried = sharding.with_sharding(devices, state.abstract(c.model, tx))
         batch = dict.fromkeys(("inputs", "targets", "loss_mask"), jnp.zeros((8, 512), jnp.int32))
         return len(train_step.make(c, devices, tx).lower(carried, batch).as_text().splitlines())
@@ -149,14 +149,14 @@ def sweep(monkeypatch, n_compile: int = 8, **fake) -> int:
     """A sweep over shapes of eight chips, each of which compiles as `fake` says by its number of devices."""
     found()  # before its parts are replaced
 
-    def estimate(c: config.Config, mesh: jax.sharding.Mesh) -> step.Estimate:
+    def estimate(c: schema.Config, mesh: jax.sharding.Mesh) -> step.Estimate:
         outcome = fake[f"devices_{c.mesh.devices}"]
         if isinstance(outcome, BaseException):
             raise outcome
         return dataclasses.replace(found(), seconds={"products": outcome})
 
     monkeypatch.setattr(step, "estimate", estimate)
-    trial = lambda n, **cut: dataclasses.replace(CONFIG, mesh=config.Mesh(devices=n, **cut))
+    trial = lambda n, **cut: dataclasses.replace(CONFIG, mesh=schema.Mesh(devices=n, **cut))
     trials = [
         ("three", trial(3)),
         ("two", trial(2, sequence=4)),
@@ -164,7 +164,7 @@ def sweep(monkeypatch, n_compile: int = 8, **fake) -> int:
         ("eight", trial(8)),
     ]
     monkeypatch.setattr(sweeping, "shapes", lambda *_: trials)
-    asked = config.Plan(topology="v5e:2x4", sweep=True, n_compile=n_compile)
+    asked = schema.Plan(topology="v5e:2x4", sweep=True, n_compile=n_compile)
     return run(dataclasses.replace(CONFIG, plan=asked))
 
 
@@ -209,12 +209,12 @@ def test_a_sweep_that_is_stopped_prints_what_it_found(capsys, monkeypatch):
 
 
 def test_the_program_needs_more_than_the_bound():
-    least = bound.bound(CONFIG, sharding.make(config.Mesh(), jax.devices()))
+    least = bound.bound(CONFIG, sharding.make(schema.Mesh(), jax.devices()))
     assert 0.5 * found().bytes_needed < least.bytes_needed < found().bytes_needed
     assert least.step_seconds < found().step_seconds
     # Messages of the gradient alone; those of statistics and of the probe are left out.
     ((_, sent),) = found().links.values()
-    mesh = sharding.make(config.Mesh(), jax.devices())
+    mesh = sharding.make(schema.Mesh(), jax.devices())
     gradients = found().memory["parameters"]
     assert 2 * bound.gradient_messages(CONFIG, mesh, gradients) == pytest.approx(sent, rel=0.1)
 

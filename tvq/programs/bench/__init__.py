@@ -16,13 +16,13 @@ import jax
 from etils import epath
 
 from tvq import atomic, cluster, sharding
-from tvq.config import Config, to_dict
+from tvq.config import to_dict
 from tvq.errors import InputError
 from tvq.programs.bench import report
 from tvq.programs.bench.cases import PREPARE
 from tvq.programs.bench.session import Row, Session, measure
 from tvq.run import metrics, records
-from tvq.schema import BENCHES
+from tvq.schema import BENCHES, Config
 
 PACKAGES = ("tvq", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

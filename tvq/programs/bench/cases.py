@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 
 from tvq import model as lm
 from tvq import sharding
-from tvq.config import Config, Model, validate
 from tvq.data.corpus import open_corpus
 from tvq.data.packing import Sequences
 from tvq.data.pipeline import training_batches
 from tvq.errors import DisagreementError, InputError
 from tvq.programs.bench.session import STEP, Case, Row, Session, compiled
+from tvq.rules import validate
 from tvq.run import draw
+from tvq.schema import Config, Model
 from tvq.training import loss, optimizer, state, train_step
 
 # model.attention and model.n_parallel of each; `serial:nothing` also sets model.remat.

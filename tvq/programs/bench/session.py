@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tvq.config import Config
 from tvq.errors import DisagreementError
+from tvq.schema import Config
 
 Row = dict[str, Any]
 # Largest relative difference of two programs. A GPU rounds the factors of float32 products to 11 bits.

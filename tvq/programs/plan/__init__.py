@@ -8,10 +8,10 @@ bounds for comparing shapes, not predictions.
 from etils import epath
 
 from tvq import cluster, sharding
-from tvq.config import Config
 from tvq.programs.plan import report, step, sweep, targets
 from tvq.programs.plan.step import TooLargeError
 from tvq.run import metrics
+from tvq.schema import Config
 
 DOES_NOT_FIT = 1  # the exit code
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from tvq import chips, sharding
 from tvq import model as lm
-from tvq.config import Config, Model
 from tvq.programs.plan import step
+from tvq.schema import Config, Model
 from tvq.training import optimizer, state
 
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 
 from tvq.chips import GIB
-from tvq.config import Config
 from tvq.programs.plan.bound import Bound
 from tvq.programs.plan.step import Estimate, TooLargeError
+from tvq.schema import Config
 
 BOUND = {
     "products": "matrix products",

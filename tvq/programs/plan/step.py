@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from tvq import chips, sharding
 from tvq import model as lm
-from tvq.config import Config
 from tvq.programs.plan.hlo import Array
 from tvq.programs.plan.program import Collective, Kernel, Program
+from tvq.schema import Config
 from tvq.training import optimizer, state, train_step
 
 N_LARGEST = 5

@@ -8,12 +8,13 @@ from concurrent import futures
 import jax
 
 from tvq import schema, sharding
-from tvq.config import Config, validate
 from tvq.errors import InputError
 from tvq.programs.plan import report, step
 from tvq.programs.plan.bound import Bound, bound
 from tvq.programs.plan.step import Estimate, TooLargeError
+from tvq.rules import validate
 from tvq.run import metrics
+from tvq.schema import Config
 
 N_AT_ONCE = 2  # a compiler keeps little more than one core busy
 

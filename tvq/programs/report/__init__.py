@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from tvq import atomic, cluster, config
+from tvq import atomic, cluster, config, schema
 from tvq.errors import InputError
 from tvq.programs.report import figures, runs
 from tvq.programs.report.runs import Run
@@ -146,7 +146,7 @@ def settings(chosen: Sequence[Run]) -> str:
         differing = [line for line in lines if len(set(line[1:-1])) > 1]
         parts += ["<p>Where the runs differ:</p>", table(head, differing)]
     else:
-        default = {name: repr(value) for name, value in config.flatten(config.Config()).items()}
+        default = {name: repr(value) for name, value in config.flatten(schema.Config()).items()}
         differing = [line for line in lines if default.get(line[0]) != line[1]]
         parts += ["<p>What is not at its default:</p>", table(head, differing)]
     parts.append(f"<details><summary>all {len(lines)} fields</summary>{table(head, lines)}</details>")

@@ -2,7 +2,7 @@
 
 import optax
 
-from tvq.config import Model, Optimizer
+from tvq.schema import Model, Optimizer
 from tvq.training import transforms
 
 

@@ -2,7 +2,7 @@
 
 import optax
 
-from tvq.config import Model, Optimizer
+from tvq.schema import Model, Optimizer
 
 
 def direction(config: Optimizer, model: Model) -> optax.GradientTransformation:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from tvq.config import Model, Optimizer
+from tvq.schema import Model, Optimizer
 
 
 def direction(config: Optimizer, model: Model) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from optax.contrib import scale_by_muon
 
 from tvq import sharding
-from tvq.config import Config, Model, Optimizer
+from tvq.schema import Config, Model, Optimizer
 from tvq.training import transforms
 from tvq.training.optimizers import adamw
 
