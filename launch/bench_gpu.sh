@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 whole_number --seconds "$seconds" 60
-[ -z "$wheels" ] || [ -d "$wheels" ] || die 2 "--wheels $wheels is no folder"
+[ -z "$wheels" ] || [ -d "$wheels" ] || die 2 "--wheels $wheels is not a folder"
 run mkdir -p "$output" || die 2 "--output $output: cannot be made"
 
 # module:package of what tvq imports.

@@ -9,7 +9,7 @@
 #   launch/slurm.sh submit --nodes 4 --gpus 8 --time 24:00:00 -- .venv/bin/tvq train --config=... --workdir=...
 #
 # Defaults: one node, 8 GPUs a node (0: none), 24 hours. Two minutes before the time is over, and when the
-# job is preempted, all processes save at the same step and the job is queued again to go on.
+# job is preempted, all processes save at the same step and the job is queued again to resume.
 
 set -u
 # In the job this file is a copy elsewhere; the job starts in the checkout.

@@ -4,7 +4,7 @@
 #   launch/supervise.sh [--restarts N] [--backoff S] [--settled S] [--notice CMD] [--record FILE] [--dry-run]
 #                       -- COMMAND...
 #
-#   --restarts N   failures to forgive in all (default 10); being preempted is no failure
+#   --restarts N   failures to forgive in all (default 10); being preempted is not a failure
 #   --backoff S    seconds before the first restart (default 2), doubled at each quick failure, at most 60
 #   --settled S    a run that lasted this long was no quick failure (default 120)
 #   --notice CMD   a program that ends with 0 when this machine is about to be taken away; the command is

@@ -8,7 +8,7 @@
 #   setup     copy this checkout at its commit to all workers and install it there
 #   train     start the command after -- on all workers, under supervision
 #   run       create, setup, train, then follow worker 0; a slice that is preempted is deleted and made again,
-#             and the run goes on from its last checkpoint. If the run is there already, only follows it
+#             and the run resumes from its last checkpoint. If the run is there already, only follows it
 #   status    the slice, and what each worker does
 #   logs      follow the output of a worker (--worker, default 0); Ctrl-C leaves the run alone
 #   stop      all save at the same step and end

@@ -19,7 +19,7 @@ ORDER = (
     "training.optimizers", "training.optimizer", "training.state", "training.accumulate",
     "training.train_step",
     "run.tensors", "run.seal", "run.checkpoint", "run.restore", "run.metrics", "run.curves", "run.records",
-    "run.results", "run.health", "run.looks", "run.workdir", "run.trace", "run.draw", "run.image_samples",
+    "run.results", "run.health", "run.snapshots", "run.workdir", "run.trace", "run.draw", "run.image_samples",
     "run.describe", "hf",
     "programs.prepare", "programs.evaluate", "programs.recall", "programs.sample", "programs.branch",
     "programs.loop", "programs.train", "programs.bench", "programs.report", "programs.doctor",

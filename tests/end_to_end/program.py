@@ -239,16 +239,16 @@ def arrays(restored: Restored) -> dict[str, np.ndarray]:
 def assert_same_run(a: Path, b: Path) -> None:
     """Bitwise equal final checkpoints, the same rows, the same samples and codebook snapshots."""
     assert rows(a) == rows(b)
-    looks = [epath.Path(folder) / health.FOLDER for folder in (a, b)]
+    folders = [epath.Path(folder) / health.FOLDER for folder in (a, b)]
     assert (
-        health.steps(looks[0])
-        == health.steps(looks[1])
+        health.steps(folders[0])
+        == health.steps(folders[1])
         == [row["step"] for row in rows(a) if "c_dead" in row]
     )
-    for step in health.steps(looks[0]):
-        for name, array in health.load(looks[0], step).items():
+    for step in health.steps(folders[0]):
+        for name, array in health.load(folders[0], step).items():
             np.testing.assert_array_equal(
-                array, health.load(looks[1], step)[name], err_msg=f"{name} at {step}"
+                array, health.load(folders[1], step)[name], err_msg=f"{name} at {step}"
             )
     ours, theirs = newest(a), newest(b)
     assert ours.step == theirs.step

@@ -273,7 +273,7 @@ def test_the_script_for_a_gpu():
     ]
     assert limits <= 100
     refused = script("--wheels", "/no/such/folder")
-    assert (refused.returncode, "is no folder" in refused.stderr) == (2, True)
+    assert (refused.returncode, "is not a folder" in refused.stderr) == (2, True)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def run_with(stops: list[bool], done: tuple[str, ...] = ()) -> Run:
         "watchdog": SimpleNamespace(beat=lambda *_: None),
         "clock": SimpleNamespace(start=lambda step: None, spending=lambda kind: contextlib.nullcontext()),
         "checkpoints": SimpleNamespace(wait=lambda: None),
-        "looks": SimpleNamespace(look=lambda *_: {}),
+        "snapshots": SimpleNamespace(take=lambda *_: {}),
         "records": SimpleNamespace(done=set(done)),
         "unread": [],
     }

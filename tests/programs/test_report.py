@@ -227,7 +227,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         report(["anything"], "")
 
 
-def test_many_looks_are_thinned_out_evenly() -> None:
+def test_many_snapshots_are_thinned_out_evenly() -> None:
     assert runs.evenly([1, 2, 3], 5) == [1, 2, 3]
     assert runs.evenly([], 5) == []
     thinned = runs.evenly(list(range(1000)), 5)

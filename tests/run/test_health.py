@@ -1,4 +1,4 @@
-"""Looks at codebooks, against plain loops; their files."""
+"""Snapshots of codebooks, against plain loops; their files."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from etils import epath
 from tvq import model as lm
 from tvq import schema, sharding
 from tvq.run import health
-from tvq.run.looks import Looks
+from tvq.run.snapshots import Snapshots
 
 N, H, S, K, X = 2, 2, 12, 3, 5
 GAMMA = 0.5
@@ -60,17 +60,17 @@ def written_out(now: dict, before: dict, initial: float) -> dict:
 
 
 @pytest.fixture
-def looks(tmp_path):
-    return Looks(
+def snapshots(tmp_path):
+    return Snapshots(
         sharding.make(schema.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 0, print
     )
 
 
-def test_a_look_compares_with_the_last(looks, tmp_path):
+def test_a_snapshot_compares_with_the_last(snapshots, tmp_path):
     probe = {"key": KEY, "mask": MASK}
     for step, seed in ((10, 2), (20, 3)):
-        averages = looks.look(step, weights(seed), probe)
-        looks.save(step)
+        averages = snapshots.take(step, weights(seed), probe)
+        snapshots.save(step)
         want = written_out(codebooks_of(weights(seed)), codebooks_of(weights(seed - 1)), GAMMA**step)
         got = health.load(epath.Path(tmp_path) / "codebook", step)
         assert set(got) == set(want)
@@ -84,23 +84,25 @@ def test_a_look_compares_with_the_last(looks, tmp_path):
     assert want["overused"][1, 0] > 0
 
 
-def test_files_of_steps_that_are_repeated_go(looks, tmp_path):
+def test_files_of_steps_that_are_repeated_go(snapshots, tmp_path):
     folder = epath.Path(tmp_path) / "codebook"
     assert health.steps(folder) == []
-    looks.look(1, weights(2), {"key": KEY, "mask": MASK})
+    snapshots.take(1, weights(2), {"key": KEY, "mask": MASK})
     for step in (2, 10, 100):
-        looks.save(step)
+        snapshots.save(step)
     (folder / "step_3.npz.tmp").write_bytes(b"torn")
     assert health.steps(folder) == [2, 10, 100]
-    Looks(sharding.make(schema.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 10, print)
+    Snapshots(
+        sharding.make(schema.Mesh(), jax.devices()[:1]), weights(1), GAMMA, epath.Path(tmp_path), 10, print
+    )
     assert health.steps(folder) == [2, 10]
 
 
-def test_a_folder_that_cannot_be_written_is_said_once(looks, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_said_once(snapshots, tmp_path, capsys):
     (tmp_path / "codebook").write_text("a file")
-    looks.look(1, weights(2), {"key": KEY, "mask": MASK})
-    looks.save(2)
-    looks.save(4)
+    snapshots.take(1, weights(2), {"key": KEY, "mask": MASK})
+    snapshots.save(2)
+    snapshots.save(4)
     assert health.steps(epath.Path(tmp_path) / "codebook") == [], "nor does it stop the next start"
     assert capsys.readouterr().out.count("training continues without") == 1
 

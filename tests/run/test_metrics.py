@@ -106,7 +106,7 @@ def test_the_time_left_does_not_count_the_first_part() -> None:
 
 def test_the_clock_knows_what_time_went_into() -> None:
     now = Time()
-    clock = Clock(tokens_per_step=10, roof=5.0, began=now.t - 7, now=now)
+    clock = Clock(tokens_per_step=10, peak=5.0, began=now.t - 7, now=now)
     now.t += 3
     with clock.spending("compile"):
         now.t += 60

@@ -77,16 +77,18 @@ def find(
     if given.get("n_process") == 1:
         return Place(how=how, local_devices=section.local_devices)
     for scheduler in (_slurm, _open_mpi, _gke_tpu, _kubernetes):
-        found = scheduler(environ)
-        if found:
+        scheduled = scheduler(environ)
+        if scheduled:
             break
     else:
-        found = _gce_tpu(metadata) if metadata else {}
-    if not given and found.get("n_process", 0) == 1:
-        return Place(how=found["how"], local_devices=section.local_devices or found.get("local_devices", 0))
-    if not given and not found:
+        scheduled = _gce_tpu(metadata) if metadata else {}
+    if not given and scheduled.get("n_process", 0) == 1:
+        return Place(
+            how=scheduled["how"], local_devices=section.local_devices or scheduled.get("local_devices", 0)
+        )
+    if not given and not scheduled:
         return Place(how="no other process is named", local_devices=section.local_devices)
-    merged = found | given | {"how": ", ".join(filter(None, (how, found.get("how"))))}
+    merged = scheduled | given | {"how": ", ".join(filter(None, (how, scheduled.get("how"))))}
     if section.local_devices:
         merged["local_devices"] = section.local_devices
     missing = [name for name in OPTIONS if name not in merged]
@@ -103,8 +105,8 @@ def _checked(merged: dict[str, Any]) -> Place:
     n, i = merged["n_process"], merged["process_id"]
     if not 0 <= i < n:
         raise InputError(f"{merged['how']}: process id {i} is not below the number of processes {n}")
-    found = re.fullmatch(r".+:(\d{1,5})", merged["coordinator"])
-    if not found or not 0 < int(found[1]) < LAST_PORT:  # the rendezvous uses the next one
+    port = re.fullmatch(r".+:(\d{1,5})", merged["coordinator"])
+    if not port or not 0 < int(port[1]) < LAST_PORT:  # the rendezvous uses the next one
         raise InputError(
             f"{merged['how']}: coordinator {merged['coordinator']!r} must be HOST:PORT, with a PORT below"
             f" {LAST_PORT}"
@@ -147,14 +149,14 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
         return {"how": f"SLURM job {job}", "n_process": 1} | _gpus(environ, 1, 0, _granted(environ))
     nodes = expand_nodes(environ["SLURM_STEP_NODELIST"])
     tasks = max(1, n // len(nodes))
-    found: dict[str, Any] = {
+    told: dict[str, Any] = {
         "how": f"SLURM job {job} on {environ.get('SLURMD_NODENAME', 'a node')}",
         "n_process": n,
         "process_id": int(environ["SLURM_PROCID"]),
         "coordinator": f"{nodes[0]}:{12000 + 2 * (int(job) % 4000)}",
         "hosts": nodes if tasks == 1 else (),
     }
-    return found | _gpus(environ, tasks, int(environ.get("SLURM_LOCALID", "0")), _granted(environ))
+    return told | _gpus(environ, tasks, int(environ.get("SLURM_LOCALID", "0")), _granted(environ))
 
 
 def _granted(environ: Mapping[str, str]) -> int:
@@ -195,7 +197,7 @@ def expand_nodes(text: str) -> tuple[str, ...]:
 def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
     if "OMPI_COMM_WORLD_SIZE" not in environ:
         return {}
-    found: dict[str, Any] = {
+    told: dict[str, Any] = {
         "how": "Open MPI",
         "n_process": int(environ["OMPI_COMM_WORLD_SIZE"]),
         "process_id": int(environ["OMPI_COMM_WORLD_RANK"]),
@@ -205,12 +207,12 @@ def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
     mpirun = re.match(r"(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     if mpirun:
         host = mpirun[2] or f"[{mpirun[3]}]"
-        found["coordinator"] = f"{host}:{12000 + 2 * ((int(mpirun[1]) >> 12) % 4000)}"
+        told["coordinator"] = f"{host}:{12000 + 2 * ((int(mpirun[1]) >> 12) % 4000)}"
     tasks, local_id = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"), environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
     visible = [v for v in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
     if tasks and local_id and len(visible) > 1:
-        found |= _gpus(environ, int(tasks), int(local_id), len(visible))
-    return found
+        told |= _gpus(environ, int(tasks), int(local_id), len(visible))
+    return told
 
 
 def _gke_tpu(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class Processes:
         folder = f"tvq/gather/{name}/"
         self.client.key_value_set(f"{folder}{self.place.process_id}", json.dumps(value))
         self.barrier(f"gather {name}")
-        found = {int(k.rpartition("/")[2]): v for k, v in self.client.key_value_dir_get(folder)}
-        return [json.loads(found[i]) for i in range(self.place.n_process)]
+        values = {int(k.rpartition("/")[2]): v for k, v in self.client.key_value_dir_get(folder)}
+        return [json.loads(values[i]) for i in range(self.place.n_process)]
 
     def agree(self, name: str, items: Mapping[str, Any]) -> None:
         """InputError in every process, naming each differing item and who has what, unless all are equal."""
@@ -96,7 +96,7 @@ class Processes:
         """
         if self.client is None:
             return self._stop.is_set()
-        # From 1, not from the step that a run goes on from: a signal before the first call would settle on
+        # From 1, not from the step that a run resumes from: a signal before the first call would settle on
         # call 1, which jax then takes to be missed, and the stop would be lost.
         self._n_asked += 1
         return multihost_utils.reached_preemption_sync_point(self._n_asked)
@@ -182,15 +182,15 @@ def _check_devices(processes: Processes, granted: int) -> None:
     devices = jax.local_devices()
     kind = devices[0].platform
     wrong = f"found {len(devices)} {kind} devices of {granted}" if granted not in (0, len(devices)) else ""
-    found = processes.gather("devices", [wrong, f"{len(devices)} {kind}"])
-    errors = [f"{names([i], processes.hosts)} {text}" for i, (text, _) in enumerate(found) if text]
+    devices_of = processes.gather("devices", [wrong, f"{len(devices)} {kind}"])
+    errors = [f"{names([i], processes.hosts)} {text}" for i, (text, _) in enumerate(devices_of) if text]
     if errors:
         raise InputError(
             "; ".join(errors) + ": the scheduler's binding hides them, or the jax installed is for another"
             " platform; otherwise set config.cluster.local_devices to the number meant"
         )
     unequal = differences(
-        {i: {"local devices": count} for i, (_, count) in enumerate(found)}, processes.hosts
+        {i: {"local devices": count} for i, (_, count) in enumerate(devices_of)}, processes.hosts
     )
     if unequal:
         raise InputError("the processes see different devices:\n  " + "\n  ".join(unequal))
@@ -229,7 +229,7 @@ def clear_stale_lock(lock: Path, say: Callable[[str], None], proc: Path = Path("
 def guard(place: Place, say: Callable[[str], None]) -> Iterator[None]:
     """Around the whole program: a process that fails ends at once instead of holding up the others.
 
-    With several processes the ordinary way out waits for all of them at jax's shutdown barrier, minutes
+    With several processes an ordinary exit waits for all of them at jax's shutdown barrier, minutes
     long; so here an error is logged and the process is gone. With one process nothing is changed.
     """
     try:

@@ -109,7 +109,7 @@ class Watchdog:
             self.processes.barrier("end of work")  # until here
         else:
             self._look()  # who is lost comes before what was lost with it
-        with self._leaving:  # what others lost when they went is no news once the watchdog has spoken
+        with self._leaving:  # what others lost when they went is not reported once the watchdog has spoken
             self._end.set()
         for thread in self._threads:
             thread.join(timeout=10 if kind is None else 1)  # a lost coordinator may hold up the exchange
@@ -150,9 +150,9 @@ class Watchdog:
                 jax.errors.JaxRuntimeError
             ):  # no answer; the silence grows, _watch counts
                 client.key_value_set(f"tvq/sign/{me}", text, allow_overwrite=True)
-                found = client.key_value_dir_get("tvq/sign/")
+                signs = client.key_value_dir_get("tvq/sign/")
                 now = self._exchanged = time.monotonic()
-                for key, value in found:
+                for key, value in signs:
                     i = int(key.rpartition("/")[2])
                     if value != self._heard[i][0]:
                         self._heard[i] = (value, now)
@@ -191,7 +191,7 @@ class Watchdog:
             self._warned = 0.0
 
     def _skip(self, pause: float) -> None:
-        """A pause of this process is no time in its phase."""
+        """A pause of this process does not count as time in its phase."""
         with self._lock:
             phase, step, since, allow = self._now
             self._now = (phase, step, min(since + pause, time.monotonic()), allow)

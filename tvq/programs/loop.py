@@ -20,7 +20,7 @@ from tvq.errors import DivergedError, InputError
 from tvq.programs import evaluate, sample
 from tvq.run import describe, metrics, records
 from tvq.run.checkpoint import Checkpoints, SaveError
-from tvq.run.looks import Looks
+from tvq.run.snapshots import Snapshots
 from tvq.run.workdir import Home
 from tvq.schema import Config
 from tvq.training.state import TrainState
@@ -48,7 +48,7 @@ class Run:
     clock: metrics.Clock
     records: records.Records | None  # on the main process
     home: Home | None  # on the main process
-    looks: Looks
+    snapshots: Snapshots
     # (step, metrics on the device) that have not been read yet.
     unread: list[tuple[int, dict]] = dataclasses.field(default_factory=list)
 
@@ -147,7 +147,7 @@ def run_to_end(
                 step += run.n_update
                 probe = numbers.pop("probe")
                 if run.is_due(run.config.log.every, step):
-                    numbers |= run.looks.look(step, now.weights, probe)
+                    numbers |= run.snapshots.take(step, now.weights, probe)
                 run.unread.append((step, numbers))
                 left = iter(tasks)
                 check_stop(run)
@@ -221,7 +221,7 @@ def log_metrics(run: Run, step: int) -> None:
     pace = run.clock.lap(step) | describe.memory()
     row = metrics.row(step, "train", numbers, pace, run.corpus.bytes_per_token)
     run.write(row)
-    run.looks.save(step)
+    run.snapshots.save(step)
     look_for_workdir(run)
     left, n_vocab = run.clock.left(step, steps), run.config.model.n_vocab
     run.console.progress(metrics.progress_line(row, steps, left, n_vocab))

@@ -20,7 +20,7 @@ from tvq.programs.loop import Run
 from tvq.rules import traced_updates
 from tvq.run import describe, metrics, records, trace
 from tvq.run.checkpoint import Checkpoints
-from tvq.run.looks import Looks
+from tvq.run.snapshots import Snapshots
 from tvq.run.workdir import CHECKPOINTS, Home, check_workdir, record
 from tvq.schema import Config
 from tvq.training import optimizer, state, train_step
@@ -60,7 +60,7 @@ def train(
             )
         )
         n_token = config.train.global_batch_size * config.train.update_len
-        clock = metrics.Clock(n_token, describe.roof(config, mesh), began)
+        clock = metrics.Clock(n_token, describe.peak(config, mesh), began)
         now, step = branch.resume(config, corpus, placed, tx, checkpoints, clock, start, console.say)
         # Process 0 wrote the config before the restore: one that does not see it has another folder.
         shared = {f"{CONFIG_FILE} in --workdir, which all must share": (workdir / CONFIG_FILE).exists()}
@@ -70,9 +70,20 @@ def train(
         )
         clock.repeat(rows.dropped if rows is not None else [])
         stack.enter_context(console)  # last: its live line ends before the records close, which may print
-        looks = Looks(mesh, now.weights, config.model.c_gamma, workdir, step, console.say)
+        snapshots = Snapshots(mesh, now.weights, config.model.c_gamma, workdir, step, console.say)
         run = Run(
-            config, workdir, corpus, mesh, processes, watchdog, console, checkpoints, clock, rows, home, looks
+            config,
+            workdir,
+            corpus,
+            mesh,
+            processes,
+            watchdog,
+            console,
+            checkpoints,
+            clock,
+            rows,
+            home,
+            snapshots,
         )
         console.say(describe.start(config, mesh, corpus, workdir, state.n_param(now), checkpoints.steps()))
         if start is not None:

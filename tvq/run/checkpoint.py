@@ -125,7 +125,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data: dict, config: dict) -> None:
         """Saves `state`, a tree of global arrays, with `data` and `config`, which must be JSON.
 
-        Returns once the arrays are copied to host memory, so they may be donated; writing goes on in the
+        Returns once the arrays are copied to host memory, so they may be donated; writing continues in the
         background, after any earlier save. An error of an earlier save is raised here, in `wait` or at exit.
         A step that is saved already is left as it is.
         """

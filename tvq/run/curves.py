@@ -58,7 +58,7 @@ class TensorBoardWriter(Writer):
     """Appends to `folder/events.out.tfevents.*`, a file of its own for each start.
 
     TensorBoard forgets what earlier starts wrote after `resume_step`. It reads the files in the order of the
-    times in their names: these go on from those of earlier starts, though the clock was set back meanwhile.
+    times in their names: these continue those of earlier starts, though the clock was set back meanwhile.
     OSError: it cannot be written.
     """
 
@@ -233,8 +233,8 @@ def _place(workdir: epath.Path) -> dict[str, Any]:
     """What a copy of a workdir has otherwise, and a renamed one, or one seen from another host, has not."""
     if "://" in str(workdir):
         return {"host": "", "path": str(workdir), "inode": 0}
-    found = os.path.realpath(workdir)
-    return {"host": socket.gethostname(), "path": found, "inode": os.stat(found).st_ino}
+    real = os.path.realpath(workdir)
+    return {"host": socket.gethostname(), "path": real, "inode": os.stat(real).st_ino}
 
 
 def _is_copy(workdir: epath.Path) -> bool:

@@ -30,7 +30,7 @@ LEAST_SECONDS = 60.0  # shares of less say little
 def start(
     config: Config, mesh: Mesh, corpus: Corpus, workdir: epath.Path, n_param: int, saved: list[int]
 ) -> str:
-    """What runs where, in a few lines. It goes on from the last of the steps `saved`."""
+    """What runs where, in a few lines. It resumes from the last of the steps `saved`."""
     m, t, info = config.model, config.train, corpus.info("train")
     n_batch = f"{t.global_batch_size} x {t.sequence_len:,} tokens"
     axes = [
@@ -118,7 +118,7 @@ def memory() -> dict[str, int]:
     return {} if peak is None else {"memory_peak_bytes": peak}
 
 
-def roof(config: Config, mesh: Mesh) -> float | None:
+def peak(config: Config, mesh: Mesh) -> float | None:
     """Tokens a second at the peak of the devices, where that is known."""
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip is None or config.model.dtype == "float64":

@@ -255,7 +255,7 @@ def answers(
     """`n_sample` continuations of each prompt after `before`, with the prompt; options: `continuations`."""
     prefixes = [read_on(weights, before, prompt_T, model, tell) for prompt_T in prompts]
     asked = [(i, number) for i in range(len(prompts)) for number in range(n_sample)]
-    found = continuations(
+    rows = continuations(
         weights,
         [prefixes[i] for i, _ in asked],
         [number for _, number in asked],
@@ -265,7 +265,7 @@ def answers(
         prompts=[prompts[i] for i, _ in asked],
         **options,
     )
-    return [np.concatenate([prompts[i], row_T]) for (i, _), row_T in zip(asked, found, strict=True)]
+    return [np.concatenate([prompts[i], row_T]) for (i, _), row_T in zip(asked, rows, strict=True)]
 
 
 def continuations(
@@ -292,7 +292,7 @@ def continuations(
         groups.setdefault(int(prefix.state.position), []).append(i)
     B = min(batch_size, max(map(len, groups.values())))
     batches = [group[i : i + B] for group in groups.values() for i in range(0, len(group), B)]
-    found = {}
+    rows_of = {}
     for number, batch in enumerate(batches):
         rows = batch + batch[-1:] * (B - len(batch))
         of_rows = [prefixes[i] for i in rows], [sequences[i] for i in rows]
@@ -304,8 +304,8 @@ def continuations(
             tell(f"drawing: {done:,} of {len(batches) * length:,} tokens")
         for i, row in zip(batch, np.concatenate(drawn, 1), strict=False):
             start = len(prefixes[i].rest_T) - 1
-            found[i] = until(row[start : start + length], end)
-    return [found[i] for i in range(len(prefixes))]
+            rows_of[i] = until(row[start : start + length], end)
+    return [rows_of[i] for i in range(len(prefixes))]
 
 
 def continuation(
@@ -324,10 +324,10 @@ def continuation(
         begun, stop = stop, stop + tokens_1T.shape[1]
         if stop > start:
             drawn_T = tokens_1T[0, max(start - begun, 0) : last - begun]
-            found_T = until(drawn_T, end)
-            if len(found_T):
-                yield found_T
-            if len(found_T) < len(drawn_T):
+            shown_T = until(drawn_T, end)
+            if len(shown_T):
+                yield shown_T
+            if len(shown_T) < len(drawn_T):
                 return
 
 

@@ -21,11 +21,11 @@ GAP = 2  # pixels between the images of a sheet
 
 def upper_halves(path: epath.Path, size: int) -> list[np.ndarray]:
     """The ids of the upper half of an image file, or of each in a folder, scaled and cut to `size`."""
-    found = sorted(x for x in path.iterdir() if images.is_image(x.name)) if path.is_dir() else [path]
-    if not found or not all(x.is_file() for x in found):
+    paths = sorted(x for x in path.iterdir() if images.is_image(x.name)) if path.is_dir() else [path]
+    if not paths or not all(x.is_file() for x in paths):
         raise InputError(f"--prompts={path}: there is no image; give one, or a folder of them")
     n_byte = size // 2 * size * 3
-    pixels = [images.pixels(Piece("test", str(x), x.read_bytes(), last=True), size, fit=True) for x in found]
+    pixels = [images.pixels(Piece("test", str(x), x.read_bytes(), last=True), size, fit=True) for x in paths]
     return [ByteVocabulary().encode(x[:n_byte]) for x in pixels]
 
 
@@ -39,7 +39,7 @@ def drawn(
 ) -> np.ndarray:
     """`n_sample` images of each half `[N,size,size,3]` uint8; a special id, which none should hold, is 0."""
     options = options | {"length": size * size * 3 - len(halves[0]), "end": None}  # an image has no ends
-    found = draw.answers(
+    rows = draw.answers(
         weights,
         draw.empty(options["model"]),
         halves,
@@ -49,7 +49,7 @@ def drawn(
         tell=tell,
         **options,
     )
-    ids = np.stack(found)
+    ids = np.stack(rows)
     return np.maximum(ids.astype(np.int32) - N_SPECIAL, 0).astype(np.uint8).reshape(-1, size, size, 3)
 
 
@@ -58,11 +58,11 @@ def sheet(pictures: np.ndarray) -> np.ndarray:
     n, size = pictures.shape[:2]
     n_column = int(np.ceil(np.sqrt(n)))
     n_row = -(-n // n_column)
-    found = np.full((n_row * (size + GAP) - GAP, n_column * (size + GAP) - GAP, 3), 255, np.uint8)
+    canvas = np.full((n_row * (size + GAP) - GAP, n_column * (size + GAP) - GAP, 3), 255, np.uint8)
     for i, picture in enumerate(pictures):
         top, left = (i // n_column) * (size + GAP), (i % n_column) * (size + GAP)
-        found[top : top + size, left : left + size] = picture
-    return found
+        canvas[top : top + size, left : left + size] = picture
+    return canvas
 
 
 def png(picture: np.ndarray) -> bytes:

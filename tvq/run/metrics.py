@@ -126,12 +126,12 @@ class Clock:
     def __init__(
         self,
         tokens_per_step: int,
-        roof: float | None = None,
+        peak: float | None = None,
         began: float | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`roof`: the tokens a second at the devices' peak, if that is known. It counts since `began`."""
-        self._tokens_per_step, self._roof, self._now = tokens_per_step, roof, now
+        """`peak`: the tokens a second at the devices' peak, if that is known. It counts since `began`."""
+        self._tokens_per_step, self._peak, self._now = tokens_per_step, peak, now
         self._spent = dict.fromkeys(KINDS, 0.0)
         self._kind, self._since = "start", now() if began is None else began
         self._first: tuple[int, float] | None = None  # step and time when the updates of this process began
@@ -143,7 +143,7 @@ class Clock:
             self._spent[kind] += seconds
 
     def repeat(self, lost: Sequence[Row]) -> None:
-        """Adds what went into rows after the checkpoint that the run goes on from: all that is done again."""
+        """Adds what went into rows after the checkpoint that the run resumes from: all that is done again."""
         totals = [sum(row.get(f"seconds_{kind}") or 0.0 for kind in KINDS) for row in lost]
         earlier = sum(self._spent.values())
         self._spent["repeated"] += max([0.0, *(total - earlier for total in totals)])
@@ -188,8 +188,8 @@ class Clock:
         is_timed = self._first is not None and step > last_step and seconds > 0
         pace = (step - last_step) * self._tokens_per_step / seconds if is_timed else None
         columns: Row = {"tokens_per_second": pace, "data_wait": data / seconds if is_timed else None}
-        if self._roof is not None:
-            columns["model_flops_use"] = None if pace is None else pace / self._roof
+        if self._peak is not None:
+            columns["model_flops_use"] = None if pace is None else pace / self._peak
         columns["goodput"] = goodput(spent)
         return columns | {f"seconds_{kind}": seconds for kind, seconds in spent.items()}
 
@@ -228,7 +228,7 @@ def spent_line(spent: Mapping[str, float]) -> str:
 class Console:
     """The terminal: messages, and below them one live line that is rewritten in place.
 
-    Where the stream is no terminal, or one without escape codes (TERM=dumb), lines are simply printed. A
+    Where the stream is not a terminal, or has no escape codes (TERM=dumb), lines are simply printed. A
     context manager: leaving it ends the live line. `silent` prints nothing. Safe to use from several threads.
     What the stream does not take is dropped, and raises nothing.
     """

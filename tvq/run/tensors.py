@@ -19,9 +19,9 @@ from tvq.errors import InputError
 def named(tree: Any) -> dict[str, Any]:
     """The leaves by name: a file then outlives a change of the containers that hold them."""
     leaves = jax.tree.leaves_with_path(tree)
-    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    assert len(found) == len(leaves), "two arrays have the same name"
-    return found
+    by_name = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert len(by_name) == len(leaves), "two arrays have the same name"
+    return by_name
 
 
 def kind(x: Any) -> str:
@@ -29,22 +29,22 @@ def kind(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def differing(found: Mapping[str, str], wanted: Mapping[str, str], place: str) -> list[str]:
-    """A line for each array of another kind than wanted, or on one side only; `found` ones are in `place`."""
+def differing(present: Mapping[str, str], wanted: Mapping[str, str], place: str) -> list[str]:
+    """A line for each array of another kind than wanted, or on one side only; `present` are in `place`."""
     return [
-        f"  {name}: {found.get(name, 'absent')} {place}, {wanted.get(name, 'absent')} wanted"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"  {name}: {present.get(name, 'absent')} {place}, {wanted.get(name, 'absent')} wanted"
+        for name in sorted(present.keys() | wanted.keys())
+        if present.get(name) != wanted.get(name)
     ]
 
 
 def fingerprint(tree: Any) -> str:
     """The same for the same names and bits alone."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, x in named(tree).items():
-        found.update(f"{name} {kind(x)} ".encode())
-        found.update(np.asarray(x, order="C").reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+        digest.update(f"{name} {kind(x)} ".encode())
+        digest.update(np.asarray(x, order="C").reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def not_finite(tree: Any) -> list[str]:

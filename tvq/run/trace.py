@@ -46,11 +46,11 @@ class Traced:
             self._tracing, self._first = contextlib.ExitStack(), self._step
             self._tracing.enter_context(written(self._folder))
         with jax.profiler.StepTraceAnnotation("update", step_num=self._step):  # or XProf knows no steps
-            found = self._update(*arguments)
+            result = self._update(*arguments)
         self._step = after
         if self._tracing is not None and after >= self._updates.stop:
-            jax.block_until_ready(found)
+            jax.block_until_ready(result)
             self._tracing.close()
             self._tracing = None
             self._say(f"trace of updates {self._first} to {after}: tensorboard --logdir {self._folder}")
-        return found
+        return result

@@ -86,8 +86,8 @@ def _names(folder: epath.Path) -> list[str]:
 
 def _has_record(workdir: epath.Path) -> bool:
     """Whether there is something that a new run would erase."""
-    looks, samples = workdir / health.FOLDER, workdir / records.SAMPLES
-    return _last_row(workdir) >= 0 or any(_names(f) for f in (looks, samples))
+    snapshots, samples = workdir / health.FOLDER, workdir / records.SAMPLES
+    return _last_row(workdir) >= 0 or any(_names(f) for f in (snapshots, samples))
 
 
 def _last_row(workdir: epath.Path) -> int:

@@ -1,4 +1,4 @@
-"""One module for each optimizer, found by its name: `optimizer.name=lion` is lion.py.
+"""One module for each optimizer, of its name: `optimizer.name=lion` is lion.py.
 
     direction(config, model)    a transformation of gradients to what learning rate, schedule and weight decay
                                 are applied to, which `tvq/training/optimizer.py` does
