@@ -54,20 +54,16 @@ def train(
         console = metrics.Console(silent=not processes.is_main)
         watchdog = stack.enter_context(cluster.Watchdog(processes, config.cluster, log))
         watchdog.beat("restore", 0, config.cluster.compile_timeout)
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                workdir / CHECKPOINTS, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-            )
-        )
+        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+        kept = Checkpoints(workdir / CHECKPOINTS, keep=keep, keep_every=keep_every)
+        checkpoints = stack.enter_context(kept)
         n_token = config.train.global_batch_size * config.train.update_len
         clock = metrics.Clock(n_token, describe.peak(config, mesh), began)
         now, step = branch.resume(config, corpus, placed, tx, checkpoints, clock, start, console.say)
         # Process 0 wrote the config before the restore: one that does not see it has another folder.
         shared = {f"{CONFIG_FILE} in --workdir, which all must share": (workdir / CONFIG_FILE).exists()}
         processes.agree("run", {"checkpoint step": step, "data": corpus.fingerprint} | shared)
-        home, rows = (
-            open_record(config, workdir, step, stack, console.say) if processes.is_main else (None, None)
-        )
+        home, rows = open_record(config, workdir, step, stack, console) if processes.is_main else (None, None)
         clock.repeat(rows.dropped if rows is not None else [])
         stack.enter_context(console)  # last: its live line ends before the records close, which may print
         snapshots = Snapshots(mesh, now.weights, config.model.c_gamma, workdir, step, console.say)
@@ -94,11 +90,11 @@ def train(
 
 
 def open_record(
-    config: Config, workdir: epath.Path, step: int, stack: contextlib.ExitStack, say: Callable[[str], None]
+    config: Config, workdir: epath.Path, step: int, stack: contextlib.ExitStack, console: metrics.Console
 ) -> tuple[Home, records.Records]:
     """What the main process keeps the record with, to be closed by `stack`."""
-    home = stack.enter_context(Home(workdir, config, say))
-    rows = records.Records(config, workdir, step, cluster.local_folder(str(workdir)), say)
+    home = stack.enter_context(Home(workdir, config, console.say))
+    rows = records.Records(config, workdir, step, cluster.local_folder(str(workdir)), console.say)
     stack.callback(rows.close)
     return home, rows
 
