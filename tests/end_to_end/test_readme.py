@@ -14,6 +14,11 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # What is large in the README, and here.
 SMALLER = {
     "--config.train.steps=2000": "--config.train.steps=24",
+    "--config.train.steps=600": "--config.train.steps=24",
+    "--config.train.steps=480": "--config.train.steps=24",
+    "--config.optimizer.n_max_step=480": "--config.optimizer.n_max_step=24",
+    "--config.optimizer.n_decay_step=80": "--config.optimizer.n_decay_step=4",
+    "--config.train.sequence_len=2048": "--config.train.sequence_len=64",
     "--config.train.sequence_len=131072": "--config.train.sequence_len=64",
     "--config.train.update_len=131072": "--config.train.update_len=64",
     "--config.train.segment_len=4096": "--config.train.segment_len=16",
@@ -46,7 +51,7 @@ def test_commands(tvq: Program, page: Path) -> None:
     apart = ["train", "eval"] if page == PAGES[0] else []
     for words in [words[1:] for words in commands(page) if words[0] == ".venv/bin/tvq"]:
         elsewhere = [re.sub("(^|=)runs/", rf"\1{tvq.folder}/tour/", word) for word in words]
-        arguments = [SMALLER.get(word, word) for word in elsewhere]
+        arguments = [SMALLER.get(word, word).replace("@400", "@12") for word in elsewhere]
         if "--config=configs/debug.py" in arguments:
             tiny = [word for word in tvq.options(tvq.folder) if not word.startswith("--workdir")]
             arguments = [arguments[0], *tiny, *arguments[1:]]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.data import books
 from tests.model import small
-from tvq import atomic, cluster, config, schema, sharding
+from tvq import atomic, cluster, rules, schema, sharding
 from tvq.data import detokenize
 from tvq.data.vocabulary import END, ByteVocabulary
 from tvq.errors import InputError
@@ -116,12 +116,12 @@ def test_texts_end_before_a_stop_string(monkeypatch):
 @pytest.mark.parametrize("stop", ['["a"', "[1]", '[""]', "[]x", "{}["])
 def test_stop_strings(stop):
     if stop == "{}[":
-        assert config.stop_strings(stop) == [stop]
-        assert config.stop_strings('["a\\n", "["]') == ["a\n", "["]
-        assert config.stop_strings("") == []
+        assert rules.stop_strings(stop) == [stop]
+        assert rules.stop_strings('["a\\n", "["]') == ["a\n", "["]
+        assert rules.stop_strings("") == []
         return
     with pytest.raises(InputError, match=r"config.sample.stop must be a text, or a JSON list .* in a list: "):
-        config.stop_strings(stop)
+        rules.stop_strings(stop)
 
 
 def placed(c):
