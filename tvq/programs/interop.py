@@ -21,7 +21,7 @@ from tvq.errors import InputError
 from tvq.programs import evaluate
 from tvq.run import metrics, restore, tensors
 from tvq.run.checkpoint import Checkpoints, Restored
-from tvq.run.workdir import check_workdir, record
+from tvq.run.workdir import CHECKPOINTS, check_workdir, record
 from tvq.schema import Config
 from tvq.training import optimizer, state
 
@@ -159,7 +159,7 @@ def bring_in(
 ) -> int:
     """Makes a run at step 0 from weights, with a new optimizer. InputError: they are wrong."""
     place.check_alone("import")
-    if (workdir / CONFIG_FILE).exists() or (workdir / "checkpoints").exists():
+    if (workdir / CONFIG_FILE).exists() or (workdir / CHECKPOINTS).exists():
         raise InputError(f"--workdir={workdir} holds a run already; use another folder")
     check_workdir(workdir, config)
     console = metrics.Console()
@@ -175,7 +175,7 @@ def bring_in(
     data |= {"vocabulary": to_json(vocabulary), "image_size": image_size}
     with cluster.writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=0) as checkpoints:
+    with Checkpoints(workdir / CHECKPOINTS, keep=config.checkpoint.keep, keep_every=0) as checkpoints:
         checkpoints.save(0, now, data, to_dict(config))
     record(workdir, config, log)  # last: without it the folder is no run
     console.say(

@@ -124,14 +124,14 @@ def run_to_end(
 
     What was `missed` of the tasks of `step` comes first.
     """
-    config, code = run.config.train, 0
+    train, code = run.config.train, 0
     left: Iterator[Task] = iter(())  # tasks of this step that are still to come
     batches = training_batches(
         sequences,
-        batch_size=config.global_batch_size,
-        seed=config.seed,
+        batch_size=train.global_batch_size,
+        seed=train.seed,
         start=step // run.n_update,
-        rows=sharding.local_rows(run.mesh, config.global_batch_size),
+        rows=sharding.local_rows(run.mesh, train.global_batch_size),
         workers=run.config.data.workers,
     )
     with contextlib.closing(batches):
@@ -140,7 +140,7 @@ def run_to_end(
                 if task.name in missed:
                     task.do(now, step)
             run.clock.start(step)
-            while step < config.steps:
+            while step < train.steps:
                 batch = next_batch(run, batches, step)
                 run.watchdog.beat("step", step)
                 now, numbers = update(now, batch)

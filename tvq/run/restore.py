@@ -13,6 +13,7 @@ from tvq import model as lm
 from tvq.errors import InputError
 from tvq.run import tensors
 from tvq.run.checkpoint import NOT_FINITE, Checkpoints, Restored
+from tvq.run.workdir import CHECKPOINTS, steps, steps_in
 from tvq.schema import Config
 from tvq.training import state
 
@@ -29,10 +30,10 @@ def weights(
     InputError if there is none. What only training reads is zero where the checkpoint has none. Warns of
     arrays that are not finite.
     """
-    if not (workdir / "checkpoints").exists():
+    if not (workdir / CHECKPOINTS).exists():
         raise InputError(f"--workdir={workdir} holds no checkpoint; train first")
     wanted = state.place_weights(config, mesh)
-    restored = read_weights(workdir / "checkpoints", wanted, say, OPTIONAL, at)
+    restored = read_weights(workdir / CHECKPOINTS, wanted, say, OPTIONAL, at)
     if restored is None:
         raise InputError(none_there(f"--workdir={workdir}", workdir, at))
     restored = restored._replace(state=whole(wanted, restored.state))
@@ -44,7 +45,7 @@ def weights(
 
 def none_there(option: str, workdir: epath.Path, at: int | None) -> str:
     """Says that a run has no checkpoint at all, or none of a step."""
-    saved = ", ".join(map(str, _steps(workdir / "checkpoints")))
+    saved = ", ".join(map(str, steps(workdir)))
     if at is None or not saved:
         return f"{option} holds no checkpoint yet"
     return f"{option} has no checkpoint of step {at}; there are those of {saved}"
@@ -91,13 +92,7 @@ def whole(wanted: Any, state: Any) -> Any:
 
 
 def _newest_step(directory: epath.PathLike) -> int:
-    return max(_steps(directory), default=-1)
-
-
-def _steps(directory: epath.PathLike) -> list[int]:
-    folder = epath.Path(directory)
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    return max(steps_in(epath.Path(directory)), default=-1)
 
 
 def _on_any(flag: bool) -> bool:

@@ -76,7 +76,12 @@ def _check_checkpoints(workdir: epath.Path, config: Config) -> None:
 
 def steps(workdir: epath.Path) -> list[int]:
     """The steps of the checkpoints that are committed."""
-    return sorted(int(name) for name in _names(workdir / CHECKPOINTS) if name.isdecimal())
+    return steps_in(workdir / CHECKPOINTS)
+
+
+def steps_in(checkpoints: epath.Path) -> list[int]:
+    """The same of a folder of checkpoints."""
+    return sorted(int(name) for name in _names(checkpoints) if name.isdecimal())
 
 
 def _names(folder: epath.Path) -> list[str]:

@@ -39,10 +39,10 @@ def module(name: str) -> Any:
     return importlib.import_module(f"tvq.training.optimizers.{name}")
 
 
-def describe(c: Config, mesh: Mesh) -> str:
+def describe(config: Config, mesh: Mesh) -> str:
     """What a run should say of its optimizer, or nothing."""
-    one = module(c.optimizer.name)
-    return one.describe(c, mesh.shape["devices"]) if hasattr(one, "describe") else ""
+    one = module(config.optimizer.name)
+    return one.describe(config, mesh.shape["devices"]) if hasattr(one, "describe") else ""
 
 
 def rate(config: Optimizer, model: Model) -> optax.GradientTransformation:

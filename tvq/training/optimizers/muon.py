@@ -42,10 +42,10 @@ def orthogonal(tree: dict, model: Model) -> dict:
 
     def one(path: tuple, x: jax.Array) -> jax.Array:
         dims = kernels[sharding.name(path)].dims
-        x_NHXX = divided(by_head(x, dims, model.n_head))
+        x_NHXX = spread(by_head(x, dims, model.n_head))
         make = lambda x: tx.update(x, tx.init(x))[0]
-        made = divided(jax.vmap(jax.vmap(make))(x_NHXX))
-        return RMS * max(made.shape[2:]) ** 0.5 * joined(made, dims, x.shape)
+        made = spread(jax.vmap(jax.vmap(make))(x_NHXX))
+        return RMS * max(made.shape[2:]) ** 0.5 * from_heads(made, dims, x.shape)
 
     return jax.tree.map_with_path(one, tree)
 
@@ -60,12 +60,12 @@ def by_head(x: jax.Array, dims: tuple[str, ...], n_head: int) -> jax.Array:
     return x[:, None]
 
 
-def joined(x_NHXX: jax.Array, dims: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+def from_heads(x_NHXX: jax.Array, dims: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `by_head`."""
     return (x_NHXX if len(dims[1]) == 2 else x_NHXX.swapaxes(1, 2)).reshape(shape)
 
 
-def divided(x_NHXX: jax.Array) -> jax.Array:
+def spread(x_NHXX: jax.Array) -> jax.Array:
     """Whole matrices, divided among `devices` by unit, and heads where they are."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_NHXX
@@ -73,11 +73,11 @@ def divided(x_NHXX: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x_NHXX, spec)
 
 
-def describe(c: Config, n_device: int) -> str:
+def describe(config: Config, n_device: int) -> str:
     """What an update sends between devices."""
-    if n_device == 1 or c.train.reproducible:
+    if n_device == 1 or config.train.reproducible:
         return ""
-    kernels = transforms.kernels(c.model).values()
+    kernels = transforms.kernels(config.model).values()
     size = sum(math.prod(like.shape) * like.dtype.itemsize for like in kernels) / 2**20
     n_unit = max(like.shape[0] for like in kernels)
     return (
